@@ -1,0 +1,206 @@
+"""The settings of every command, as frozen pydantic models.
+
+Field names are the command line's flags and the keys of a YAML file; descriptions are its help.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of all settings: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrepareConfig(Config):
+    """Turn a corpus into token shards."""
+
+    input: str = Field(description="file, directory, glob, or Hugging Face dataset id")
+    tokenizer: str = Field(description="Hugging Face tokenizer: directory or id")
+    output: Path = Field(description="directory of the new shard set")
+    format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
+        "auto", description="format of the files; auto goes by the file name"
+    )
+    text_field: str = Field("text", description="field that holds the text")
+    id_field: str | None = Field(None, description="field that names the document; default <file>#<row>")
+    sample_by: Literal["document", "paragraph", "line"] = Field(
+        "document", description="what is one document in a text file"
+    )
+    subset: str | None = Field(None, description="configuration of a Hugging Face dataset")
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="longest sequence, in tokens")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="put BOS before each document; auto does what the tokenizer does by itself"
+    )
+    append_eos: bool = Field(False, description="put EOS after each document")
+    shard_tokens: Positive = Field(1 << 22, description="a shard is closed once it holds this many tokens")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 is one per core")
+
+
+class ScoreConfig(Config):
+    """Score every token of a shard set with small frozen models."""
+
+    input: Path = Field(description="shard set to score")
+    output: Path = Field(description="directory of the new shard set")
+    reference: str = Field(description="reference model: directory or Hugging Face id; writes loss_reference")
+    base: str | None = Field(None, description="base model; writes loss_base and excess_loss = base - reference")
+    short_context: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens of context; writes loss_short and long_short = short - reference"
+    )
+    short_stride: Positive | None = Field(None, description="tokens between short contexts; default 3/4 of them")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto is vllm where it is installed, else transformers"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
+    )
+    batch_tokens: Positive = Field(8192, description="tokens an engine computes at once; lower it when memory is short")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="engines; 0 is one per GPU, or one on a CPU")
+    ray_address: str | None = Field(None, description="Ray cluster to use; default starts Ray on this machine")
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> "ScoreConfig":
+        if self.short_context is None and self.short_stride is not None:
+            raise ValueError("short_stride needs short_context")
+        if self.short_context and self.short_stride and self.short_stride >= self.short_context:
+            raise ValueError("short_stride must be smaller than short_context, or tokens would have no context")
+        return self
+
+
+class WeightsConfig(Config):
+    """How score columns become one weight per target token."""
+
+    preset: Literal["uniform", "rho1-static", "dense", "sparse", "soft-threshold"] = Field(
+        "uniform", description="weighting scheme"
+    )
+    column: str | None = Field(
+        None, description="score column; default excess_loss (rho1-static, soft-threshold) or long_short (dense, sparse)"
+    )
+    fraction: Fraction = Field(0.6, description="rho1-static, sparse: share of the tokens that is kept")
+    lam: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="dense: share of plain cross-entropy")
+    tau: Annotated[float, Field(gt=0)] = Field(1.0, description="soft-threshold: score at which the weight reaches 1")
+    control: Literal["none", "shuffled", "random"] = Field(
+        "none", description="control experiment: the weights shuffled in each sequence, or LogNormal of equal moments"
+    )
+
+
+class HeadsConfig(Config):
+    """Which future tokens are predicted, and by what."""
+
+    kind: Literal["parallel"] = Field("parallel", description="all heads read the trunk's output")
+    block: Literal["residual", "decoder"] = Field(
+        "residual", description="a head is x + SiLU(W x), or one decoder layer as in the MTP paper"
+    )
+    offsets: tuple[Positive, ...] = Field((1, 2, 3, 4), description="distances of the predicted tokens; starts with 1")
+    coefficients: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="factor of each offset's loss; default 1 for all"
+    )
+
+    @model_validator(mode="after")
+    def _check_offsets(self) -> "HeadsConfig":
+        if not self.offsets or self.offsets[0] != 1 or list(self.offsets) != sorted(set(self.offsets)):
+            raise ValueError("offsets must start with 1 and increase, for example [1,2,3,4]")
+        if self.coefficients is not None and len(self.coefficients) != len(self.offsets):
+            raise ValueError(f"coefficients needs {len(self.offsets)} entries, one for each offset")
+        return self
+
+    @property
+    def loss_coefficients(self) -> tuple[float, ...]:
+        """One coefficient for each offset."""
+        return self.coefficients or (1.0,) * len(self.offsets)
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps spent warming up")
+
+
+class TrainConfig(Config):
+    """Train a language model on scored shards with a weighted multi-token-prediction loss."""
+
+    input: Path = Field(description="shard set to train on")
+    model: str = Field(description="Hugging Face decoder-only model: directory or id")
+    output: Path = Field(description="directory of the run")
+    from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
+    weights: WeightsConfig = Field(default_factory=WeightsConfig, description="token weights")
+    heads: HeadsConfig = Field(default_factory=HeadsConfig, description="prediction heads")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer and schedule")
+    normalization: Literal["tokens", "weight_sum"] = Field(
+        "tokens",
+        description="divide the loss by the number of target tokens, with weights of corpus mean 1, or by their weights",
+    )
+    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in a packed training row")
+    batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")
+    micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
+    max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the shard set when max_steps is unset")
+    seed: int = Field(0, description="seed of initialisation and data order")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
+    )
+    eval_input: Path | None = Field(None, description="held-out shard set")
+    eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
+    eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
+    checkpoint_every: Positive | None = Field(None, description="steps between checkpoints; default every tenth")
+    keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
+    log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
+    trackers: tuple[str, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
+
+    @model_validator(mode="after")
+    def _check_offsets(self) -> "TrainConfig":
+        if self.heads.offsets[-1] >= self.sequence_length:
+            raise ValueError("sequence_length must be larger than the largest offset")
+        return self
+
+
+class EvaluateConfig(Config):
+    """Measure the held-out loss of each head of a trained model."""
+
+    model: str = Field(description="directory of a run, or a Hugging Face model: directory or id")
+    input: Path = Field(description="held-out shard set")
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens in a packed row; default as in training, else 1024"
+    )
+    batch_size: Positive = Field(8, description="rows per forward pass")
+    max_tokens: Positive | None = Field(None, description="stop after this many tokens; default all")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
+    )
+
+
+class InspectConfig(Config):
+    """Show what a shard set holds."""
+
+    set: Path = Field(description="shard set")
+    column: str | None = Field(None, description="score column whose extremes are shown; default the first contrast")
+    samples: Annotated[int, Field(ge=0)] = Field(5, description="how many highest and lowest scoring tokens to show")
+    html: Path | None = Field(None, description="also write the report as an HTML page")
+
+
+class VerifyConfig(Config):
+    """Check every byte of a shard set against its manifest."""
+
+    set: Path = Field(description="shard set")
+
+
+class DemoConfig(Config):
+    """Run the whole job on text that every Python installation has."""
+
+    output: Path = Field(Path("runs/demo"), description="directory for everything the demo writes")
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="engine of the scoring step")
+    base_steps: Positive = Field(500, description="training steps of the base model")
+    reference_steps: Positive = Field(200, description="further steps that make the reference model")
+    student_steps: Positive = Field(300, description="steps of each student")
+    seed: int = Field(0, description="seed of everything random")

@@ -1,0 +1,43 @@
+"""Names for content: two things with one fingerprint are interchangeable."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import UserError
+from schemas.files import sha256_file
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def digest_json(value: Any) -> str:
+    """Hexadecimal SHA-256 of `value` as canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Fingerprint of how a Hugging Face tokenizer maps text to ids.
+
+    Covers vocabulary, merges, normaliser, pre-tokeniser and added tokens. Left out is what changes no id of plain
+    text: padding, truncation, chat template, and the post-processor that adds BOS or EOS (the manifest records
+    those itself).
+    """
+    if not tokenizer.is_fast:
+        return digest_json({"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()})
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest_json({k: v for k, v in content.items() if k not in ("padding", "truncation", "post_processor")})
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Fingerprint of a Hugging Face checkpoint directory: its config and its weight files.
+
+    Raises:
+        UserError: the directory has no `config.json` or no weight files.
+    """
+    weights = sorted(file for file in directory.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    config = directory / "config.json"
+    if not config.exists() or not weights:
+        missing = "weight files" if config.exists() else "config.json"
+        raise UserError(f"{directory}: no {missing}; give a directory written by save_pretrained")
+    return digest_json({file.name: sha256_file(file) for file in [config, *weights]})

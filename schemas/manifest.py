@@ -1,0 +1,159 @@
+"""`manifest.json`: what the columns of a shard set are and can be trusted for."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from schemas.errors import UserError
+from schemas.files import write_text
+from schemas.fingerprints import digest_json
+from schemas.value_counts import ColumnStatistics
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of everything written to the manifest: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Window(Record):
+    """A short context: windows of `size` tokens every `stride` tokens (see `scoring.windows`)."""
+
+    size: int
+    stride: int
+
+
+class Condition(Record):
+    """A model and the context it may see; every token has one loss under a condition.
+
+    `fingerprint` identifies the weights and the config of the model, wherever they lie; `window` is None for the
+    full context.
+    """
+
+    model: str
+    fingerprint: str
+    dtype: Literal["float32", "bfloat16"]
+    engine: str
+    engine_version: str
+    window: Window | None = None
+
+
+class Contrast(Record):
+    """The difference `minuend - subtrahend` of two loss columns of the same tokens."""
+
+    minuend: str
+    subtrahend: str
+
+
+class Column(Record):
+    """A float16 score column: where it comes from and what its values look like."""
+
+    origin: Condition | Contrast
+    statistics: ColumnStatistics
+
+
+class TokenizerInfo(Record):
+    """The tokenizer of a corpus. The files themselves lie in `tokenizer/` inside the shard set."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+class CorpusInfo(Record):
+    """How the corpus became token ids."""
+
+    input: str
+    text_field: str
+    max_length: int
+    adds_bos: bool
+    adds_eos: bool
+    documents: int
+    rejects: int
+
+
+class ShardEntry(Record):
+    """One Parquet file of the set."""
+
+    name: str
+    rows: int
+    tokens: int
+    row_groups: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(Record):
+    """Everything a reader must know about a shard set.
+
+    `columns` is empty for a corpus that was not scored yet. `request` is the digest of the command's settings and
+    inputs, so that repeating a finished command is recognised; `derived_from` is the digest of the set that was scored.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    created_by: str = f"weighted-mtp {version('weighted-mtp')}"
+    corpus: CorpusInfo
+    tokenizer: TokenizerInfo
+    columns: dict[str, Column] = {}
+    shards: list[ShardEntry]
+    statistics_sha256: str | None = None
+    derived_from: str | None = None
+    request: str
+
+    @property
+    def digest(self) -> str:
+        """Identity of the shard set: SHA-256 over the canonical JSON of the manifest."""
+        return digest_json(self.model_dump(mode="json"))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def rows(self) -> int:
+        """Sequences in all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` with its digest, atomically. This is what turns a directory into a shard set."""
+    content = manifest.model_dump(mode="json") | {"digest": manifest.digest}
+    write_text(directory / MANIFEST, json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        UserError: missing, not JSON, of another format, or edited since it was written.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such shard set; check the path or write it with 'wmtp prepare'")
+    if not path.exists():
+        raise UserError(
+            f"{directory}: not a finished shard set ({MANIFEST} is missing); "
+            "rerun the 'wmtp prepare' or 'wmtp score' command that writes it"
+        )
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        digest = content.pop("digest", None)
+        found = content.get("format_version")
+        if found != FORMAT_VERSION:
+            raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
+        manifest = Manifest.model_validate(content)
+    except (ValueError, AttributeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
+    if digest != manifest.digest:
+        raise UserError(f"{path}: was changed after it was written; restore the original or rewrite the set")
+    return manifest

@@ -1,0 +1,110 @@
+"""A shard set on disk: opening one that can be trusted, verifying it, and finishing one that was just written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import UserError
+from schemas.files import atomic_write, release_output, sha256_file
+from schemas.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from schemas.shards import read_shard, shard_schema
+from schemas.value_counts import ValueCounts, from_table, to_table
+
+STATISTICS = "statistics.parquet"
+TOKENIZER = "tokenizer"
+REJECTS = "rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard set: a directory and the manifest that describes it."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ShardSet":
+        """Open a shard set after checking the manifest and that every shard is there with the size it should have.
+
+        Raises:
+            UserError: not a finished shard set, an edited manifest, or a missing or truncated shard.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        for shard in manifest.shards:
+            file = path / shard.name
+            if not file.exists():
+                raise UserError(f"{file}: shard is missing; restore it or rewrite the set")
+            if file.stat().st_size != shard.bytes:
+                raise UserError(
+                    f"{file}: shard has {file.stat().st_size} bytes instead of {shard.bytes} (truncated or replaced); "
+                    "restore it or rewrite the set"
+                )
+        return cls(path, manifest)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Directory of the corpus's tokenizer."""
+        return self.path / TOKENIZER
+
+    def read(self, shard: int, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+        """Read one shard, or one of its row groups, as an Arrow table."""
+        return read_shard(self.path / self.manifest.shards[shard].name, columns, row_group)
+
+    def require_column(self, name: str) -> None:
+        """Raise UserError unless the set has the score column `name`."""
+        if name not in self.manifest.columns:
+            held = ", ".join(self.manifest.columns) or "none"
+            raise UserError(f"{self.path}: has no column '{name}' (score columns: {held}); add it with 'wmtp score'")
+
+    def value_counts(self) -> dict[str, ValueCounts]:
+        """Exact value counts of every score column, from `statistics.parquet`.
+
+        Raises:
+            UserError: the file is missing or not the one the manifest was written for.
+        """
+        if self.manifest.statistics_sha256 is None:
+            return {}
+        file = self.path / STATISTICS
+        if not file.exists() or sha256_file(file) != self.manifest.statistics_sha256:
+            raise UserError(f"{file}: missing or altered; restore it or rewrite the set")
+        return from_table(pq.read_table(file))
+
+    def verify(self) -> Iterator[tuple[str, UserError | None]]:
+        """Check every shard against the manifest, byte by byte and by its Arrow schema; yield each with its error."""
+        schema = shard_schema(tuple(self.manifest.columns))
+        for shard in self.manifest.shards:
+            yield shard.name, self._verify_shard(shard.name, shard.sha256, schema)
+        if self.manifest.columns:
+            try:
+                self.value_counts()
+                yield STATISTICS, None
+            except UserError as error:
+                yield STATISTICS, error
+
+    def _verify_shard(self, name: str, sha256: str, schema: pa.Schema) -> UserError | None:
+        file = self.path / name
+        if sha256_file(file) != sha256:
+            return UserError(f"{file}: content differs from the manifest (sha256); restore it or rewrite the set")
+        if not pq.read_schema(file).equals(schema):
+            return UserError(f"{file}: columns differ from the manifest; restore it or rewrite the set")
+        return None
+
+
+def finish_shard_set(output: Path, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:
+    """Write statistics and manifest into a directory whose shards are in place, and end the run in progress."""
+    if value_counts:
+        with atomic_write(output / STATISTICS) as file:
+            pq.write_table(to_table(value_counts), file, compression="zstd")
+        manifest = manifest.model_copy(update={"statistics_sha256": sha256_file(output / STATISTICS)})
+    write_manifest(output, manifest)
+    release_output(output)
+    return ShardSet(output, manifest)
+
+
+def is_finished(output: Path) -> bool:
+    """Whether `output` holds a finished shard set."""
+    return (output / MANIFEST).exists()

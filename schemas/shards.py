@@ -1,0 +1,142 @@
+"""One Parquet shard: its Arrow schema, its encoding, how it is written and how it is read.
+
+A row is one sequence: a contiguous span of one document. Score columns are token-aligned lists of float16: entry i
+belongs to `input_ids[i]`. BYTE_STREAM_SPLIT puts the high bytes of all values together, which is where floats repeat,
+and zstd does the rest; dictionaries and statistics would only add bytes.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import UserError
+from schemas.files import atomic_write
+from schemas.manifest import ShardEntry
+
+ROW_GROUP_TOKENS = 1 << 18
+SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
+IDS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
+TOKEN_FIELDS = (
+    pa.field("document_id", pa.string(), nullable=False),
+    pa.field("start", pa.int64(), nullable=False),
+    pa.field("input_ids", IDS_TYPE, nullable=False),
+)
+
+
+def shard_schema(score_columns: tuple[str, ...] = ()) -> pa.Schema:
+    """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then the score columns in the order given."""
+    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, SCORE_TYPE, nullable=False) for name in score_columns)])
+
+
+def shard_name(index: int, total: int) -> str:
+    """File name of shard `index` of `total`, both counted as in `shard-00007-of-00032.parquet`."""
+    return f"shard-{index:05d}-of-{total:05d}.parquet"
+
+
+def flat_values(column: pa.ChunkedArray) -> np.ndarray:
+    """All entries of a list column, one after the other, as a numpy array."""
+    values = column.combine_chunks().flatten()
+    return values.to_numpy(zero_copy_only=False)
+
+
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Length of every list of a list column, int64."""
+    lists = column.combine_chunks()
+    return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+
+
+def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """A list column from its entries and the length of every list; inverse of the two functions above."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def split_by_tokens(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
+    """Split rows into consecutive groups `(first row, end row)` that close as soon as they hold `tokens` tokens."""
+    first, held = 0, 0
+    for row, length in enumerate(lengths.tolist()):
+        held += length
+        if held >= tokens:
+            yield first, row + 1
+            first, held = row + 1, 0
+    if first < len(lengths):
+        yield first, len(lengths)
+
+
+class HashingFile(io.RawIOBase):
+    """A write-only file that knows the size and the SHA-256 of what went through it."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+def write_shard(path: Path, table: pa.Table) -> ShardEntry:
+    """Write one shard atomically in row groups of about 2**18 tokens and describe it.
+
+    Args:
+        table: columns as in `shard_schema`, in that order.
+    """
+    lengths = list_lengths(table["input_ids"])
+    schema = shard_schema(tuple(table.column_names[len(TOKEN_FIELDS) :]))
+    lists = [f"{name}.list.element" for name in schema.names[2:]]
+    row_groups = list(split_by_tokens(lengths, ROW_GROUP_TOKENS))
+    with atomic_write(path) as file:
+        sink = HashingFile(file)  # type: ignore[arg-type]
+        with pq.ParquetWriter(
+            sink,
+            schema,
+            compression="zstd",
+            use_dictionary=["document_id"],
+            write_statistics=False,
+            use_byte_stream_split=lists,
+            write_page_checksum=True,
+        ) as writer:
+            for first, end in row_groups:
+                writer.write_table(table.slice(first, end - first).cast(schema), row_group_size=end - first)
+    return ShardEntry(
+        name=path.name,
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        row_groups=len(row_groups),
+        bytes=sink.size,
+        sha256=sink.sha256.hexdigest(),
+    )
+
+
+def read_shard(path: Path, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+    """Read a shard, or one of its row groups, with page checksums verified.
+
+    Raises:
+        UserError: the file is missing, truncated or damaged.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: shard is damaged ({first_line(error)}); restore it or rewrite the set") from error
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's text, for messages that must stay on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,111 @@
+"""Exact statistics of a float16 column in bounded memory.
+
+A float16 has 65,536 bit patterns, so counting how often each occurs describes a column of any length completely.
+Counts of shards add up to the counts of the set, and from them follow the exact mean, any quantile, and both for
+any function applied to the values: a corpus-wide threshold never needs a pass over the data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 1.0)
+TABLE_SCHEMA = pa.schema({"column": pa.string(), "value": pa.float16(), "count": pa.int64()})
+
+
+class ColumnStatistics(BaseModel):
+    """Summary of one score column over a whole shard set. Tokens without a score (NaN) are counted apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int
+    missing: int
+    mean: float | None
+    std: float | None
+    quantiles: dict[str, float]
+
+
+@dataclass
+class ValueCounts:
+    """How often each float16 value occurs. `counts[b]` belongs to the value with bit pattern `b`."""
+
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, dtype=np.int64))
+
+    def add(self, values: np.ndarray) -> None:
+        """Count a float16 array of any length."""
+        assert values.dtype == np.float16
+        self.counts += np.bincount(values.view(np.uint16), minlength=1 << 16)
+
+    def merge(self, other: "ValueCounts") -> None:
+        """Add the counts of another part of the same column."""
+        self.counts += other.counts
+
+    def distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct finite values, ascending float64, and how often each occurs, int64."""
+        bits = np.flatnonzero(self.counts)
+        values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+        finite = np.isfinite(values)
+        order = np.argsort(values[finite], kind="stable")
+        return values[finite][order], self.counts[bits[finite]][order]
+
+    @property
+    def missing(self) -> int:
+        """Tokens without a finite value."""
+        return int(self.counts.sum() - self.distinct()[1].sum())
+
+    def mean_of(self, function: Callable[[np.ndarray], np.ndarray]) -> float:
+        """Mean of `function(value)` over all finite values; NaN when there are none."""
+        values, counts = self.distinct()
+        if not len(values):
+            return float("nan")
+        return float((function(values) * counts).sum() / counts.sum())
+
+    def top_threshold(self, fraction: float) -> float:
+        """Largest threshold t such that at least `fraction` of the finite values are >= t.
+
+        Values equal to t all pass, so ties may keep somewhat more than `fraction`.
+        """
+        values, counts = self.distinct()
+        if not len(values):
+            return float("inf")
+        kept_from = np.cumsum(counts[::-1])[::-1]
+        wanted = np.ceil(fraction * counts.sum() - 1e-9)
+        return float(values[np.flatnonzero(kept_from >= wanted)[-1]])
+
+    def statistics(self) -> ColumnStatistics:
+        """Count, mean, standard deviation and quantiles (inverse of the empirical distribution function)."""
+        values, counts = self.distinct()
+        if not len(values):
+            return ColumnStatistics(count=0, missing=self.missing, mean=None, std=None, quantiles={})
+        total = int(counts.sum())
+        mean = float((values * counts).sum() / total)
+        std = float(np.sqrt(((values - mean) ** 2 * counts).sum() / total))
+        at = np.searchsorted(np.cumsum(counts), [max(1.0, np.ceil(q * total - 1e-9)) for q in QUANTILES])
+        quantiles = {str(q): float(values[i]) for q, i in zip(QUANTILES, at, strict=True)}
+        return ColumnStatistics(count=total, missing=self.missing, mean=mean, std=std, quantiles=quantiles)
+
+
+def to_table(columns: dict[str, ValueCounts]) -> pa.Table:
+    """All counts as one Arrow table (column, value, count), zeros left out."""
+    tables = []
+    for name, column in columns.items():
+        bits = np.flatnonzero(column.counts).astype(np.uint16)
+        arrays = [pa.array([name] * len(bits), pa.string()), pa.array(bits.view(np.float16))]
+        tables.append(pa.table([*arrays, pa.array(column.counts[bits])], schema=TABLE_SCHEMA))
+    return pa.concat_tables(tables) if tables else TABLE_SCHEMA.empty_table()
+
+
+def from_table(table: pa.Table) -> dict[str, ValueCounts]:
+    """Inverse of `to_table`."""
+    columns: dict[str, ValueCounts] = {}
+    names = np.asarray(table["column"].to_pylist(), dtype=object)
+    bits = table["value"].to_numpy().astype(np.float16).view(np.uint16)
+    counts = table["count"].to_numpy()
+    for name in dict.fromkeys(names):
+        of_column = names == name
+        columns[name] = ValueCounts()
+        columns[name].counts[bits[of_column]] = counts[of_column]
+    return columns
