@@ -1,0 +1,1 @@
+"""Small corpora that every machine has: nothing is downloaded."""

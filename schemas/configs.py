@@ -80,7 +80,8 @@ class WeightsConfig(Config):
         "uniform", description="weighting scheme"
     )
     column: str | None = Field(
-        None, description="score column; default excess_loss (rho1-static, soft-threshold) or long_short (dense, sparse)"
+        None,
+        description="score column; default excess_loss (rho1-static, soft-threshold) or long_short (dense, sparse)",
     )
     fraction: Fraction = Field(0.6, description="rho1-static, sparse: share of the tokens that is kept")
     lam: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="dense: share of plain cross-entropy")
@@ -134,12 +135,12 @@ class TrainConfig(Config):
     model: str = Field(description="Hugging Face decoder-only model: directory or id")
     output: Path = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
-    weights: WeightsConfig = Field(default_factory=WeightsConfig, description="token weights")
-    heads: HeadsConfig = Field(default_factory=HeadsConfig, description="prediction heads")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer and schedule")
+    weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
+    heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
     normalization: Literal["tokens", "weight_sum"] = Field(
         "tokens",
-        description="divide the loss by the number of target tokens, with weights of corpus mean 1, or by their weights",
+        description="divide by the number of target tokens, with weights of corpus mean 1, or by their weights",
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in a packed training row")
     batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")

@@ -9,10 +9,12 @@ import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import Buffer
 
 from schemas.errors import UserError
 from schemas.files import atomic_write
@@ -72,18 +74,22 @@ def split_by_tokens(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int
 class HashingFile(io.RawIOBase):
     """A write-only file that knows the size and the SHA-256 of what went through it."""
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
         self.size = 0
 
     def writable(self) -> bool:
+        """Return True."""
         return True
 
     def tell(self) -> int:
+        """Bytes written so far."""
         return self.size
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+    def write(self, data: Buffer) -> int:
+        """Write, count and hash `data`."""
+        data = memoryview(data).cast("B")
         self.sha256.update(data)
         self.size += len(data)
         return self.file.write(data)
@@ -100,7 +106,7 @@ def write_shard(path: Path, table: pa.Table) -> ShardEntry:
     lists = [f"{name}.list.element" for name in schema.names[2:]]
     row_groups = list(split_by_tokens(lengths, ROW_GROUP_TOKENS))
     with atomic_write(path) as file:
-        sink = HashingFile(file)  # type: ignore[arg-type]
+        sink = HashingFile(file)
         with pq.ParquetWriter(
             sink,
             schema,
