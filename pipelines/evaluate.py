@@ -1,0 +1,45 @@
+"""`wmtp evaluate`: held-out loss of every head of a trained model."""
+
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from schemas.configs import EvaluateConfig
+from schemas.shard_set import ShardSet
+from training.evaluation import HeadLoss, evaluate_model
+from training.model import load_model
+from training.trainer import check_tokenizer, check_vocabulary, make_accelerator
+
+
+def run(config: EvaluateConfig) -> list[HeadLoss]:
+    """Evaluate, print a table, and return the loss of every head."""
+    shards = ShardSet.open(config.input)
+    trunk = Path(config.model) / "model"
+    check_tokenizer(str(trunk) if trunk.is_dir() else config.model, shards)
+    model = load_model(config.model)
+    check_vocabulary(model, config.model, shards)
+    accelerator = make_accelerator(config.dtype)
+    losses = evaluate_model(
+        accelerator,
+        accelerator.prepare(model),
+        shards,
+        sequence_length=config.sequence_length or trained_sequence_length(Path(config.model)),
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+    )
+    table = Table("offset", "loss (nats)", "perplexity", "targets", title=f"{config.model} on {config.input}")
+    for head in losses:
+        table.add_row(str(head.offset), f"{head.loss:.4f}", f"{math.exp(head.loss):.2f}", f"{head.targets:,}")
+    Console().print(table)
+    return losses
+
+
+def trained_sequence_length(run_directory: Path) -> int:
+    """Row length of a training run; 1024 for a model that is not one."""
+    record = run_directory / "run.json"
+    if not record.exists():
+        return 1024
+    return int(json.loads(record.read_text())["config"]["sequence_length"])

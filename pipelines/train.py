@@ -1,0 +1,30 @@
+"""`wmtp train`: train on scored shards and say how it went."""
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from schemas.configs import TrainConfig
+from training.trainer import train
+
+
+def run(config: TrainConfig) -> None:
+    """Train, then print a one-screen summary."""
+    summary = train(config)
+    if not PartialState().is_main_process:
+        return
+    done = "already complete" if summary.get("already_complete") else "trained"
+    table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
+    table.add_row("steps", f"{summary['steps']:,}")
+    table.add_row("tokens", f"{summary['tokens']:,}")
+    table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("loss, last logged step", f"{summary['loss']:.4f}")
+    table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
+    for offset in config.heads.offsets:
+        if f"eval_loss_{offset}" in summary:
+            table.add_row(f"held-out loss, offset {offset}", f"{summary[f'eval_loss_{offset}']:.4f} nats")
+    table.add_row("trunk (Hugging Face)", str(config.output / "model"))
+    table.add_row("heads", str(config.output / "heads"))
+    table.add_row("metrics", str(config.output / "metrics.jsonl"))
+    table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
+    Console().print(table)

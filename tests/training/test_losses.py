@@ -1,0 +1,80 @@
+"""The weighted linear cross-entropy against PyTorch's own, value and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from training.losses import weighted_linear_cross_entropy
+
+
+def inputs(dtype: torch.dtype, rows: int = 37) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, matrix, bias = (
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((rows, 8), (11, 8), (11,))
+    )
+    targets = torch.randint(0, 11, (rows,), generator=generator)
+    return hidden, matrix, bias, targets, torch.rand(rows, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
+def test_equals_autograd_in_float64(softcap: float | None, chunk_rows: int) -> None:
+    hidden, matrix, bias, targets, weights = inputs(torch.float64)
+    loss, losses = weighted_linear_cross_entropy(
+        hidden, matrix, targets, weights, bias=bias, softcap=softcap, chunk_rows=chunk_rows
+    )
+    logits = hidden @ matrix.T + bias
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected_losses = cross_entropy(logits, targets, reduction="none")
+    expected = (expected_losses * weights).sum()
+    torch.testing.assert_close(losses, expected_losses.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    leaves = (hidden, matrix, bias)
+    for own, reference in zip(
+        torch.autograd.grad(2.5 * loss, leaves), torch.autograd.grad(2.5 * expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(own, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_worked_by_hand() -> None:
+    """Logits (0, ln 3): probabilities 1/4 and 3/4; weights 1 and 2."""
+    hidden = torch.ones(2, 1, requires_grad=True)
+    matrix = torch.tensor([[1.0], [3.0]]).log()
+    loss, losses = weighted_linear_cross_entropy(hidden, matrix, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(losses, torch.tensor([4.0, 4 / 3]).log())
+    torch.testing.assert_close(loss, torch.tensor(4.0).log() + 2 * torch.tensor(4 / 3).log())
+
+
+def test_bfloat16_is_within_its_rounding() -> None:
+    hidden, matrix, _, targets, weights = inputs(torch.bfloat16)
+    loss, losses = weighted_linear_cross_entropy(hidden, matrix, targets, weights)
+    exact = cross_entropy(hidden.float() @ matrix.float().T, targets, reduction="none")
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, exact, rtol=0, atol=0.05)
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_autocast_keeps_float32_parameters_and_gradients() -> None:
+    hidden, matrix, _, targets, weights = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = weighted_linear_cross_entropy(hidden, matrix, targets, weights)
+    loss.backward()
+    exact = (cross_entropy(hidden @ matrix.T, targets, reduction="none") * weights).sum()
+    grad = torch.autograd.grad(exact, matrix)[0]
+    assert matrix.grad is not None
+    assert matrix.grad.dtype == torch.float32
+    torch.testing.assert_close(matrix.grad, grad, rtol=0.05, atol=0.05)
+
+
+def test_no_rows_give_zero_and_zero_gradients() -> None:
+    hidden, matrix, bias, targets, weights = inputs(torch.float32, rows=0)
+    loss, losses = weighted_linear_cross_entropy(hidden, matrix, targets, weights, bias=bias)
+    loss.backward()
+    assert loss.item() == 0
+    assert losses.shape == (0,)
+    assert matrix.grad is not None
+    assert not matrix.grad.any()

@@ -1,0 +1,73 @@
+"""Held-out loss of every head."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from schemas.configs import WeightsConfig
+from schemas.shard_set import ShardSet
+from training.loader import RowLoader, Rows
+from training.model import MTPModel
+from training.weights import make_weighting
+
+
+class HeadLoss(NamedTuple):
+    """Mean loss (nats per target) of the head at `offset` over `targets` held-out tokens."""
+
+    offset: int
+    loss: float
+    targets: int
+
+
+def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`input_ids` int64, `position_ids` int64 and `weights` float32 on `device`, all (B, T)."""
+    ids, positions, weights = (torch.from_numpy(values).to(device, non_blocking=True) for values in rows)
+    return ids.long(), positions.long(), weights
+
+
+@torch.no_grad()
+def evaluate_model(
+    accelerator: Accelerator,
+    model: nn.Module,
+    shards: ShardSet,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> list[HeadLoss]:
+    """Plain cross-entropy of every head over a held-out set, every valid target counted once.
+
+    All processes share the work; `max_tokens` stops after that many packed tokens, padding included.
+    """
+    unwrapped: MTPModel = accelerator.unwrap_model(model)
+    loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
+    sums = torch.zeros(len(unwrapped.config.offsets), 3, device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(
+        total=min(shards.manifest.tokens, max_tokens or shards.manifest.tokens),
+        desc="evaluate",
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        disable=not accelerator.is_main_process,
+    )
+    seen = 0
+    with bar:
+        for i, rows in enumerate(loader.once(batch_size)):
+            if max_tokens is not None and seen >= max_tokens:
+                break
+            seen += rows.input_ids.size
+            if i % accelerator.num_processes == accelerator.process_index:
+                with accelerator.autocast():
+                    sums += unwrapped(*to_device(rows, accelerator.device))[1]
+            bar.update(rows.input_ids.size)
+    model.train(was_training)
+    totals = accelerator.reduce(sums, "sum").tolist()
+    return [
+        HeadLoss(offset, plain / count if count else float("nan"), int(count))
+        for offset, (_, plain, count) in zip(unwrapped.config.offsets, totals, strict=True)
+    ]

@@ -1,0 +1,147 @@
+"""Score columns to one weight per target token. Everything here is decided before any forward pass.
+
+A scheme is made ready once for a shard set (`make_weighting`: corpus-wide thresholds and means come exactly from the
+set's value counts) and is then applied to one row group at a time. Sources of the schemes: rho1-static, Token Cleaning
+(arXiv 2502.01968) after Rho-1 (2404.07965); dense and sparse, token weighting for long-range language modelling
+(2503.09202); LogNormal and shuffled controls, so that an effect can be told from that of any uneven weighting.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from schemas.configs import WeightsConfig
+from schemas.shard_set import ShardSet
+
+DEFAULT_COLUMNS = {
+    "rho1-static": "excess_loss",
+    "soft-threshold": "excess_loss",
+    "dense": "long_short",
+    "sparse": "long_short",
+}
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A scheme ready to use.
+
+    `column` is the score column it reads (None for uniform weights). Calling it turns the flat float16 scores of
+    consecutive sequences (T,), their lengths (S,), and a random generator for the controls into float32 weights (T,).
+    Tokens without a score get weight 0, as do all tokens of a sequence without any signal (all scores zero) in the
+    schemes that normalise by sequence.
+    """
+
+    column: str | None
+    scheme: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    control: Literal["none", "shuffled", "random"] = "none"
+
+    def __call__(self, scores: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Weights (T,) float32 of the flat scores (T,) of sequences with the given lengths (S,)."""
+        scored = ~np.isnan(scores)
+        scored_lengths = np.add.reduceat(scored, _starts(lengths), dtype=np.int64)
+        weights = self.scheme(scores[scored].astype(np.float32), scored_lengths)
+        if self.control == "shuffled":
+            weights = shuffle_within(weights, scored_lengths, rng)
+        elif self.control == "random":
+            weights = lognormal_like(weights, rng)
+        result = np.zeros(len(scores), dtype=np.float32)
+        result[scored] = weights
+        return result
+
+
+def make_weighting(config: WeightsConfig, shards: ShardSet) -> Weighting:
+    """Prepare the scheme of `config` for `shards`, scaled so that scored tokens have mean weight 1 over the corpus.
+
+    Raises:
+        UserError: the set lacks the score column, or its statistics are missing.
+    """
+    if config.preset == "uniform":
+        return Weighting(None, lambda scores, lengths: np.ones(len(scores), dtype=np.float32))
+    column = config.column or DEFAULT_COLUMNS[config.preset]
+    shards.require_column(column)
+    scheme: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    if config.preset == "dense":
+        scheme = lambda scores, lengths: dense(scores, lengths, config.lam)  # noqa: E731
+    elif config.preset == "sparse":
+        scheme = lambda scores, lengths: sparse(scores, lengths, config.fraction)  # noqa: E731
+    else:
+        counts = shards.value_counts()[column]
+        threshold = np.float32(counts.top_threshold(config.fraction))
+        weigh: Callable[[np.ndarray], np.ndarray] = (
+            (lambda scores: (scores >= threshold).astype(np.float32))
+            if config.preset == "rho1-static"
+            else (lambda scores: soft_threshold(scores, config.tau))
+        )
+        mean = counts.mean_of(weigh)
+        scale = np.float32(1 / mean) if mean > 0 else np.float32(0)
+        scheme = lambda scores, lengths: weigh(scores) * scale  # noqa: E731
+    return Weighting(column, scheme, config.control)
+
+
+def soft_threshold(scores: np.ndarray, tau: float) -> np.ndarray:
+    """`min(s / tau, 1)` for s > 0, else 0."""
+    return np.clip(scores / np.float32(tau), 0, 1)
+
+
+def dense(scores: np.ndarray, lengths: np.ndarray, lam: float) -> np.ndarray:
+    """`lam + (1 - lam) * |s| / mean(|s|)`, the mean taken over each sequence (arXiv 2503.09202, lambda).
+
+    A sequence of all zero scores carries no signal: its weights are `lam`.
+    """
+    magnitude = np.abs(scores)
+    means = _segment_sums(magnitude, lengths) / np.maximum(lengths, 1)
+    relative = magnitude / np.repeat(np.where(means > 0, means, 1), lengths)
+    return (lam + (1 - lam) * relative).astype(np.float32)
+
+
+def sparse(scores: np.ndarray, lengths: np.ndarray, fraction: float) -> np.ndarray:
+    """Keep the `fraction` of each sequence with the largest |s|, scaled to mean 1 (arXiv 2503.09202, kappa).
+
+    Ties at the threshold are kept. A sequence of all zero scores carries no signal and gets weight 0, unless
+    `fraction` is 1, which keeps every token of every sequence.
+    """
+    if fraction == 1:
+        return np.ones(len(scores), dtype=np.float32)
+    segment = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    magnitude = np.abs(scores).astype(np.float16).view(np.uint16)
+    # Bit patterns of non-negative float16 order like the values, so one integer sort ranks all sequences at once.
+    ranked = np.sort((segment << 16) | magnitude)
+    ends = np.cumsum(lengths)
+    present = lengths > 0
+    kept = np.ceil(fraction * lengths - 1e-9).astype(np.int64)
+    threshold = np.full(len(lengths), 1 << 16, dtype=np.int64)
+    threshold[present] = ranked[ends[present] - kept[present]] & 0xFFFF
+    has_signal = np.zeros(len(lengths), dtype=bool)
+    has_signal[present] = (ranked[ends[present] - 1] & 0xFFFF) > 0
+    selected = (magnitude >= threshold[segment]) & has_signal[segment]
+    counts = _segment_sums(selected, lengths)
+    scale = lengths / np.maximum(counts, 1)
+    return (selected * scale[segment]).astype(np.float32)
+
+
+def shuffle_within(weights: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same weights in random order inside each sequence."""
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    return weights[np.lexsort((rng.random(len(weights)), segment))]
+
+
+def lognormal_like(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Independent LogNormal weights with the mean and the variance of `weights`."""
+    mean, variance = float(weights.mean(dtype=np.float64)), float(weights.var(dtype=np.float64))
+    if mean == 0:
+        return weights
+    sigma = np.sqrt(np.log1p(variance / mean**2))
+    return rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, len(weights)).astype(np.float32)
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.cumsum(lengths) - lengths
+
+
+def _segment_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum of each segment, float64 (S,); 0 for an empty segment."""
+    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    ends = np.cumsum(lengths)
+    return total[ends] - total[ends - lengths]
