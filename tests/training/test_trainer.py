@@ -1,0 +1,197 @@
+"""Whole training runs: resuming, accumulation, ranks, and every mistake a user can make."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from schemas.configs import TrainConfig
+from schemas.errors import UserError
+from schemas.shard_set import ShardSet
+from training import run as run_module
+from training.trainer import train
+
+LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
+
+
+@pytest.fixture
+def config(
+    tmp_path: Path, model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
+) -> Callable[..., TrainConfig]:
+    """`config(name, **changes)` are the settings of a short run of a Llama on 36 sequences."""
+    model = model_dir()
+    shards = scored_set(LENGTHS)
+    held_out = scored_set(LENGTHS[:6], name="held-out", seed=1)
+    defaults: dict[str, Any] = {
+        "input": shards.path,
+        "model": str(model),
+        "eval_input": held_out.path,
+        "weights": {"preset": "dense", "lam": 0.25},
+        "heads": {"offsets": (1, 2)},
+        "optimizer": {"learning_rate": 1e-2},
+        "sequence_length": 64,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 12,
+        "checkpoint_every": 4,
+        "log_every": 3,
+    }
+    return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
+
+
+def trained(config: TrainConfig) -> dict[str, Tensor]:
+    """All parameters of a finished run."""
+    trunk = load_file(config.output / "model" / "model.safetensors")
+    return trunk | load_file(config.output / "heads" / "heads.safetensors")
+
+
+def metrics(config: TrainConfig) -> list[dict[str, float]]:
+    """Logged metrics without those that measure time."""
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("die_at", [4, 8, 12])
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    die_at: int, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = config("whole"), config("broken")
+    train(whole)
+    save = run_module.RunDirectory.save_checkpoint
+
+    def die_after_saving(self: Any, accelerator: Any, step: int, keep: int) -> None:
+        save(self, accelerator, step, keep)
+        if step == die_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RunDirectory, "save_checkpoint", die_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    torch.manual_seed(die_at)  # a new process would not share this one's random state
+    train(broken)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(broken)[name]), name
+    assert metrics(whole) == metrics(broken)
+
+
+def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(config: Callable[..., TrainConfig]) -> None:
+    """A real process, killed with SIGKILL while it saves its second checkpoint."""
+    whole, broken = config("whole"), config("broken")
+    script = (
+        "import os, signal, sys\n"
+        "from accelerate import Accelerator\n"
+        "from schemas.configs import TrainConfig\n"
+        "from training.trainer import train\n"
+        "save = Accelerator.save_state\n"
+        "def save_and_die(self, path, **kwargs):\n"
+        "    save(self, path, **kwargs)\n"
+        "    if path.endswith('step-00000008'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Accelerator.save_state = save_and_die\n"
+        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, broken.model_dump_json()], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert sorted(path.name for path in (broken.output / "checkpoints").iterdir()) == [
+        ".step-00000008",
+        "step-00000004",
+    ]
+    with open(broken.output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 0')  # a line cut short by the kill
+    train(broken)
+    train(whole)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(broken)[name]), name
+    assert metrics(whole) == metrics(broken)
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "weight_sum"])
+def test_micro_batches_do_not_change_the_result(normalization: str, config: Callable[..., TrainConfig]) -> None:
+    runs = [config(f"micro-{size}", micro_batch_size=size, normalization=normalization) for size in (4, 1, 3)]
+    results = [(train(run), trained(run)) for run in runs]
+    for summary, parameters in results[1:]:
+        assert summary["eval_loss_1"] == pytest.approx(results[0][0]["eval_loss_1"], rel=1e-5)
+        for name, value in parameters.items():
+            torch.testing.assert_close(value, results[0][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_ranks_equal_one(config: Callable[..., TrainConfig]) -> None:
+    """Two gloo processes with half the rows each log the same losses as one process."""
+    one, two = config("one", max_steps=6), config("two", max_steps=6)
+    train(one)
+    script = (
+        "import sys\nfrom schemas.configs import TrainConfig\nfrom training.trainer import train\n"
+        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
+    )
+    runner = two.output.with_suffix(".py")
+    runner.write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    done = subprocess.run(
+        [*launch, str(runner), two.model_dump_json()],
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None:
+    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15)
+    summary = train(run)
+    logged = metrics(run)
+    assert logged[-2]["loss"] < logged[0]["loss"] - 0.5  # random bytes can only be memorised
+    assert [line["step"] for line in logged if "eval_loss_1" in line] == [15, 30]
+    assert summary["tokens"] == 30 * 4 * 64
+    assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["step-00000028", "step-00000030"]
+    assert train(run)["already_complete"]
+
+
+def test_weight_share_is_reported(config: Callable[..., TrainConfig]) -> None:
+    run = config("run", weights={"preset": "rho1-static", "fraction": 0.25}, max_steps=40)
+    assert train(run)["selected_share"] == pytest.approx(0.25, abs=0.06)
+
+
+def test_other_settings_are_refused_by_name(config: Callable[..., TrainConfig]) -> None:
+    train(config("run"))
+    with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate, weights.lam\)"):
+        train(config("run", optimizer={"learning_rate": 1e-3}, weights={"preset": "dense", "lam": 0.5}))
+
+
+def test_foreign_directory_is_left_alone(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    run.output.mkdir()
+    (run.output / "thesis.tex").write_text("\\section{}")
+    with pytest.raises(UserError, match="already holds something else"):
+        train(run)
+    assert [path.name for path in run.output.iterdir()] == ["thesis.tex"]
+
+
+def test_infinite_loss_stops_before_it_is_saved(config: Callable[..., TrainConfig]) -> None:
+    run = config("run", optimizer={"learning_rate": 1e20, "warmup_ratio": 0.0})
+    with pytest.raises(UserError, match="not finite"):
+        train(run)
+    assert not list((run.output / "checkpoints").glob("step-*"))
+    assert not (run.output / "model").exists()
+
+
+def test_wrong_tokenizer_is_refused(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    tokenizer = Path(run.model) / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer is not that of"):
+        train(run)
+    assert not run.output.exists()
