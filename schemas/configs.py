@@ -67,9 +67,9 @@ class ScoreConfig(Config):
     @model_validator(mode="after")
     def _check_stride(self) -> "ScoreConfig":
         if self.short_context is None and self.short_stride is not None:
-            raise ValueError("short_stride needs short_context")
+            raise ValueError("--short_stride needs --short_context")
         if self.short_context and self.short_stride and self.short_stride >= self.short_context:
-            raise ValueError("short_stride must be smaller than short_context, or tokens would have no context")
+            raise ValueError("--short_stride must be smaller than --short_context, or tokens would have no context")
         return self
 
 
@@ -106,9 +106,9 @@ class HeadsConfig(Config):
     @model_validator(mode="after")
     def _check_offsets(self) -> "HeadsConfig":
         if not self.offsets or self.offsets[0] != 1 or list(self.offsets) != sorted(set(self.offsets)):
-            raise ValueError("offsets must start with 1 and increase, for example [1,2,3,4]")
+            raise ValueError("--heads.offsets must start with 1 and increase, for example [1,2,3,4]")
         if self.coefficients is not None and len(self.coefficients) != len(self.offsets):
-            raise ValueError(f"coefficients needs {len(self.offsets)} entries, one for each offset")
+            raise ValueError(f"--heads.coefficients needs {len(self.offsets)} entries, one for each offset")
         return self
 
     @property
@@ -162,7 +162,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _check_offsets(self) -> "TrainConfig":
         if self.heads.offsets[-1] >= self.sequence_length:
-            raise ValueError("sequence_length must be larger than the largest offset")
+            raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
         return self
 
 

@@ -146,12 +146,14 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         content: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
         digest = content.pop("digest", None)
         found = content.get("format_version")
         if found != FORMAT_VERSION:
             raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
         manifest = Manifest.model_validate(content)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
     if digest != manifest.digest:

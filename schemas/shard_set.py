@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,25 +74,35 @@ class ShardSet:
             raise UserError(f"{file}: missing or altered; restore it or rewrite the set")
         return from_table(pq.read_table(file))
 
-    def verify(self) -> Iterator[tuple[str, UserError | None]]:
-        """Check every shard against the manifest, byte by byte and by its Arrow schema; yield each with its error."""
-        schema = shard_schema(tuple(self.manifest.columns))
-        for shard in self.manifest.shards:
-            yield shard.name, self._verify_shard(shard.name, shard.sha256, schema)
-        if self.manifest.columns:
-            try:
-                self.value_counts()
-                yield STATISTICS, None
-            except UserError as error:
-                yield STATISTICS, error
 
-    def _verify_shard(self, name: str, sha256: str, schema: pa.Schema) -> UserError | None:
-        file = self.path / name
-        if sha256_file(file) != sha256:
-            return UserError(f"{file}: content differs from the manifest (sha256); restore it or rewrite the set")
-        if not pq.read_schema(file).equals(schema):
-            return UserError(f"{file}: columns differ from the manifest; restore it or rewrite the set")
-        return None
+class FileCheck(NamedTuple):
+    """What `verify` found about one file: its size in the manifest, and in one line what is wrong with it."""
+
+    name: str
+    bytes: int
+    fault: str | None
+
+
+def verify(path: Path, manifest: Manifest) -> Iterator[FileCheck]:
+    """Compare every shard, and the statistics, with the manifest, byte by byte; go on after a fault."""
+    schema = shard_schema(tuple(manifest.columns))
+    for shard in manifest.shards:
+        fault = check_content(path / shard.name, shard.sha256)
+        if fault is None and not pq.read_schema(path / shard.name).equals(schema):
+            fault = f"{path / shard.name}: columns differ from the manifest"
+        yield FileCheck(shard.name, shard.bytes, fault)
+    if manifest.statistics_sha256 is not None:
+        yield FileCheck(STATISTICS, 0, check_content(path / STATISTICS, manifest.statistics_sha256))
+
+
+def check_content(file: Path, sha256: str) -> str | None:
+    """What is wrong with `file`, None when its SHA-256 is the one given."""
+    try:
+        return None if sha256_file(file) == sha256 else f"{file}: content differs from the manifest (sha256)"
+    except FileNotFoundError:
+        return f"{file}: missing"
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror})"
 
 
 def finish_shard_set(output: Path, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:

@@ -1,0 +1,175 @@
+"""What a score costs on disk: bytes per token and column of the shard format, against plain Parquet.
+
+    .venv/bin/python benchmarks/storage.py [--set SCORED_SET] [--tokens 500000]
+
+Without --set the scores are real token losses: a small Llama is trained on the Python standard library,
+and scores it halfway and at the end. The last column of numbers is the entropy of the float16 values, taken one by
+one: no code that treats tokens independently needs fewer bytes.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data.python_library import documentation, sources
+from schemas.shard_set import ShardSet
+from schemas.shards import TOKEN_FIELDS, flat_values, list_column, list_lengths, shard_schema, write_shard
+
+VOCABULARY = 2048
+LENGTH = 256
+BATCH = 16
+STEPS = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", type=Path, help="scored shard set; default: scores are computed")
+    parser.add_argument("--tokens", type=int, default=500_000, help="how many tokens to measure with")
+    arguments = parser.parse_args()
+    table = table_of_set(arguments.set, arguments.tokens) if arguments.set else computed_table(arguments.tokens)
+    report(table)
+
+
+def table_of_set(path: Path, tokens: int) -> pa.Table:
+    """The first shards of a set, until they hold enough tokens."""
+    shard_set = ShardSet.open(path)
+    if not shard_set.manifest.columns:
+        raise SystemExit(f"{path}: has no score columns; add some with 'wmtp score'")
+    tables, held = [], 0
+    for index, shard in enumerate(shard_set.manifest.shards):
+        if held >= tokens:
+            break
+        tables.append(shard_set.read(index))
+        held += shard.tokens
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def computed_table(tokens: int) -> pa.Table:
+    """Token losses of a small Llama and their improvement over the second half of its training."""
+    texts = [text for documents in (documentation(), sources()) for _, text in documents]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[::5], VOCABULARY, show_progress=False)
+    ids = np.concatenate([encoding.ids for encoding in tokenizer.encode_batch(texts)]).astype(np.int32)
+    rows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    torch.manual_seed(0)
+    rows = rows[torch.randperm(len(rows)).numpy()]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    scored = rows[: tokens // LENGTH]
+    halfway, final = (token_losses(model, scored) for _ in train_in_two_halves(model, rows))
+    lengths = np.full(len(scored), LENGTH)
+    columns = [
+        pa.array([f"row-{row}" for row in range(len(scored))]),
+        pa.array(np.zeros(len(scored), np.int64)),
+        list_column(scored.ravel(), lengths),
+        list_column(final.astype(np.float16), lengths),
+        list_column((halfway - final).astype(np.float16), lengths),
+    ]
+    return pa.table(columns, schema=shard_schema(("loss_reference", "excess_loss")))
+
+
+def train_in_two_halves(model: LlamaForCausalLM, rows: np.ndarray) -> Iterator[None]:
+    """Train for `STEPS` steps; yield halfway and at the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(1, STEPS + 1):
+        first = step * BATCH % (len(rows) - BATCH)
+        batch = torch.from_numpy(rows[first : first + BATCH]).long()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (STEPS // 2, STEPS):
+            yield
+
+
+@torch.inference_mode()
+def token_losses(model: LlamaForCausalLM, rows: np.ndarray) -> np.ndarray:
+    """Loss of every token in nats, rows one after the other, float32; NaN at the start of each row."""
+    losses = np.full(rows.shape, np.nan, np.float32)
+    for first in range(0, len(rows), BATCH):
+        batch = torch.from_numpy(rows[first : first + BATCH]).long()
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        losses[first : first + BATCH, 1:] = loss.numpy()
+    return losses.ravel()
+
+
+def as_float32(table: pa.Table) -> pa.Table:
+    """The same scores as plain float32 lists."""
+    scores = table.column_names[len(TOKEN_FIELDS) :]
+    fields = [*TOKEN_FIELDS, *(pa.field(name, pa.list_(pa.float32())) for name in scores)]
+    lengths = list_lengths(table["input_ids"])
+    columns = [list_column(flat_values(table[name]).astype(np.float32), lengths) for name in scores]
+    return pa.table([*(table[field.name] for field in TOKEN_FIELDS), *columns], schema=pa.schema(fields))
+
+
+def bits_of_entropy(values: np.ndarray) -> float:
+    """Entropy of the distribution of float16 values, in bits per value."""
+    counts = np.bincount(values.view(np.uint16))
+    shares = counts[counts > 0] / len(values)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def report(table: pa.Table) -> None:
+    """Write and read the table in every format and print what each costs."""
+    names = table.column_names[len(TOKEN_FIELDS) :]
+    tokens = len(flat_values(table["input_ids"]))
+    wide = as_float32(table)
+    formats: dict[str, Callable[[Path], object]] = {
+        "float32, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(wide, path),
+        "float32, zstd": lambda path: pq.write_table(wide, path, compression="zstd", use_dictionary=False),
+        "float16, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(table, path),
+        "float16, zstd": lambda path: pq.write_table(table, path, compression="zstd", use_dictionary=False),
+        "shard: float16, BYTE_STREAM_SPLIT, zstd": lambda path: write_shard(path, table),
+    }
+    bound = float(np.mean([bits_of_entropy(flat_values(table[name])) for name in names])) / 8
+    title = f"{tokens:,} tokens, columns {', '.join(names)}"
+    result = Table("format", "bytes per token and column", "of the shard", "of the bound", title=title)
+    result.add_column("write Mtok/s", justify="right")
+    result.add_column("read Mtok/s", justify="right")
+    with tempfile.TemporaryDirectory() as directory:
+        measured = {name: measure(Path(directory) / "x", write, names, tokens) for name, write in formats.items()}
+    shard = list(measured.values())[-1][0]
+    for name, (size, write_rate, read_rate) in measured.items():
+        result.add_row(
+            name, f"{size:.3f}", f"{size / shard:.2f}", f"{size / bound:.2f}", f"{write_rate:.0f}", f"{read_rate:.0f}"
+        )
+    result.add_row("entropy bound of float16", f"{bound:.3f}", f"{bound / shard:.2f}", "1.00", "", "")
+    result.caption = "write: all columns; read: the score columns, one thread, file in memory"
+    Console(width=130).print(result)
+
+
+def measure(path: Path, write: Callable[[Path], object], names: list[str], tokens: int) -> tuple[float, float, float]:
+    """Bytes per token and score column, and write and read throughput in millions of tokens per second."""
+    start = time.perf_counter()
+    write(path)
+    written = time.perf_counter()
+    pq.read_table(path, columns=names, use_threads=False)
+    read = time.perf_counter()
+    metadata = pq.read_metadata(path)
+    size = 0
+    for group in range(metadata.num_row_groups):
+        chunks = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
+        size += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)
+    return size / tokens / len(names), tokens / (written - start) / 1e6, tokens / (read - written) / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The command `wmtp`: one subcommand for each module of this package that has a `run(config)`.
+
+Flags, YAML keys and help texts all come from the pydantic models in `schemas.configs`. Every mistake a user can make
+ends in one line on stderr: exit status 2 for wrong usage, 1 for everything else that is not a bug.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import warnings
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from pydantic import ValidationError
+
+from pipelines.usage import POSITIONAL, one_line, reason_of, usage_sentence
+from schemas.configs import (
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    InspectConfig,
+    PrepareConfig,
+    ScoreConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from schemas.errors import UserError
+
+COMMANDS: dict[str, type[Config]] = {
+    "prepare": PrepareConfig,
+    "score": ScoreConfig,
+    "inspect": InspectConfig,
+    "verify": VerifyConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "demo": DemoConfig,
+}
+EXAMPLES = """examples:
+  wmtp score --input corpus --output scored --reference small-model --short_context 512
+  wmtp train --input scored --model big-model --output run --weights.preset dense
+
+Every command takes its settings from --config run.yaml too; flags override the file.
+"""
+DEBUG_HELP = "show tracebacks and what libraries log (or set WMTP_DEBUG=1)"
+QUIET = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+REMEDIES = {
+    errno.ENOSPC: "free some space and rerun the same command",
+    errno.EDQUOT: "free some space and rerun the same command",
+    errno.EACCES: "change the permissions or choose another path",
+    errno.EPERM: "change the permissions or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file instead of a directory",
+    errno.ENOTDIR: "name a directory instead of a file",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((argument for argument in arguments if argument in COMMANDS), None)
+    name = f"wmtp {command}" if command else "wmtp"
+    try:
+        command, config = parse(arguments)
+        if not debugging():
+            quieten_libraries()
+        importlib.import_module(f"pipelines.{command}").run(config)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        resumable = command is not None and "output" in COMMANDS[command].model_fields
+        print(f"{name}: interrupted" + "; rerun the same command to finish it" * resumable, file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python must not try to flush the rest of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ArgumentError as error:
+        if debugging():
+            raise
+        status, sentence = 2, usage_sentence(error, command, COMMANDS)
+    except (UserError, OSError) as error:
+        if debugging():
+            raise
+        status, sentence = 1, describe(error)
+    print(f"{name}: error: {sentence}", file=sys.stderr)
+    return status
+
+
+def debugging() -> bool:
+    """Whether the user wants to see tracebacks and library logs."""
+    return os.environ.get("WMTP_DEBUG", "0") not in ("", "0")
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to this project's own output, here and in worker processes. Variables already set win."""
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    warnings.filterwarnings("ignore")
+
+
+def describe(error: Exception) -> str:
+    """One line that says what is wrong and what to do about it."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return one_line(str(error)) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = REMEDIES.get(error.errno, "rerun with --debug to see where it happened")
+    return f"{where}{error.strerror}; {remedy}"
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Config]:
+    """Turn the command line into the name of a command and its settings.
+
+    Raises:
+        ArgumentError: not a command line that `wmtp` understands, or settings that contradict each other.
+        SystemExit: after the output of --help, --version or --print_config.
+    """
+    namespace = build_parser().parse_args(arguments)
+    values = namespace[namespace.command].as_dict()
+    values.pop("config")
+    try:
+        return namespace.command, COMMANDS[namespace.command].model_validate(values)
+    except ValidationError as error:
+        raise ArgumentError(None, reason_of(error)) from error
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of `wmtp` with one subcommand for each entry of `COMMANDS`."""
+    root = new_parser(
+        prog="wmtp",
+        usage="wmtp COMMAND [options]",
+        description="Find out offline which tokens matter, then train on that.",
+        epilog=EXAMPLES,
+        version=version("weighted-mtp"),
+    )
+    subcommands = root.add_subcommands(
+        required=True, dest="command", title="commands", description="'wmtp COMMAND --help' explains one of them."
+    )
+    for name, config in COMMANDS.items():
+        subcommands.add_subcommand(name, command_parser(name, config), help=config.__doc__)
+    return root
+
+
+def command_parser(name: str, config: type[Config]) -> ArgumentParser:
+    """The parser of one command."""
+    positional = config.model_fields.get(POSITIONAL)
+    usage = f"wmtp {name} {POSITIONAL.upper()} [options]" if positional else f"wmtp {name} [options]"
+    parser = new_parser(usage=usage, description=config.__doc__)
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with settings")
+    if positional:
+        parser.add_argument(POSITIONAL, type=Path, metavar=POSITIONAL.upper(), help=positional.description)
+    parser.add_class_arguments(config, None, as_group=False, skip={POSITIONAL} if positional else set())
+    return parser
+
+
+def new_parser(**settings: Any) -> ArgumentParser:
+    """A parser that raises instead of exiting and does not guess at abbreviated flags."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=Formatter, **settings)
+    parser.add_argument("--debug", action=DebugAction, help=DEBUG_HELP)
+    return parser
+
+
+class DebugAction(argparse.Action):
+    """`--debug` sets WMTP_DEBUG=1, so that worker processes know it too."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, *_: object) -> None:
+        """Switch debugging on."""
+        os.environ["WMTP_DEBUG"] = "1"
+
+
+class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help with defaults but without Python types: choices and descriptions say more."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required and text:
+            return f"{text} (required)"
+        return text if action.default in (None, SUPPRESS, ()) else f"{text} (default: %(default)s)"

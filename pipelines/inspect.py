@@ -1,0 +1,229 @@
+"""`wmtp inspect`: what a shard set holds, and which tokens score highest and lowest, in their text."""
+
+import io
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from schemas.configs import InspectConfig
+from schemas.files import write_text
+from schemas.manifest import Column, Condition, Contrast, Manifest
+from schemas.shard_set import ShardSet
+from schemas.shards import TOKEN_FIELDS, flat_values, list_lengths
+
+TOKENS_BEFORE = 24
+TOKENS_AFTER = 8
+WIDTH = 140
+"""Columns of the report where there is no terminal to ask: in a pipe and on an HTML page."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """One token with its score and what stands around it."""
+
+    score: float
+    document_id: str
+    position: int
+    before: list[int]
+    token: int
+    after: list[int]
+
+
+def run(config: InspectConfig) -> None:
+    """Print the report, and write it as HTML where asked."""
+    shard_set = ShardSet.open(config.set)
+    report = build_report(shard_set, config.column, config.samples)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(report)
+    if config.html:
+        page = Console(record=True, width=WIDTH, file=io.StringIO())
+        page.print(report)
+        config.html.parent.mkdir(parents=True, exist_ok=True)
+        write_text(config.html, page.export_html())
+
+
+def build_report(shard_set: ShardSet, column: str | None, samples: int) -> RenderableType:
+    """Facts, columns, and sample tokens of a shard set.
+
+    Raises:
+        UserError: the set has no score column `column`, or one of its shards is damaged.
+    """
+    manifest = shard_set.manifest
+    parts: list[RenderableType] = [facts_table(shard_set), columns_table(shard_set)]
+    if column is not None:
+        shard_set.require_column(column)
+    column = column or default_column(manifest)
+    if samples and manifest.rows:
+        tokenizer = AutoTokenizer.from_pretrained(shard_set.tokenizer_path)
+        if column is None:
+            parts.append(sequences_table(shard_set, tokenizer, samples))
+        else:
+            highest, lowest = extremes(shard_set, column, samples)
+            parts.append(extremes_table(f"highest {column}", highest, tokenizer))
+            parts.append(extremes_table(f"lowest {column}", lowest, tokenizer))
+    return Group(*parts)
+
+
+def default_column(manifest: Manifest) -> str | None:
+    """The first contrast, else the first column, else None."""
+    contrasts = [name for name, column in manifest.columns.items() if isinstance(column.origin, Contrast)]
+    return next(iter([*contrasts, *manifest.columns]), None)
+
+
+def facts_table(shard_set: ShardSet) -> Table:
+    """What the manifest says about the set as a whole."""
+    manifest, corpus, tokenizer = shard_set.manifest, shard_set.manifest.corpus, shard_set.manifest.tokenizer
+    size = sum(shard.bytes for shard in manifest.shards)
+    added = [name for name, adds in (("BOS", corpus.adds_bos), ("EOS", corpus.adds_eos)) if adds]
+    facts = {
+        "corpus": f"{corpus.input} (field {corpus.text_field})",
+        "documents": f"{corpus.documents:,}, and {corpus.rejects:,} rejected",
+        "tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]})",
+        "added": " and ".join(added) or "neither BOS nor EOS",
+        "sequences": f"{manifest.rows:,} of at most {corpus.max_length:,} tokens",
+        "tokens": f"{manifest.tokens:,}",
+        "shards": f"{len(manifest.shards):,}",
+        "bytes": f"{size:,}" + (f" ({size / manifest.tokens:.2f} per token)" if manifest.tokens else ""),
+        "derived from": manifest.derived_from[:12] if manifest.derived_from else "a corpus",
+        "digest": manifest.digest[:12],
+        "written by": manifest.created_by,
+    }
+    table = Table(title=str(shard_set.path), show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def columns_table(shard_set: ShardSet) -> Table:
+    """One row for each list column: what it is, what it costs and how its values are distributed."""
+    manifest = shard_set.manifest
+    table = Table(title="columns", title_justify="left")
+    table.add_column("column")
+    table.add_column("origin", overflow="fold")
+    for name in ("B/token", "missing", "mean", "std", "1 %", "50 %", "99 %"):
+        table.add_column(name, justify="right")
+    cost = {name: f"{size / max(manifest.tokens, 1):.2f}" for name, size in column_bytes(shard_set).items()}
+    table.add_row("input_ids", "the corpus", cost["input_ids"])
+    for name, column in manifest.columns.items():
+        table.add_row(name, Text(describe_origin(column)), cost[name], *describe_statistics(column))
+    return table
+
+
+def describe_origin(column: Column) -> str:
+    """A column's condition or contrast in one line."""
+    origin = column.origin
+    if isinstance(origin, Condition):
+        window = f"windows of {origin.window.size} every {origin.window.stride}" if origin.window else "full context"
+        return f"{origin.model}, {window}, {origin.dtype}, {origin.engine} {origin.engine_version}"
+    return f"{origin.minuend} - {origin.subtrahend}"
+
+
+def describe_statistics(column: Column) -> list[str]:
+    """Missing, mean, standard deviation and three quantiles of a column."""
+    statistics = column.statistics
+    numbers = [statistics.mean, statistics.std, *(statistics.quantiles.get(q) for q in ("0.01", "0.5", "0.99"))]
+    return [f"{statistics.missing:,}", *("-" if number is None else f"{number:.3f}" for number in numbers)]
+
+
+def column_bytes(shard_set: ShardSet) -> dict[str, int]:
+    """Compressed size of each column over all shards, in bytes, from the Parquet footers."""
+    sizes = dict.fromkeys([*(f.name for f in TOKEN_FIELDS), *shard_set.manifest.columns], 0)
+    for shard in shard_set.manifest.shards:
+        metadata = pq.read_metadata(shard_set.path / shard.name)
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                chunk = metadata.row_group(group).column(index)
+                sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+    return sizes
+
+
+def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredToken], list[ScoredToken]]:
+    """The `count` highest and the `count` lowest scoring tokens, the most extreme first; of equals the first.
+
+    Row groups are read one after the other, so memory does not grow with the set. Tokens without a score never count.
+    """
+    highest: list[ScoredToken] = []
+    lowest: list[ScoredToken] = []
+    with tqdm(total=shard_set.manifest.tokens, unit="tok", unit_scale=True, desc=column, leave=False) as progress:
+        for index, shard in enumerate(shard_set.manifest.shards):
+            for group in range(shard.row_groups):
+                table = shard_set.read(index, ["document_id", "start", "input_ids", column], group)
+                scores = flat_values(table[column]).astype(np.float32)
+                scored = np.flatnonzero(np.isfinite(scores))
+                ascending = scored[np.argsort(scores[scored], kind="stable")]
+                descending = scored[np.argsort(-scores[scored], kind="stable")]
+                lowest += [locate(table, column, int(entry)) for entry in ascending[:count]]
+                highest += [locate(table, column, int(entry)) for entry in descending[:count]]
+                lowest = sorted(lowest, key=lambda token: token.score)[:count]
+                highest = sorted(highest, key=lambda token: -token.score)[:count]
+                progress.update(len(scores))
+    return highest, lowest
+
+
+def locate(table: pa.Table, column: str, entry: int) -> ScoredToken:
+    """The token at index `entry` of the concatenated lists of a row group."""
+    ends = np.cumsum(list_lengths(table["input_ids"]))
+    row = int(np.searchsorted(ends, entry, side="right"))
+    ids = table["input_ids"][row].as_py()
+    at = entry - (int(ends[row]) - len(ids))
+    return ScoredToken(
+        score=float(table[column][row][at].as_py()),
+        document_id=table["document_id"][row].as_py(),
+        position=table["start"][row].as_py() + at,
+        before=ids[max(0, at - TOKENS_BEFORE) : at],
+        token=ids[at],
+        after=ids[at + 1 : at + 1 + TOKENS_AFTER],
+    )
+
+
+def extremes_table(title: str, tokens: list[ScoredToken], tokenizer: Any) -> Table:
+    """One row for each token: score, place and the text around it with the token marked."""
+    table = Table("score", "document", "token", "text", title=title, title_justify="left")
+    for token in tokens:
+        before, marked, after = split_text(tokenizer, token)
+        text = Text.assemble(before, ("»" + marked + "«", "bold reverse"), after, overflow="fold")
+        table.add_row(f"{token.score:.3f}", Text(token.document_id, overflow="fold"), str(token.position), text)
+    if not tokens:
+        table.caption = "no token has a score"
+    return table
+
+
+def sequences_table(shard_set: ShardSet, tokenizer: Any, samples: int) -> Table:
+    """The beginnings of some sequences, spread evenly over the set."""
+    table = Table("document", "start", "tokens", "text", title="sequences", title_justify="left")
+    ends = np.cumsum([shard.rows for shard in shard_set.manifest.shards])
+    for row in np.unique(np.linspace(0, shard_set.manifest.rows - 1, samples).astype(int)):
+        shard = int(np.searchsorted(ends, row, side="right"))
+        held = shard_set.manifest.shards[shard].rows
+        line = shard_set.read(shard).slice(int(row - (ends[shard] - held)), 1).to_pylist()[0]
+        text = printable(decode(tokenizer, line["input_ids"][: TOKENS_BEFORE + TOKENS_AFTER]))
+        table.add_row(Text(line["document_id"]), str(line["start"]), str(len(line["input_ids"])), Text(text))
+    return table
+
+
+def split_text(tokenizer: Any, token: ScoredToken) -> tuple[str, str, str]:
+    """Text before the token, of the token and after it. Some tokenizers decode a token differently at the start."""
+    before = decode(tokenizer, token.before)
+    until = decode(tokenizer, [*token.before, token.token])
+    whole = decode(tokenizer, [*token.before, token.token, *token.after])
+    marked = until[len(before) :] if until.startswith(before) else decode(tokenizer, [token.token])
+    after = whole[len(until) :] if whole.startswith(until) else decode(tokenizer, token.after)
+    return printable(before), printable(marked), printable(after)
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of token ids exactly as it was, special tokens included."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with line breaks and other control characters escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

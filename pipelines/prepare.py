@@ -1,0 +1,134 @@
+"""`wmtp prepare`: a corpus to token shards.
+
+The result depends on the corpus and the settings alone, not on the number of workers. A run that does not end well
+leaves nothing behind; one that was killed starts over when it is repeated.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from schemas.configs import PrepareConfig
+from schemas.errors import UserError
+from schemas.files import claim_output
+from schemas.fingerprints import digest_json
+from schemas.manifest import CorpusInfo, Manifest
+from schemas.shard_set import REJECTS, TOKENIZER, ShardSet, finish_shard_set, is_finished
+from scoring.corpus import find_sources
+from scoring.pool import map_in_order
+from scoring.prepare import Tally, write_shards
+from scoring.readers import read_batches
+from scoring.tokenization import BatchEncoder, EncodedBatch
+from scoring.tokenizer import choose_added_tokens, describe_tokenizer, ids_around, load_tokenizer
+
+
+def run(config: PrepareConfig) -> ShardSet:
+    """Tokenise a corpus.
+
+    Raises:
+        UserError: the corpus, the tokenizer or the output is not as it must be.
+    """
+    started = time.monotonic()
+    tokenizer = load_tokenizer(config.tokenizer)
+    info = describe_tokenizer(tokenizer, config.tokenizer)
+    added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
+    sources = find_sources(config)
+    settings = config.model_dump(mode="json", exclude={"tokenizer", "output", "workers"})
+    described = [source.describe() for source in sources]
+    request = json.dumps(
+        {
+            "command": "prepare",
+            **settings,
+            "tokenizer": info.fingerprint,
+            "added": added._asdict(),
+            "sources": described,
+        },
+        indent=2,
+    )
+    if is_finished(config.output):
+        return already_complete(config, request)
+    if claim_output(config.output, request):
+        shutil.rmtree(config.output)
+        claim_output(config.output, request)
+    try:
+        tokenizer.save_pretrained(config.output / TOKENIZER)
+        prefix, suffix = ids_around(tokenizer, added)
+        encoder = BatchEncoder(tokenizer, prefix, suffix, config.max_length, config.text_field, config.id_field)
+        workers = config.workers or len(os.sched_getaffinity(0))
+        encoded = map_in_order(encoder, read_batches(sources, config), workers, "scoring.tokenization")
+        entries, tally = write_shards(config.output, with_progress(encoded), config.shard_tokens)
+        manifest = Manifest(
+            corpus=CorpusInfo(
+                input=config.input,
+                text_field=config.text_field,
+                max_length=config.max_length,
+                adds_bos=added.bos,
+                adds_eos=added.eos,
+                documents=tally.documents,
+                rejects=tally.rejected,
+            ),
+            tokenizer=info,
+            shards=entries,
+            request=digest_json(json.loads(request)),
+        )
+        prepared = finish_shard_set(config.output, manifest, {})
+    except BaseException:
+        # Nothing here can be continued, and the claim would refuse the settings that the user corrects next.
+        shutil.rmtree(config.output, ignore_errors=True)
+        raise
+    print_summary(prepared, tally, time.monotonic() - started)
+    return prepared
+
+
+def already_complete(config: PrepareConfig, request: str) -> ShardSet:
+    """Report a finished run; UserError if it answers another request."""
+    prepared = ShardSet.open(config.output)
+    if prepared.manifest.request != digest_json(json.loads(request)):
+        raise UserError(
+            f"--output {config.output}: holds a shard set of another corpus or other settings; "
+            "choose another or remove it"
+        )
+    print(f"{config.output} is already complete: {prepared.manifest.tokens:,} tokens")
+    return prepared
+
+
+def with_progress(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
+    """Show documents, tokens and tokens per second on the way."""
+    documents = 0
+    with tqdm(unit="tok", unit_scale=True, desc="prepare") as bar:
+        for batch in batches:
+            documents += batch.documents
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(batch.tokens)
+            yield batch
+
+
+def print_summary(prepared: ShardSet, tally: Tally, seconds: float) -> None:
+    """Print what was written and the next command."""
+    manifest = prepared.manifest
+    size = sum(shard.bytes for shard in manifest.shards)
+    table = Table(title=escape(str(prepared.path)), show_header=False, title_justify="left")
+    table.add_row("documents", f"{tally.documents:,}")
+    table.add_row("sequences", f"{tally.sequences:,} of at most {manifest.corpus.max_length:,} tokens")
+    table.add_row("tokens", f"{tally.tokens:,} ({tally.text_bytes / tally.tokens:.2f} bytes of text each)")
+    table.add_row("shards", f"{len(manifest.shards):,} ({size / tally.tokens:.2f} bytes/token on disk)")
+    table.add_row(
+        "BOS, EOS",
+        ", ".join("added" if a else "not added" for a in (manifest.corpus.adds_bos, manifest.corpus.adds_eos)),
+    )
+    table.add_row(
+        "rejected rows", f"{tally.rejected:,}" + (escape(f", see {prepared.path / REJECTS}") if tally.rejected else "")
+    )
+    for kind, count in sorted(tally.rejects.items(), key=lambda item: -item[1])[:5]:
+        table.add_row("", escape(f"{count:,} x {kind}"))
+    table.add_row("time", f"{seconds:,.1f} s, {tally.tokens / seconds:,.0f} tokens/s")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"next: wmtp score --input {prepared.path} --output SCORED --reference MODEL", markup=False)

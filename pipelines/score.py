@@ -1,0 +1,184 @@
+"""`wmtp score`: token shards to scored shards.
+
+Everything that can be wrong with the input is checked before an engine starts. A run that stops is continued by the
+same command; a run that is finished is left alone.
+"""
+
+import json
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+import torch
+from tqdm import tqdm
+
+from pipelines.score_summary import print_summary
+from schemas.configs import ScoreConfig
+from schemas.errors import UserError
+from schemas.files import claim_output
+from schemas.fingerprints import digest_json
+from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
+from schemas.shard_set import TOKENIZER, ShardSet, finish_shard_set, is_finished
+from schemas.shards import list_lengths
+from schemas.value_counts import ValueCounts
+from scoring.conditions import ScoringPlan, plan_columns
+from scoring.engines import EngineConfig, choose_engine, engine_version, runs_on_gpu
+from scoring.job import Workers, check_resources, ray_session, score_shards
+from scoring.models import check_length, check_model
+from scoring.scorer import ScoringTask, read_part
+from scoring.windows import make_window
+
+
+def run(config: ScoreConfig) -> ShardSet:
+    """Score a shard set.
+
+    Raises:
+        UserError: the input, a model, the output or the machine is not as it must be.
+    """
+    started = time.monotonic()
+    source = open_unscored(config.input)
+    plan = plan_run(config, source)
+    longest = longest_sequence(source, plan)
+    check_length(plan.models, longest)
+    engine = choose_engine(config.engine)
+    with ExitStack() as stack:
+        if config.ray_address:
+            stack.enter_context(ray_session(config.ray_address))
+        workers = Workers.plan(config.workers, count_gpus() if runs_on_gpu(engine) else 0)
+        engine_config = EngineConfig(
+            name=engine,
+            dtype=("bfloat16" if workers.gpu_share else "float32") if config.dtype == "auto" else config.dtype,
+            batch_tokens=config.batch_tokens,
+            max_length=longest,
+            threads=max(1, len(os.sched_getaffinity(0)) // workers.count),
+            gpu_share=workers.gpu_share,
+            models=len(plan.models),
+        )
+        origins = column_origins(plan, engine_config)
+        request = describe_request(source, origins)
+        if is_finished(config.output):
+            return already_complete(config.output, request)
+        claim_output(config.output, request)
+        shutil.copytree(source.tokenizer_path, config.output / TOKENIZER, dirs_exist_ok=True)
+        task = ScoringTask(
+            source=config.input.resolve(),
+            output=config.output.resolve(),
+            plan=plan,
+            engine=engine_config,
+            bos_token_id=source.manifest.tokenizer.bos_token_id,
+        )
+        scored_tokens, resumed = score_missing(task, source.manifest.shards, workers)
+    scored = finish(config.output, source, origins, request)
+    print_summary(scored, scored_tokens, resumed, time.monotonic() - started)
+    return scored
+
+
+def open_unscored(path: Path) -> ShardSet:
+    """Open the input and check that it is a token shard set."""
+    source = ShardSet.open(path)
+    if source.manifest.columns:
+        held = ", ".join(source.manifest.columns)
+        raise UserError(f"--input {path}: is scored already ({held}); score the unscored set it was derived from")
+    return source
+
+
+def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
+    """Find and check the models, and plan the columns they give."""
+    tokenizer = source.manifest.tokenizer
+    reference = check_model(config.reference, "--reference", tokenizer)
+    base = check_model(config.base, "--base", tokenizer) if config.base else None
+    window = make_window(config.short_context, config.short_stride) if config.short_context else None
+    return plan_columns(reference, base, window)
+
+
+def longest_sequence(source: ShardSet, plan: ScoringPlan) -> int:
+    """Tokens in the longest sequence; the corpus's `max_length` stands in where every model can read as much."""
+    bound = source.manifest.corpus.max_length
+    if all(model.max_length is None or model.max_length >= bound for model in plan.models):
+        return bound
+    shards = range(len(source.manifest.shards))
+    return max((int(list_lengths(source.read(i, ["input_ids"])["input_ids"]).max()) for i in shards), default=0)
+
+
+def count_gpus() -> int:
+    """GPUs of the connected Ray cluster, or of this machine."""
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
+
+
+def column_origins(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Condition | Contrast]:
+    """What the manifest says about the origin of each column."""
+    conditions = {
+        name: Condition(
+            model=loss.model.name,
+            fingerprint=loss.model.fingerprint,
+            dtype=engine.dtype,
+            engine=engine.name,
+            engine_version=engine_version(engine.name),
+            window=loss.window,
+        )
+        for name, loss in plan.losses.items()
+    }
+    return conditions | plan.contrasts
+
+
+def describe_request(source: ShardSet, origins: dict[str, Condition | Contrast]) -> str:
+    """What is asked for, as JSON: the input's digest and the columns. Where models lie and how fast does not matter."""
+    columns = {name: origin.model_dump(mode="json", exclude={"model"}) for name, origin in origins.items()}
+    return json.dumps({"command": "score", "input": source.manifest.digest, "columns": columns}, indent=2)
+
+
+def already_complete(output: Path, request: str) -> ShardSet:
+    """Report a finished run; UserError if it answers another request."""
+    scored = ShardSet.open(output)
+    if scored.manifest.request != digest_json(json.loads(request)):
+        raise UserError(f"--output {output}: holds a shard set with other settings; choose another or remove it")
+    print(f"{output} is already complete: {scored.manifest.tokens:,} tokens, {', '.join(scored.manifest.columns)}")
+    return scored
+
+
+def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers) -> tuple[int, int]:
+    """Score the shards that are not done yet.
+
+    Returns:
+        Tokens scored by this run, and how many shards were done before.
+    """
+    missing = [shard for shard in shards if read_part(task.output, shard.name) is None]
+    tokens, total = sum(shard.tokens for shard in missing), sum(shard.tokens for shard in shards)
+    resumed = done = len(shards) - len(missing)
+    if not missing:
+        return 0, resumed
+    workers = Workers(min(workers.count, len(missing)), workers.gpu_share)
+    with tqdm(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
+        bar.set_postfix_str(f"{done}/{len(shards)} shards")
+        with ray_session(None, workers):
+            check_resources(workers)
+            for scored in score_shards(task, missing, workers):
+                done += 1
+                bar.update(scored)
+                bar.set_postfix_str(f"{done}/{len(shards)} shards")
+    return tokens, resumed
+
+
+def finish(output: Path, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
+    """Put the parts together: manifest and statistics of a set whose shards are all there."""
+    entries: list[ShardEntry] = []
+    counts = {name: ValueCounts() for name in origins}
+    for shard in source.manifest.shards:
+        part = read_part(output, shard.name)
+        assert part is not None
+        entries.append(part[0])
+        for name, part_counts in part[1].items():
+            counts[name].merge(part_counts)
+    columns = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
+    manifest = Manifest(
+        corpus=source.manifest.corpus,
+        tokenizer=source.manifest.tokenizer,
+        columns=columns,
+        shards=entries,
+        derived_from=source.manifest.digest,
+        request=digest_json(json.loads(request)),
+    )
+    return finish_shard_set(output, manifest, counts)

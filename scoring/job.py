@@ -1,0 +1,146 @@
+"""The Ray job: shards are work units, workers are actors that hold the engines and write what they score.
+
+Units are fixed and their files deterministic, so doing one twice is harmless and a rerun does only what is missing.
+Only the outcome of a unit travels back to the driver.
+"""
+
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from schemas.errors import UserError
+from schemas.manifest import ShardEntry
+from schemas.shards import first_line
+from scoring.scorer import ScoringTask, ShardScorer
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # on cores shared with anything else, spinning threads cost a factor of five
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers run in this environment however the driver was started
+}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers a job has and the share of a GPU that each of them holds; 0 on the CPU."""
+
+    count: int
+    gpu_share: float
+
+    @classmethod
+    def plan(cls, wanted: int, gpus: int) -> "Workers":
+        """Place `wanted` workers, or by default one per GPU or one on the CPU, evenly on the GPUs."""
+        count = wanted or gpus or 1
+        return cls(count, 1 / -(-count // gpus) if gpus else 0.0)
+
+
+class UnitScorer:
+    """The Ray actor: scores the units it is given.
+
+    Failures are returned, not raised: Ray would retry them, wrap them, and print pages.
+    """
+
+    def __init__(self, task: ScoringTask) -> None:
+        self.task = task
+        self.scorer: ShardScorer | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Score the one shard in `batch` and say what went wrong, if anything did."""
+        shard = ShardEntry.model_validate_json(batch["shard"][0])
+        failure: dict[str, Any] = {"error": "", "traceback": ""}
+        try:
+            self.scorer = self.scorer or ShardScorer(self.task)
+            self.scorer.score(shard)
+        except Exception as error:
+            failure = {"error": describe(error, shard.name), "traceback": traceback.format_exc()}
+        return {name: [value] for name, value in {"tokens": shard.tokens, **failure}.items()}
+
+
+def describe(error: Exception, shard: str) -> str:
+    """One line about a failure; what UserError says stays as it is."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"scoring {shard} failed: {type(error).__name__}: {first_line(error)}"
+
+
+def score_shards(task: ScoringTask, shards: list[ShardEntry], workers: Workers) -> Iterator[int]:
+    """Score `shards` on the connected Ray cluster; yield the number of tokens of each as it is finished.
+
+    Raises:
+        UserError: what a worker failed with, in one line.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A row for each shard in a block of its own: blocks are what Ray hands to actors.
+    rows = [{"shard": shard.model_dump_json()} for shard in shards]
+    with warnings.catch_warnings(action="ignore"):  # of max_restarts, which has no other place yet
+        outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            UnitScorer,
+            fn_constructor_args=(task,),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=workers.count),
+            num_cpus=1,
+            num_gpus=workers.gpu_share,
+            max_restarts=0,  # Ray Data's default restarts a worker that dies for ever
+        )
+    try:
+        for outcome in outcomes.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            for tokens, error, trace in zip(outcome["tokens"], outcome["error"], outcome["traceback"], strict=True):
+                if error:
+                    raise UserError(str(error)) from RuntimeError(str(trace))
+                yield int(tokens)
+    except RayError as error:
+        raise UserError(
+            f"a scoring worker was lost ({type(error).__name__}: {first_line(error)}); if memory ran out, lower "
+            "--batch_tokens or --workers; rerunning the same command continues"
+        ) from error
+
+
+@contextmanager
+def ray_session(address: str | None, workers: Workers | None = None) -> Iterator[None]:
+    """Connect to the Ray cluster at `address`, or run Ray on this machine; shut down at the end what was started.
+
+    Raises:
+        UserError: no cluster at `address`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.update(ENVIRONMENT | os.environ)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            cpus = workers.count + 1 if workers else 2
+            # One CPU more than the workers hold: Ray Data's own tasks need one, or the job waits for ever.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
+        raise UserError(f"{where} ({first_line(error)})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(workers: Workers) -> None:
+    """Raise UserError where the connected cluster cannot place all workers, instead of waiting for ever."""
+    free = ray.available_resources()
+    needed = {"CPU": workers.count + 1, "GPU": int(np.ceil(workers.count * workers.gpu_share))}
+    for resource, amount in needed.items():
+        if free.get(resource, 0) < amount:
+            raise UserError(
+                f"--workers {workers.count}: needs {amount} {resource}s, the Ray cluster has "
+                f"{free.get(resource, 0):g} free; lower --workers or add nodes"
+            )

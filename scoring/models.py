@@ -1,0 +1,108 @@
+"""Finding a scoring model and checking, before any work starts, that it can score a corpus."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from schemas.errors import UserError
+from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
+from schemas.manifest import TokenizerInfo
+from schemas.shards import first_line
+
+CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """A checkpoint that passed the checks.
+
+    Attributes:
+        name: what the user called it.
+        directory: absolute path of the files.
+        fingerprint: identity of weights and config.
+        max_length: longest sequence the model can read, None where it has no limit.
+    """
+
+    name: str
+    directory: Path
+    fingerprint: str
+    max_length: int | None
+
+
+def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
+    """Resolve a directory or Hugging Face id and check it against the corpus's tokenizer; downloads if need be.
+
+    Args:
+        name: directory or id.
+        flag: the command line's flag for this model, for messages.
+
+    Raises:
+        UserError: not found, not a causal language model, no weights, or another tokenizer than the corpus.
+    """
+    logging.set_verbosity_error()
+    directory = find_checkpoint(name, flag)
+    fingerprint = model_fingerprint(directory)
+    config = load_config(directory, f"{flag} {name}")
+    check_tokenizer(directory, f"{flag} {name}", tokenizer)
+    text_config = config.get_text_config()
+    if text_config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"{flag} {name}: has {text_config.vocab_size} token ids, the corpus's tokenizer has "
+            f"{tokenizer.vocab_size}; use a model made for this tokenizer"
+        )
+    return ScoringModel(name, directory, fingerprint, getattr(text_config, "max_position_embeddings", None))
+
+
+def find_checkpoint(name: str, flag: str) -> Path:
+    """Absolute path of a checkpoint directory, from the Hugging Face cache or hub if `name` is an id."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    try:
+        return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES)).resolve()
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name}: no such directory, and not available from the Hugging Face hub or its local cache; "
+            "check the name and the connection"
+        ) from error
+
+
+def load_config(directory: Path, name: str) -> Any:
+    """Config of a checkpoint that holds a causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: config.json cannot be read ({first_line(error)}); restore the checkpoint") from error
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    architectures = config.architectures or [causal]
+    if causal is None or causal not in architectures:
+        raise UserError(f"{name}: {architectures[0] or config.model_type} is not a causal language model; use one")
+    return config
+
+
+def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
+    """Raise UserError unless the checkpoint's tokenizer is the corpus's."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
+        raise UserError(f"{name}: has no usable tokenizer ({first_line(error)}); save the tokenizer with it") from error
+    if tokenizer_fingerprint(tokenizer) != corpus.fingerprint:
+        raise UserError(
+            f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses can only be compared "
+            "between models that share the corpus's tokenizer: use such a model, or prepare the corpus with this one's"
+        )
+
+
+def check_length(models: list[ScoringModel], longest: int) -> None:
+    """Raise UserError unless every model can read sequences of `longest` tokens."""
+    for model in models:
+        if model.max_length is not None and model.max_length < longest:
+            raise UserError(
+                f"{model.name}: reads at most {model.max_length} tokens, the corpus has a sequence of {longest}; "
+                f"rerun 'wmtp prepare' with --max_length {model.max_length}"
+            )

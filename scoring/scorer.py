@@ -1,0 +1,156 @@
+"""Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import UserError
+from schemas.files import PROGRESS, atomic_write
+from schemas.manifest import ShardEntry, Window
+from schemas.shards import flat_values, list_column, list_lengths, read_shard, write_shard
+from schemas.value_counts import ValueCounts, from_table, to_table
+from scoring.conditions import ScoringPlan
+from scoring.engines import Engine, EngineConfig, load_engine
+from scoring.windows import plan_windows, window_ids
+
+ENTRY_KEY = b"entry"
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """What a worker needs to know to score any shard of a set; both paths are absolute."""
+
+    source: Path
+    output: Path
+    plan: ScoringPlan
+    engine: EngineConfig
+    bos_token_id: int | None
+
+
+class ShardScorer:
+    """Scores shards with the engines of one worker, each model loaded once."""
+
+    def __init__(self, task: ScoringTask) -> None:
+        """Load the engines."""
+        self.task = task
+        self.engines: dict[str, Engine] = {}
+        for model in task.plan.models:
+            self.engines[model.fingerprint] = load_engine(model.directory, task.engine)
+
+    def score(self, shard: ShardEntry) -> None:
+        """Write the scored shard under the name of its source, then its part record.
+
+        The record is what makes a shard count as done, and it comes last: a run that is killed at any moment leaves
+        nothing that a rerun would trust wrongly.
+
+        Raises:
+            UserError: a damaged source shard, or a model that gives a token no finite loss.
+        """
+        source = self.task.source / shard.name
+        groups = [self._score_rows(read_shard(source, row_group=group)) for group in range(shard.row_groups)]
+        table = pa.concat_tables(groups)
+        entry = write_shard(self.task.output / shard.name, table)
+        counts = {name: ValueCounts() for name in self.task.plan.columns}
+        for name, column_counts in counts.items():
+            column_counts.add(flat_values(table[name]))
+        write_part(self.task.output, entry, counts)
+
+    def _score_rows(self, table: pa.Table) -> pa.Table:
+        """Append the score columns to the rows of one row group."""
+        lengths = list_lengths(table["input_ids"])
+        sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
+        losses = self._losses(sequences)
+        for name, values in losses.items():
+            model = self.task.plan.losses[name].model.name
+            check_losses(values, lengths, model, table["document_id"])
+        for name, contrast in self.task.plan.contrasts.items():
+            losses[name] = losses[contrast.minuend] - losses[contrast.subtrahend]
+        for name in self.task.plan.columns:
+            table = table.append_column(name, list_column(losses[name].astype(np.float16), lengths))
+        return table
+
+    def _losses(self, sequences: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Every loss column, float32, the sequences one after the other. One engine call for each model."""
+        losses: dict[str, np.ndarray] = {}
+        for fingerprint, engine in self.engines.items():
+            columns = {
+                name: loss.window
+                for name, loss in self.task.plan.losses.items()
+                if loss.model.fingerprint == fingerprint
+            }
+            by_window = losses_by_window(engine, sequences, set(columns.values()), self.task.bos_token_id)
+            losses |= {name: by_window[window] for name, window in columns.items()}
+        return {name: losses[name] for name in self.task.plan.losses}
+
+
+def losses_by_window(
+    engine: Engine, sequences: list[np.ndarray], windows: set[Window | None], bos_token_id: int | None
+) -> dict[Window | None, np.ndarray]:
+    """Token losses under the full context (key None, always computed) and under each short context.
+
+    Full sequences and windows go to the engine together, so that it can fill its batches.
+
+    Returns:
+        For each window a float32 array with the losses of all sequences, one after the other.
+    """
+    requests = list(sequences)
+    first_scored = [0] * len(sequences)
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).tolist()
+    # Where in the concatenation of all sequences the result of each further request belongs.
+    places: list[tuple[Window, int]] = []
+    for window in windows - {None}:
+        assert window is not None
+        for ids, offset in zip(sequences, offsets, strict=False):
+            for span in plan_windows(len(ids), window.size, window.stride):
+                requests.append(window_ids(ids, span, bos_token_id))
+                first_scored.append(span.first_scored - span.start)
+                places.append((window, offset + span.first_scored))
+    results = engine.token_losses(requests, first_scored)
+    full = np.concatenate(results[: len(sequences)])
+    losses: dict[Window | None, np.ndarray] = {window: full.copy() for window in windows} | {None: full}
+    for (window, place), result in zip(places, results[len(sequences) :], strict=True):
+        losses[window][place : place + len(result)] = result
+    return losses
+
+
+def check_losses(losses: np.ndarray, lengths: np.ndarray, model: str, document_ids: pa.ChunkedArray) -> None:
+    """Raise UserError if a token that has something before it has no finite loss."""
+    ends = np.cumsum(lengths)
+    bad = ~np.isfinite(losses)
+    bad[ends - lengths] = False
+    if bad.any():
+        position = int(np.argmax(bad))
+        row = int(np.searchsorted(ends, position, side="right"))
+        raise UserError(
+            f"{model}: gives token {position - int(ends[row] - lengths[row])} of a sequence of document "
+            f"'{document_ids[row].as_py()}' the loss {losses[position]}; try --dtype float32, or check the checkpoint"
+        )
+
+
+def part_path(output: Path, name: str) -> Path:
+    """Where the part record of shard `name` lies while the run is in progress."""
+    return output / PROGRESS / name
+
+
+def write_part(output: Path, entry: ShardEntry, counts: dict[str, ValueCounts]) -> None:
+    """Record that a shard is complete: its manifest entry and its value counts, as one Parquet file."""
+    table = to_table(counts).replace_schema_metadata({ENTRY_KEY: entry.model_dump_json()})
+    with atomic_write(part_path(output, entry.name)) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_part(output: Path, name: str) -> tuple[ShardEntry, dict[str, ValueCounts]] | None:
+    """Read a part record; None unless it is there and the shard has the recorded size."""
+    path = part_path(output, name)
+    if not path.exists():
+        return None
+    table = pq.read_table(path)
+    entry = ShardEntry.model_validate(json.loads(table.schema.metadata[ENTRY_KEY]))
+    shard = output / name
+    if not shard.exists() or shard.stat().st_size != entry.bytes:
+        return None
+    return entry, from_table(table)

@@ -1,0 +1,97 @@
+"""Fixtures shared by all tests. Everything is built here: no downloads."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from schemas.fingerprints import tokenizer_fingerprint
+from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from schemas.shard_set import TOKENIZER, ShardSet, finish_shard_set
+from schemas.shards import list_column, shard_name, write_shard
+from schemas.value_counts import ValueCounts
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved byte-level BPE tokenizer without merges: 256 byte tokens, `<s>` = 256, `</s>` = 257; adds neither itself.
+
+    The ids of the bytes follow the sorted byte-level alphabet, so they are a permutation of the byte values.
+    """
+    path = tmp_path_factory.mktemp("tokenizer")
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**vocab, "<s>": 256, "</s>": 257}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSet]:
+    """Write a finished shard set from token ids and scores of one's own, `rows_per_shard` sequences to a shard.
+
+    Columns named `loss_...` are said to come from a model, all others to be `loss_base - loss_reference`.
+    """
+
+    def make(
+        sequences: list[list[int]],
+        columns: dict[str, list[list[float]]] | None = None,
+        name: str = "set",
+        rows_per_shard: int = 2,
+    ) -> ShardSet:
+        path = tmp_path / name
+        shutil.copytree(tokenizer_dir, path / TOKENIZER)
+        scores = {column: [np.array(row, np.float16) for row in rows] for column, rows in (columns or {}).items()}
+        counts = {column: ValueCounts() for column in scores}
+        starts = range(0, len(sequences), rows_per_shard)
+        shards = []
+        for index, start in enumerate(starts):
+            rows = range(start, min(start + rows_per_shard, len(sequences)))
+            lengths = np.array([len(sequences[row]) for row in rows])
+            arrays = {
+                "document_id": pa.array([f"doc-{row}" for row in rows]),
+                "start": pa.array([0 for _ in rows], pa.int64()),
+                "input_ids": list_column(np.concatenate([np.array(sequences[r], np.int32) for r in rows]), lengths),
+            }
+            for column, values in scores.items():
+                flat = np.concatenate([values[row] for row in rows])
+                counts[column].add(flat)
+                arrays[column] = list_column(flat, lengths)
+            shards.append(write_shard(path / shard_name(index, len(starts)), pa.table(arrays)))
+        condition = Condition(model="m", fingerprint="f", dtype="float32", engine="transformers", engine_version="5")
+        contrast = Contrast(minuend="loss_base", subtrahend="loss_reference")
+        manifest = Manifest(
+            corpus=CorpusInfo(
+                input="corpus.jsonl",
+                text_field="text",
+                max_length=max(map(len, sequences)),
+                adds_bos=False,
+                adds_eos=False,
+                documents=len(sequences),
+                rejects=0,
+            ),
+            tokenizer=TokenizerInfo(
+                name="bytes",
+                fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(tokenizer_dir)),
+                vocab_size=258,
+                bos_token_id=256,
+                eos_token_id=257,
+            ),
+            columns={
+                column: Column(
+                    origin=condition if column.startswith("loss_") else contrast, statistics=counts[column].statistics()
+                )
+                for column in scores
+            },
+            shards=shards,
+            request="request",
+        )
+        return finish_shard_set(path, manifest, counts)
+
+    return make

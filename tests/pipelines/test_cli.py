@@ -1,0 +1,241 @@
+import errno
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pipelines
+from pipelines.cli import COMMANDS, main
+from schemas.configs import Config, ScoreConfig, TrainConfig
+from schemas.errors import UserError
+
+SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
+TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.pop("WMTP_DEBUG", None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Config], None]], None]:
+    """Put another `run` in the place of a command."""
+
+    def replace(name: str, run: Callable[[Config], None]) -> None:
+        module = types.ModuleType(f"pipelines.{name}")
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, f"pipelines.{name}", module)
+        monkeypatch.setattr(pipelines, name, module, raising=False)
+
+    return replace
+
+
+@pytest.fixture
+def configured(replace_command: Callable[..., None]) -> Callable[[list[str]], Config]:
+    """The settings that a command line gives to its command."""
+
+    def parse(arguments: list[str]) -> Config:
+        seen: list[Config] = []
+        replace_command(arguments[0], seen.append)
+        assert main(arguments) == 0
+        return seen[0]
+
+    return parse
+
+
+def complaint(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command line that fails with `status`."""
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == ""
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_flags_become_settings(configured: Callable[[list[str]], Config]) -> None:
+    config = configured([*SCORE, "--short_context", "512", "--dtype=float32"])
+    expected = ScoreConfig(
+        input=Path("a"), output=Path("b"), reference="c", short_context=512, dtype="float32", short_stride=None
+    )
+    assert config == expected
+
+
+def test_flags_override_the_file(configured: Callable[[list[str]], Config], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "input: a\noutput: b\nmodel: c\nheads:\n  offsets: [1, 3]\nweights:\n  preset: sparse\n  fraction: 0.1\n"
+    )
+    config = configured(["train", "--config", str(file), "--weights.fraction", "0.2"])
+    assert isinstance(config, TrainConfig)
+    assert config.weights.preset == "sparse"
+    assert config.weights.fraction == 0.2
+    assert config.heads.offsets == (1, 3)
+    assert config.input == Path("a")
+
+
+def test_print_config_gives_a_file_with_the_same_settings(
+    configured: Callable[[list[str]], Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TRAIN, "--heads.offsets", "[1,2]", "--trackers", "[tensorboard]", "--max_steps", "7"]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--print_config"])
+    assert caught.value.code == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert yaml.safe_load(file.read_text())["max_steps"] == 7
+    assert configured(["train", "--config", str(file)]) == configured(arguments)
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify"])
+def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Config]) -> None:
+    assert configured([name, "corpus"]) == COMMANDS[name].model_validate({"set": "corpus"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "wmtp: error: no command given; choose from prepare, score"),
+        (["scor"], "wmtp: error: unknown command 'scor'; choose from"),
+        (["score", "--input", "a"], "wmtp score: error: --output, --reference missing; see 'wmtp score --help'"),
+        (["inspect"], "wmtp inspect: error: SET missing"),
+        ([*SCORE, "--short_contex", "5"], "--short_contex 5 (did you mean --short_context?)"),
+        ([*SCORE, "--short"], "unknown argument --short"),
+        ([*SCORE, "--short_context", "1"], "--short_context: should be greater than or equal to 2, not '1'"),
+        ([*SCORE, "--short_stride", "5"], "--short_stride needs --short_context"),
+        ([*SCORE, "--short_context", "5", "--short_stride", "5"], "--short_stride must be smaller than"),
+        ([*SCORE, "--engine", "jax"], "--engine: should be one of 'auto', 'vllm', 'transformers', not 'jax'"),
+        ([*SCORE, "--workers", "many"], "--workers: should be a valid integer"),
+        ([*TRAIN, "--weights.fraction", "1.5"], "--weights.fraction: should be less than or equal to 1, not '1.5'"),
+        ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
+        ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),
+        ([*TRAIN, "--heads.offsets", "[1,0]"], "--heads.offsets: should be greater than 0"),
+        ([*TRAIN, "--seed", "x"], "--seed: should be of type int, not 'x'"),
+        (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
+    ],
+)
+def test_wrong_usage_ends_in_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(arguments, 2, capsys)
+    assert expected in line
+    assert "Annotated" not in line
+    assert "errors.pydantic.dev" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("inputt: a\n", "--config: unknown setting 'inputt' (did you mean --input?)"),
+        ("input: [\n", "--config: not valid YAML"),
+        ("short_context: -1\n", "--short_context: should be greater than or equal to 2, not '-1'"),
+    ],
+)
+def test_a_wrong_file_ends_in_one_line(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert expected in complaint(["score", "--config", str(file)], 2, capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("corpus: empty; add text"), "wmtp score: error: corpus: empty; add text"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/shard"),
+            "wmtp score: error: out/shard: No space left on device; free some space and rerun the same command",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), "change the permissions or choose another path"),
+        (OSError("can't load tokenizer\n\nfor 'x'"), "wmtp score: error: can't load tokenizer for 'x'"),
+    ],
+)
+def test_what_the_user_can_fix_ends_in_one_line(
+    error: Exception, expected: str, replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Config) -> None:
+        raise error
+
+    replace_command("score", fail)
+    assert complaint(SCORE, 1, capsys).endswith(expected)
+    for debug in (["--debug", *SCORE], [*SCORE, "--debug"]):
+        with pytest.raises(type(error)):
+            main(debug)
+
+
+def test_a_bug_shows_its_traceback(replace_command: Callable[..., None]) -> None:
+    def fail(_: Config) -> None:
+        raise ZeroDivisionError
+
+    replace_command("score", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(SCORE)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: Config) -> None:
+        raise KeyboardInterrupt
+
+    replace_command("score", interrupt)
+    assert complaint(SCORE, 130, capsys) == "wmtp score: interrupted; rerun the same command to finish it"
+    replace_command("verify", interrupt)
+    assert complaint(["verify", "corpus"], 130, capsys) == "wmtp verify: interrupted"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_without_python_types(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert COMMANDS[name].__doc__ in text
+    for noise in ("Annotated", "<class", "Optional[", "default: None", "Field"):
+        assert noise not in text
+
+
+def test_help_loads_no_framework() -> None:
+    script = (
+        "import sys\n"
+        "from pipelines.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "finally:\n    print([m for m in ('torch', 'transformers', 'ray', 'vllm', 'datasets') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+    for command in COMMANDS:
+        assert f"\n    {command} " in run.stdout
+
+
+def test_the_console_script_of_a_set_that_is_not_there() -> None:
+    wmtp = Path(sys.executable).with_name("wmtp")
+    run = subprocess.run([wmtp, "verify", "nowhere"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == (
+        "wmtp verify: error: nowhere: no such shard set; check the path or write it with 'wmtp prepare'\n"
+    )
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    script = (
+        "import sys, types; from pipelines.cli import main\n"
+        "module = types.ModuleType('pipelines.verify')\n"
+        "module.run = lambda config: print('line\\n' * 100_000)\n"
+        "sys.modules['pipelines.verify'] = module\n"
+        "sys.exit(main(['verify', 'corpus']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (1, "")

@@ -1,0 +1,51 @@
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pipelines.verify import run
+from schemas.configs import VerifyConfig
+from schemas.errors import UserError
+from schemas.shard_set import TOKENIZER, ShardSet
+
+MakeShardSet = Callable[..., ShardSet]
+
+
+@pytest.fixture
+def scored(make_shard_set: MakeShardSet) -> ShardSet:
+    return make_shard_set([[1, 2], [3, 4], [5, 6]], {"loss_reference": [[np.nan, 1.0]] * 3})
+
+
+def test_a_sound_set(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    run(VerifyConfig(set=scored.path))
+    # Two shards, the statistics and the tokenizer.
+    assert "all 4 parts are what the manifest says (3 sequences, 6 tokens" in capsys.readouterr().out
+
+
+def test_every_fault_is_listed_and_counted(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (scored.path / shard.name for shard in scored.manifest.shards)
+    first.write_bytes(first.read_bytes()[:10])
+    second.unlink()
+    with pytest.raises(UserError, match="2 of 4 parts differ from the manifest"):
+        run(VerifyConfig(set=scored.path))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{first}: content differs from the manifest (sha256)",
+        f"{second}: missing",
+    ]
+
+
+def test_another_tokenizer_is_found(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    file = scored.path / TOKENIZER / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="1 of 4"):
+        run(VerifyConfig(set=scored.path))
+    assert "not the tokenizer of the corpus" in capsys.readouterr().out
+
+    file.unlink()
+    with pytest.raises(UserError, match="1 of 4"):
+        run(VerifyConfig(set=scored.path))
+    assert "missing or damaged tokenizer" in capsys.readouterr().out

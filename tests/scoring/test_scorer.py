@@ -1,0 +1,179 @@
+"""One shard through the scorer, with an engine whose losses are worked out by plain code."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import scoring.scorer
+from schemas.errors import UserError
+from schemas.files import PROGRESS
+from schemas.manifest import Window
+from schemas.shards import flat_values, read_shard
+from schemas.value_counts import ValueCounts
+from scoring.conditions import plan_columns
+from scoring.engines import EngineConfig
+from scoring.models import ScoringModel
+from scoring.scorer import ScoringTask, ShardScorer, check_losses, losses_by_window, read_part
+
+CONFIG = EngineConfig("transformers", "float32", batch_tokens=64, max_length=64, threads=1, gpu_share=0.0, models=2)
+BOS = 256
+
+
+def fake_loss(context: np.ndarray, token: int, factor: float) -> float:
+    """A number that changes with every token of the context, its place, and the token itself."""
+    return factor * float((context * np.arange(1, len(context) + 1)).sum() * 7 + token * 13 + len(context)) % 11
+
+
+class FakeEngine:
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+        self.calls = 0
+
+    def token_losses(self, sequences: list[np.ndarray], first_scored: list[int]) -> list[np.ndarray]:
+        self.calls += 1
+        losses = [
+            [np.nan if i == 0 else fake_loss(ids[:i], ids[i], self.factor) for i in range(len(ids))]
+            for ids in sequences
+        ]
+        return [np.asarray(row[first:], np.float32) for row, first in zip(losses, first_scored, strict=True)]
+
+
+def short_losses(ids: np.ndarray, size: int, stride: int) -> list[float]:
+    """Loss of every token from the window that scores it, found by search."""
+    losses = [np.nan]
+    for token in range(1, len(ids)):
+        start = 0
+        if token >= size:
+            start = next(s for s in range(0, len(ids), stride) if s + size - stride <= token < s + size)
+        context = ids[start:token].copy()
+        if ids[0] == BOS:
+            context[0] = BOS
+        losses.append(fake_loss(context, ids[token], 1.0))
+    return losses
+
+
+@pytest.fixture
+def sequences() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 200, length).astype(np.int32) for length in (30, 1, 8, 9, 2, 50)]
+    sequences[0][0] = sequences[3][0] = BOS
+    return sequences
+
+
+def test_short_context_losses_equal_a_search_for_each_token(sequences):
+    windows = {None, Window(size=8, stride=6), Window(size=5, stride=1)}
+    engine = FakeEngine()
+    losses = losses_by_window(engine, sequences, windows, BOS)
+    assert engine.calls == 1, "one call, so that the engine can fill its batches"
+    full = np.concatenate(FakeEngine().token_losses(sequences, [0] * len(sequences)))
+    np.testing.assert_array_equal(losses[None], full)
+    for window in windows - {None}:
+        expected = np.concatenate([short_losses(ids, window.size, window.stride) for ids in sequences])
+        np.testing.assert_allclose(losses[window], expected, rtol=1e-6)
+        assert not np.array_equal(losses[window], full, equal_nan=True)
+
+
+@pytest.fixture
+def models() -> tuple[ScoringModel, ScoringModel]:
+    return ScoringModel("ref", Path("ref"), "1", 64), ScoringModel("base", Path("base"), "2", 64)
+
+
+@pytest.fixture
+def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardScorer:
+    engines = {"ref": FakeEngine(1.0), "base": FakeEngine(1.001)}
+    monkeypatch.setattr(scoring.scorer, "load_engine", lambda directory, config: engines[directory.name])
+    monkeypatch.setattr("schemas.shards.ROW_GROUP_TOKENS", 35)
+    source = make_shard_set([ids.tolist() for ids in sequences], rows_per_shard=6)
+    output = tmp_path / "output"
+    (output / PROGRESS).mkdir(parents=True)
+    plan = plan_columns(*models, Window(size=8, stride=6))
+    scorer = ShardScorer(ScoringTask(source.path, output, plan, CONFIG, BOS))
+    scorer.score(source.manifest.shards[0])
+    return scorer
+
+
+def test_scored_shard_has_the_source_rows_and_the_columns(scorer, sequences):
+    source, output = (path / "shard-00000-of-00001.parquet" for path in (scorer.task.source, scorer.task.output))
+    table = read_shard(output)
+    columns = ["loss_reference", "loss_base", "loss_short", "excess_loss", "long_short"]
+    assert table.column_names == ["document_id", "start", "input_ids", *columns]
+    assert table.select(["document_id", "start", "input_ids"]).equals(read_shard(source))
+    groups = [pq.read_metadata(path).num_row_groups for path in (source, output)]
+    assert groups == [2, 2]
+    reference = np.concatenate(FakeEngine(1.0).token_losses(sequences, [0] * len(sequences)))
+    base = np.concatenate(FakeEngine(1.001).token_losses(sequences, [0] * len(sequences)))
+    np.testing.assert_array_equal(flat_values(table["loss_reference"]), reference.astype(np.float16))
+    np.testing.assert_array_equal(flat_values(table["loss_base"]), base.astype(np.float16))
+
+
+def test_contrasts_are_subtracted_before_rounding(scorer, sequences):
+    """Losses that differ by less than a float16 step near 8 keep their difference."""
+    table = read_shard(scorer.task.output / "shard-00000-of-00001.parquet")
+    reference = np.concatenate(FakeEngine(1.0).token_losses(sequences, [0] * len(sequences)))
+    base = np.concatenate(FakeEngine(1.001).token_losses(sequences, [0] * len(sequences)))
+    excess = flat_values(table["excess_loss"])
+    np.testing.assert_array_equal(excess, (base - reference).astype(np.float16))
+    rounded_first = flat_values(table["loss_base"]) - flat_values(table["loss_reference"])
+    assert not np.array_equal(excess, rounded_first, equal_nan=True)
+
+
+def test_part_record_describes_the_shard(scorer):
+    name = "shard-00000-of-00001.parquet"
+    entry, counts = read_part(scorer.task.output, name)
+    assert entry.name == name
+    assert entry.bytes == (scorer.task.output / name).stat().st_size
+    assert (entry.rows, entry.tokens, entry.row_groups) == (6, 100, 2)
+    assert list(counts) == ["loss_reference", "loss_base", "loss_short", "excess_loss", "long_short"]
+    expected = ValueCounts()
+    expected.add(flat_values(read_shard(scorer.task.output / name)["long_short"]))
+    np.testing.assert_array_equal(counts["long_short"].counts, expected.counts)
+
+
+def test_a_shard_counts_as_done_only_with_record_and_size(scorer):
+    name = "shard-00000-of-00001.parquet"
+    shard = scorer.task.output / name
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    assert read_part(scorer.task.output, name) is None
+    shard.unlink()
+    assert read_part(scorer.task.output, name) is None
+    shard.write_bytes(content)
+    assert read_part(scorer.task.output, name) is not None
+    (scorer.task.output / PROGRESS / name).unlink()
+    assert read_part(scorer.task.output, name) is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_loss_that_is_no_number_names_model_and_document(value):
+    lengths = np.array([3, 1, 2])
+    documents = pa.chunked_array([["a", "b", "c"]])
+    losses = np.array([np.nan, 1, 2, np.nan, np.nan, 1], np.float32)
+    check_losses(losses, lengths, "small-model", documents)
+    losses[5] = value
+    with pytest.raises(UserError, match=f"small-model: gives token 1 of a sequence of document 'c' the loss {value}"):
+        check_losses(losses, lengths, "small-model", documents)
+
+
+def test_models_with_the_same_weights_are_loaded_once(models):
+    reference, base = models
+    copy = ScoringModel("copy of ref", Path("elsewhere"), reference.fingerprint, 64)
+    assert plan_columns(reference, copy, None).models == [reference]
+    assert plan_columns(reference, base, Window(size=8, stride=6)).models == [reference, base]
+
+
+def test_columns_follow_from_what_is_asked_for(models):
+    reference, base = models
+    window = Window(size=8, stride=6)
+    assert plan_columns(reference, None, None).columns == ("loss_reference",)
+    assert plan_columns(reference, base, None).columns == ("loss_reference", "loss_base", "excess_loss")
+    assert plan_columns(reference, None, window).columns == ("loss_reference", "loss_short", "long_short")
+
+
+def test_list_columns_keep_sequences_apart(scorer, sequences):
+    table = read_shard(scorer.task.output / "shard-00000-of-00001.parquet")
+    long_short = table["long_short"].to_pylist()
+    assert [len(row) for row in long_short] == [len(ids) for ids in sequences]
+    assert all(np.isnan(row[0]) for row in long_short)
