@@ -63,6 +63,7 @@ def run(config: DemoConfig) -> None:
                 output=root / "tokens" / name,
                 id_field="id",
                 max_length=SEQUENCE_LENGTH,
+                workers=1,  # the corpus is smaller than what starting processes costs
             )
         )
     announce(3, "base model on the mixture, reference model from it on the curated documentation")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +17,7 @@ from schemas.configs import InspectConfig
 from schemas.files import write_text
 from schemas.manifest import Column, Condition, Contrast, Manifest
 from schemas.shard_set import ShardSet
-from schemas.shards import TOKEN_FIELDS, flat_values, list_lengths
+from schemas.shards import flat_values, list_lengths
 
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
@@ -110,7 +109,7 @@ def columns_table(shard_set: ShardSet) -> Table:
     table.add_column("origin", overflow="fold")
     for name in ("B/token", "missing", "mean", "std", "1 %", "50 %", "99 %"):
         table.add_column(name, justify="right")
-    cost = {name: f"{size / max(manifest.tokens, 1):.2f}" for name, size in column_bytes(shard_set).items()}
+    cost = {name: f"{size / max(manifest.tokens, 1):.2f}" for name, size in shard_set.column_bytes().items()}
     table.add_row("input_ids", "the corpus", cost["input_ids"])
     for name, column in manifest.columns.items():
         table.add_row(name, Text(describe_origin(column)), cost[name], *describe_statistics(column))
@@ -131,18 +130,6 @@ def describe_statistics(column: Column) -> list[str]:
     statistics = column.statistics
     numbers = [statistics.mean, statistics.std, *(statistics.quantiles.get(q) for q in ("0.01", "0.5", "0.99"))]
     return [f"{statistics.missing:,}", *("-" if number is None else f"{number:.3f}" for number in numbers)]
-
-
-def column_bytes(shard_set: ShardSet) -> dict[str, int]:
-    """Compressed size of each column over all shards, in bytes, from the Parquet footers."""
-    sizes = dict.fromkeys([*(f.name for f in TOKEN_FIELDS), *shard_set.manifest.columns], 0)
-    for shard in shard_set.manifest.shards:
-        metadata = pq.read_metadata(shard_set.path / shard.name)
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(index)
-                sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
-    return sizes
 
 
 def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredToken], list[ScoredToken]]:

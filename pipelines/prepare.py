@@ -26,7 +26,7 @@ from scoring.pool import map_in_order
 from scoring.prepare import Tally, write_shards
 from scoring.readers import read_batches
 from scoring.tokenization import BatchEncoder, EncodedBatch
-from scoring.tokenizer import choose_added_tokens, describe_tokenizer, ids_around, load_tokenizer
+from scoring.tokenizer import choose_added_tokens, describe_tokenizer, ids_around, load_tokenizer, save_tokenizer
 
 
 def run(config: PrepareConfig) -> ShardSet:
@@ -58,7 +58,7 @@ def run(config: PrepareConfig) -> ShardSet:
         shutil.rmtree(config.output)
         claim_output(config.output, request)
     try:
-        tokenizer.save_pretrained(config.output / TOKENIZER)
+        save_tokenizer(tokenizer, config.output / TOKENIZER)
         prefix, suffix = ids_around(tokenizer, added)
         encoder = BatchEncoder(tokenizer, prefix, suffix, config.max_length, config.text_field, config.id_field)
         workers = config.workers or len(os.sched_getaffinity(0))

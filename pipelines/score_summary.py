@@ -1,8 +1,5 @@
 """The screen at the end of `wmtp score`."""
 
-from collections import Counter
-
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +18,7 @@ def print_summary(scored: ShardSet, tokens: int, resumed: int, seconds: float) -
         seconds: duration of this run.
     """
     manifest = scored.manifest
-    sizes = column_bytes(scored)
+    sizes = scored.column_bytes()
     table = Table("column", *[f"{name:>6}" for name in ("mean", "std", "1%", "50%", "99%", "B/token")])
     for name, column in manifest.columns.items():
         of = column.statistics
@@ -38,15 +35,3 @@ def print_summary(scored: ShardSet, tokens: int, resumed: int, seconds: float) -
     preset = next((PRESETS[name] for name in manifest.columns if name in PRESETS), "uniform")
     command = f"wmtp train --input {scored.path} --model MODEL --output RUN --weights.preset {preset}"
     console.print(f"next: {command}", highlight=False, soft_wrap=True)
-
-
-def column_bytes(scored: ShardSet) -> Counter[str]:
-    """Bytes of each column on disk, all shards together."""
-    sizes: Counter[str] = Counter()
-    for shard in scored.manifest.shards:
-        metadata = pq.read_metadata(scored.path / shard.name)
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                column = metadata.row_group(group).column(index)
-                sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
-    return sizes

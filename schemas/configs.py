@@ -201,7 +201,7 @@ class DemoConfig(Config):
 
     output: Path = Field(Path("runs/demo"), description="directory for everything the demo writes")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="engine of the scoring step")
-    base_steps: Positive = Field(500, description="training steps of the base model")
-    reference_steps: Positive = Field(200, description="further steps that make the reference model")
-    student_steps: Positive = Field(300, description="steps of each student")
+    base_steps: Positive = Field(400, description="training steps of the base model")
+    reference_steps: Positive = Field(100, description="further steps that make the reference model")
+    student_steps: Positive = Field(200, description="steps of each student")
     seed: int = Field(0, description="seed of everything random")

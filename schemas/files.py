@@ -77,5 +77,7 @@ def claim_output(output: Path, request: str) -> bool:
 
 
 def release_output(output: Path) -> None:
-    """Remove the traces of a run that has written its manifest."""
+    """Remove the traces of a run that has written its manifest, and files that killed runs left half-written."""
     shutil.rmtree(output / PROGRESS, ignore_errors=True)
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)

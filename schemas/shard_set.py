@@ -55,6 +55,17 @@ class ShardSet:
         """Read one shard, or one of its row groups, as an Arrow table."""
         return read_shard(self.path / self.manifest.shards[shard].name, columns, row_group)
 
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed size of each column over all shards, in bytes, from the Parquet footers."""
+        sizes = dict.fromkeys(shard_schema(tuple(self.manifest.columns)).names, 0)
+        for shard in self.manifest.shards:
+            metadata = pq.read_metadata(self.path / shard.name)
+            for group in range(metadata.num_row_groups):
+                for index in range(metadata.num_columns):
+                    chunk = metadata.row_group(group).column(index)
+                    sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+        return sizes
+
     def require_column(self, name: str) -> None:
         """Raise UserError unless the set has the score column `name`."""
         if name not in self.manifest.columns:

@@ -6,6 +6,8 @@ Only the outcome of a unit travels back to the driver.
 
 import logging
 import os
+import re
+import socket
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -120,18 +122,25 @@ def ray_session(address: str | None, workers: Workers | None = None) -> Iterator
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
+            check_reachable(address)
             ray.init(address=address, **quiet)
         else:
             cpus = workers.count + 1 if workers else 2
             # One CPU more than the workers hold: Ray Data's own tasks need one, or the job waits for ever.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         raise UserError(f"{where} ({first_line(error)})") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Raise OSError where nothing listens at `host:port`; Ray itself would try for many minutes."""
+    if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
 
 
 def check_resources(workers: Workers) -> None:

@@ -1,5 +1,8 @@
 """The tokenizer of a corpus: loading it, and which special tokens go around a document."""
 
+import os
+import re
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,6 +29,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"--tokenizer {name}: cannot be loaded ({first_line(error)}); "
             "give a directory written by save_pretrained or a Hugging Face id"
         ) from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the tokenizer's files into `directory`.
+
+    Raises:
+        OSError: they cannot be written. `tokenizers` itself raises a bare `Exception` then.
+    """
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
+        raise
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizerInfo:

@@ -1,14 +1,17 @@
 """Fixtures shared by all tests. Everything is built here: no downloads."""
 
+import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from schemas.fingerprints import tokenizer_fingerprint
 from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, TokenizerInfo
@@ -95,3 +98,37 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         return finish_shard_set(path, manifest, counts)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a Llama checkpoint with random weights that matter, and the test tokenizer.
+
+    Its heads have 32 dimensions, the fewest that vLLM supports on a CPU.
+    """
+
+    def make(seed: int = 0, **settings: int) -> Path:
+        path = tmp_path_factory.mktemp("model") / f"llama-{seed}"
+        torch.manual_seed(seed)
+        sizes = {
+            "vocab_size": 260,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+        }
+        LlamaForCausalLM(LlamaConfig(**sizes | settings, initializer_range=0.2)).save_pretrained(path)
+        shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Skip where vLLM is not installed, except in CI: there it must be."""
+    if find_spec("vllm") is None:
+        assert not os.environ.get("CI"), "CI must run with vLLM: install weighted-mtp[cpu]"
+        pytest.skip("vLLM is not installed")

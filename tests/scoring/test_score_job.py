@@ -133,7 +133,7 @@ def test_scores_of_a_corpus_equal_the_definitions(
 
 
 def test_no_cluster_at_the_address(config):
-    with pytest.raises(UserError, match="--ray_address .*: cannot connect") as caught:
+    with pytest.raises(UserError, match=r"--ray_address 127\.0\.0\.1:1: cannot connect") as caught:
         run(config(ray_address="127.0.0.1:1"))
     assert "\n" not in str(caught.value)
 
@@ -171,6 +171,7 @@ def test_killed_run_is_continued_and_gives_the_same_bytes(config, make_shard_set
     before = {file.name: file.stat().st_mtime_ns for file in killed.glob("*.parquet")}
     assert not (killed / "manifest.json").exists()
     assert done[0].name in before
+    (killed / ".shard-00039-of-00040.parquet.1.tmp").write_bytes(b"half")
 
     resumed = run(config(input=tokens.path, output=killed))
     fresh = run(config(input=tokens.path, output=whole))
@@ -252,7 +253,7 @@ class TestRefusedBeforeAnyWork:
     def test_truncated_shard(self, config, tokens):
         shard = tokens.path / tokens.manifest.shards[0].name
         shard.write_bytes(shard.read_bytes()[:-10])
-        with pytest.raises(UserError, match=f"{shard.name}: shard has .* truncated"):
+        with pytest.raises(UserError, match=rf"{shard.name}: shard has \d+ bytes instead of \d+ \(truncated"):
             run(config())
 
     def test_output_holds_something_else(self, config, tmp_path):

@@ -78,9 +78,9 @@ def test_packed_loss_and_gradients_equal_documents_alone(
 def test_worked_by_hand(model_dir: Callable[..., Path]) -> None:
     """A zero unembedding predicts every token with probability 1/258, so each target costs its weight times ln 258.
 
-    One row of two documents, weights 1..5 and 10, 20, 30 and a padding token. Offset 1 predicts tokens 2..5 of the first
-    (weights 2+3+4+5 = 14) and 2..3 of the second (20+30 = 50); offset 2 predicts 3+4+5 = 12 and 30: in all
-    64 + 0.5 * 42 = 85.
+    One row of two documents, weights 1..5 and 10, 20, 30, and a padding token. Offset 1 predicts tokens 2..5 of the
+    first document (weights 2+3+4+5 = 14) and 2..3 of the second (20+30 = 50); offset 2 predicts 3+4+5 = 12 and 30: in
+    all 64 + 0.5 * 42 = 85.
     """
     model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2), coefficients=(1.0, 0.5)), from_scratch=False)
     torch.nn.init.zeros_(model.trunk.get_output_embeddings().weight)

@@ -21,7 +21,7 @@ def test_every_token_once_in_order_and_documents_apart(lengths: list[int], row_l
     assert sorted(ids[real].tolist()) == list(range(1, total + 1))
     np.testing.assert_array_equal(ids, weights)
     assert not positions[~real].any()
-    # Within a row, position p > 0 continues the token before it; piece boundaries are where sequences start or were cut.
+    # Position p > 0 continues the token before it; pieces begin where a sequence starts or was cut.
     continues = positions[:, 1:] > 0
     np.testing.assert_array_equal(ids[:, 1:][continues], ids[:, :-1][continues] + 1)
     first = set(ids[real & (positions == 0)].tolist())

@@ -114,5 +114,5 @@ def test_random_control_has_equal_moments() -> None:
 
 
 def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., ShardSet]) -> None:
-    with pytest.raises(UserError, match="no column 'loss_x' .score columns: excess_loss, long_short"):
+    with pytest.raises(UserError, match=r"no column 'loss_x' \(score columns: excess_loss, long_short\)"):
         make_weighting(WeightsConfig(preset="dense", column="loss_x"), scored_set([20, 20]))
