@@ -49,6 +49,7 @@ Every command takes its settings from --config run.yaml too; flags override the 
 """
 DEBUG_HELP = "show tracebacks and what libraries log (or set WMTP_DEBUG=1)"
 QUIET = {
+    "ACCELERATE_LOG_LEVEL": "ERROR",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",

@@ -179,10 +179,10 @@ def train_model(
 def print_results(root: Path, results: dict[str, dict[str, Any]], seconds: float) -> None:
     """Print what every model lost on the held-out documentation, and what to try next."""
     table = Table(title="held-out documentation: loss in nats per token", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for offset in STUDENT_OFFSETS:
         table.add_column(f"offset {offset}", justify="right")
-    for column in ("tokens", "targets with weight", "training time"):
+    for column in ("tokens", "selected", "time"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         losses = [result.get(f"eval_loss_{offset}") for offset in STUDENT_OFFSETS]

@@ -11,7 +11,7 @@ from schemas.configs import EvaluateConfig
 from schemas.shard_set import ShardSet
 from training.evaluation import HeadLoss, evaluate_model
 from training.model import load_model
-from training.trainer import check_tokenizer, check_vocabulary, make_accelerator
+from training.trainer import check_model, check_tokenizer, make_accelerator
 
 
 def run(config: EvaluateConfig) -> list[HeadLoss]:
@@ -20,13 +20,15 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     trunk = Path(config.model) / "model"
     check_tokenizer(str(trunk) if trunk.is_dir() else config.model, shards)
     model = load_model(config.model)
-    check_vocabulary(model, config.model, shards)
+    trained = trained_sequence_length(Path(config.model))
+    sequence_length = config.sequence_length or trained or shards.manifest.corpus.max_length
+    check_model(model, config.model, shards, sequence_length)
     accelerator = make_accelerator(config.dtype)
     losses = evaluate_model(
         accelerator,
         accelerator.prepare(model),
         shards,
-        sequence_length=config.sequence_length or trained_sequence_length(Path(config.model)),
+        sequence_length=sequence_length,
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
     )
@@ -37,9 +39,9 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     return losses
 
 
-def trained_sequence_length(run_directory: Path) -> int:
-    """Row length of a training run; 1024 for a model that is not one."""
+def trained_sequence_length(run_directory: Path) -> int | None:
+    """Row length of a training run; None for a model that is not one."""
     record = run_directory / "run.json"
     if not record.exists():
-        return 1024
+        return None
     return int(json.loads(record.read_text())["config"]["sequence_length"])

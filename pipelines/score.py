@@ -23,12 +23,11 @@ from schemas.fingerprints import digest_json
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
 from schemas.shard_set import TOKENIZER, ShardSet, finish_shard_set, is_finished
 from schemas.shards import list_lengths
-from schemas.value_counts import ValueCounts
 from scoring.conditions import ScoringPlan, plan_columns
 from scoring.engines import EngineConfig, choose_engine, engine_version, runs_on_gpu
 from scoring.job import Workers, check_resources, ray_session, score_shards
 from scoring.models import check_length, check_model
-from scoring.scorer import ScoringTask, read_part
+from scoring.scorer import ScoringTask, merge_parts, read_part
 from scoring.windows import make_window
 
 
@@ -164,14 +163,11 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers)
 
 def finish(output: Path, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
     """Put the parts together: manifest and statistics of a set whose shards are all there."""
-    entries: list[ShardEntry] = []
-    counts = {name: ValueCounts() for name in origins}
-    for shard in source.manifest.shards:
-        part = read_part(output, shard.name)
-        assert part is not None
-        entries.append(part[0])
-        for name, part_counts in part[1].items():
-            counts[name].merge(part_counts)
+    names = [shard.name for shard in source.manifest.shards]
+    entries = [entry for name in names if (entry := read_part(output, name))]
+    assert len(entries) == len(names)
+    merged = merge_parts(output, names)
+    counts = {name: merged[name] for name in origins}
     columns = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
     manifest = Manifest(
         corpus=source.manifest.corpus,

@@ -142,7 +142,9 @@ class TrainConfig(Config):
         "tokens",
         description="divide by the number of target tokens, with weights of corpus mean 1, or by their weights",
     )
-    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in a packed training row")
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens in a packed training row; default is the max_length of the shard set"
+    )
     batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
     max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
@@ -161,7 +163,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check_offsets(self) -> "TrainConfig":
-        if self.heads.offsets[-1] >= self.sequence_length:
+        if self.sequence_length is not None and self.heads.offsets[-1] >= self.sequence_length:
             raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
         return self
 
@@ -172,7 +174,7 @@ class EvaluateConfig(Config):
     model: str = Field(description="directory of a run, or a Hugging Face model: directory or id")
     input: Path = Field(description="held-out shard set")
     sequence_length: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="tokens in a packed row; default as in training, else 1024"
+        None, description="tokens in a packed row; default as in training, else the max_length of the shard set"
     )
     batch_size: Positive = Field(8, description="rows per forward pass")
     max_tokens: Positive | None = Field(None, description="stop after this many tokens; default all")

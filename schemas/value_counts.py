@@ -35,9 +35,10 @@ class ValueCounts:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, dtype=np.int64))
 
     def add(self, values: np.ndarray) -> None:
-        """Count a float16 array of any length."""
+        """Count a float16 array of any length; -0 counts as 0, and all NaN as one."""
         assert values.dtype == np.float16
-        self.counts += np.bincount(values.view(np.uint16), minlength=1 << 16)
+        bits = np.where(np.isnan(values), np.float16(np.nan), values + np.float16(0)).view(np.uint16)
+        self.counts += np.bincount(bits, minlength=1 << 16)
 
     def merge(self, other: "ValueCounts") -> None:
         """Add the counts of another part of the same column."""

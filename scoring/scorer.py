@@ -1,10 +1,10 @@
 """Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -143,14 +143,18 @@ def write_part(output: Path, entry: ShardEntry, counts: dict[str, ValueCounts]) 
         pq.write_table(table, file, compression="zstd")
 
 
-def read_part(output: Path, name: str) -> tuple[ShardEntry, dict[str, ValueCounts]] | None:
-    """Read a part record; None unless it is there and the shard has the recorded size."""
+def read_part(output: Path, name: str) -> ShardEntry | None:
+    """The entry of a part record; None unless it is there and the shard has the recorded size."""
     path = part_path(output, name)
     if not path.exists():
         return None
-    table = pq.read_table(path)
-    entry = ShardEntry.model_validate(json.loads(table.schema.metadata[ENTRY_KEY]))
+    entry = ShardEntry.model_validate_json(pq.read_schema(path).metadata[ENTRY_KEY])
     shard = output / name
-    if not shard.exists() or shard.stat().st_size != entry.bytes:
-        return None
-    return entry, from_table(table)
+    return entry if shard.exists() and shard.stat().st_size == entry.bytes else None
+
+
+def merge_parts(output: Path, names: list[str]) -> dict[str, ValueCounts]:
+    """Value counts of the whole set: the sums over the part records of the shards `names`."""
+    parts = pl.scan_parquet([part_path(output, name) for name in names])
+    counts = parts.group_by("column", "value").agg(pl.col("count").sum()).collect()
+    return from_table(counts.to_arrow())

@@ -42,6 +42,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if held_out:
         check_same_tokenizer(shards, held_out)
     weighting = make_weighting(config.weights, shards)
+    sequence_length = config.sequence_length or shards.manifest.corpus.max_length
+    config = config.model_copy(update={"sequence_length": sequence_length})
 
     run = RunDirectory(config.output)
     if accelerator.is_main_process:
@@ -52,12 +54,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     set_seed(config.seed)
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch)
-    check_vocabulary(mtp_model, config.model, shards)
-    tokens_per_step = config.batch_size * config.sequence_length
+    check_model(mtp_model, config.model, shards, sequence_length)
+    tokens_per_step = config.batch_size * sequence_length
     steps = config.max_steps or math.ceil(config.epochs * shards.manifest.tokens / tokens_per_step)
     optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
     model, optimizer = accelerator.prepare(mtp_model, optimizer)
-    loader = RowLoader(shards, weighting, config.sequence_length, seed=config.seed)
+    loader = RowLoader(shards, weighting, sequence_length, seed=config.seed)
     loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader)
     accelerator.register_for_checkpointing(scheduler, loop)
     if (checkpoint := run.latest_checkpoint()) is not None:
@@ -74,7 +76,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             accelerator,
             model,
             held_out,
-            sequence_length=config.sequence_length,
+            sequence_length=sequence_length,
             batch_size=config.micro_batch_size,
             max_tokens=config.eval_tokens,
         )
@@ -156,12 +158,25 @@ def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
         raise UserError(f"{other.path}: has another tokenizer than {shards.path}; prepare both with the same one")
 
 
-def check_vocabulary(model: MTPModel, name: str, shards: ShardSet) -> None:
-    """Raise UserError if the model has fewer embeddings than the corpus has token ids."""
-    size = model.trunk.get_output_embeddings().weight.shape[0]
-    needed = shards.manifest.tokenizer.vocab_size
+def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:
+    """Refuse a model that has fewer embeddings than the corpus has ids, or fewer positions than a document may take.
+
+    Raises:
+        UserError: the model is too small for the shard set.
+    """
+    size, needed = model.trunk.get_output_embeddings().weight.shape[0], shards.manifest.tokenizer.vocab_size
     if size < needed:
-        raise UserError(f"--model {name}: has {size} embeddings but the tokenizer of {shards.path} has {needed} ids")
+        raise UserError(
+            f"--model {name}: has {size} embeddings but the tokenizer of {shards.path} has {needed} ids; "
+            "use a model made for this tokenizer"
+        )
+    positions = getattr(model.trunk.config, "max_position_embeddings", None)
+    longest = min(sequence_length, shards.manifest.corpus.max_length)
+    if positions is not None and positions < longest:
+        raise UserError(
+            f"--model {name}: reads at most {positions} tokens, {shards.path} has sequences of up to {longest}; "
+            f"give --sequence_length {positions}, or prepare with --max_length {positions}"
+        )
 
 
 def model_identity(config: TrainConfig) -> str:

@@ -133,7 +133,7 @@ def test_two_ranks_equal_one(config: Callable[..., TrainConfig]) -> None:
     )
     runner = two.output.with_suffix(".py")
     runner.write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(runner), two.model_dump_json()],
         capture_output=True,
@@ -195,3 +195,18 @@ def test_wrong_tokenizer_is_refused(config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match="tokenizer is not that of"):
         train(run)
     assert not run.output.exists()
+
+
+def test_rows_are_as_long_as_the_longest_sequences_by_default(config: Callable[..., TrainConfig]) -> None:
+    run = config("run", sequence_length=None, max_steps=1)
+    assert train(run)["tokens"] == 4 * max(LENGTHS)
+    assert json.loads((run.output / "run.json").read_text())["config"]["sequence_length"] == max(LENGTHS)
+
+
+def test_model_with_too_few_positions_is_refused(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    long = scored_set([300, 20], name="long")
+    with pytest.raises(UserError, match=r"reads at most 128 tokens, .* sequences of up to 300"):
+        train(config("run", input=long.path, sequence_length=None))
+    train(config("cut", input=long.path, sequence_length=128, max_steps=1))
