@@ -144,12 +144,12 @@ def check_reachable(address: str) -> None:
 
 
 def check_resources(workers: Workers) -> None:
-    """Raise UserError where the connected cluster cannot place all workers, instead of waiting for ever."""
-    free = ray.available_resources()
+    """Raise UserError where the connected cluster can never place all workers, instead of waiting for ever."""
+    total = ray.cluster_resources()
     needed = {"CPU": workers.count + 1, "GPU": int(np.ceil(workers.count * workers.gpu_share))}
     for resource, amount in needed.items():
-        if free.get(resource, 0) < amount:
+        if total.get(resource, 0) < amount:
             raise UserError(
                 f"--workers {workers.count}: needs {amount} {resource}s, the Ray cluster has "
-                f"{free.get(resource, 0):g} free; lower --workers or add nodes"
+                f"{total.get(resource, 0):g}; lower --workers or add nodes"
             )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.inspect import column_bytes, default_column, extremes, printable, run, split_text
+from pipelines.inspect import default_column, extremes, printable, run, split_text
 from schemas.configs import InspectConfig
 from schemas.errors import UserError
 from schemas.shard_set import ShardSet
@@ -68,7 +68,7 @@ def test_the_default_column_is_the_first_contrast(make_shard_set: MakeShardSet, 
 
 def test_column_bytes_are_within_the_files(make_shard_set: MakeShardSet, sequences: list[list[int]]) -> None:
     shard_set = make_shard_set(sequences, {"excess_loss": scores_of(sequences)})
-    sizes = column_bytes(shard_set)
+    sizes = shard_set.column_bytes()
     assert set(sizes) == {"document_id", "start", "input_ids", "excess_loss"}
     assert all(size > 0 for size in sizes.values())
     assert sum(sizes.values()) < sum(shard.bytes for shard in shard_set.manifest.shards)

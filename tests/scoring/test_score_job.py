@@ -234,7 +234,7 @@ def test_damaged_weights_end_in_one_line(config, running_ray, make_model):
 
 
 def test_more_workers_than_the_cluster_has(config, running_ray):
-    with pytest.raises(UserError, match="--workers 3: needs 4 CPUs, the Ray cluster has 3 free"):
+    with pytest.raises(UserError, match="--workers 3: needs 4 CPUs, the Ray cluster has 3;"):
         run(config(workers=3))
 
 
