@@ -1,12 +1,13 @@
 """A small scored shard set and tiny models of several architectures."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +26,7 @@ SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embe
 SPECIAL = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **SPECIAL),
+    "llama-tied": LlamaConfig(**SIZES, **SPECIAL, tie_word_embeddings=True),
     "qwen2-tied": Qwen2Config(**SIZES, **SPECIAL, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SIZES, **SPECIAL, head_dim=16, final_logit_softcapping=5.0),
     "gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=3, n_head=2, n_positions=128, resid_pdrop=0, embd_pdrop=0,
@@ -66,3 +68,10 @@ def scored_set(make_shard_set: Callable[..., ShardSet]) -> Callable[..., ShardSe
         return make_shard_set(sequences, {"excess_loss": scores, "long_short": scores}, name, rows_per_shard)
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its settings for the life of a process; let every test choose its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -59,11 +59,25 @@ def metrics(config: TrainConfig) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize("die_at", [4, 8, 12])
+@pytest.mark.parametrize(
+    ("die_at", "architecture", "block", "dtype"),
+    [(4, "llama", "residual", "float32"), (8, "llama-tied", "decoder", "float32"), (12, "gpt2", "decoder", "bfloat16")],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    die_at: int, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    die_at: int,
+    architecture: str,
+    block: str,
+    dtype: str,
+    config: Callable[..., TrainConfig],
+    model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, broken = config("whole"), config("broken")
+    settings = {
+        "model": str(model_dir(architecture, seed=1)),
+        "heads": {"offsets": (1, 2), "block": block},
+        "dtype": dtype,
+    }
+    whole, broken = config("whole", **settings), config("broken", **settings)
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
 
