@@ -11,8 +11,8 @@ demo: .venv/.ready ## run the whole job on text that every machine has
 test: lint ## check style, types and layers, then run the tests
 	$(BIN)/pytest -m "not slow"
 
-test-slow: .venv/.ready ## run every test
-	$(BIN)/pytest
+test-slow: .venv/.ready ## run the tests that take long
+	$(BIN)/pytest -m slow
 
 lint: .venv/.ready ## check style, types and layers
 	$(BIN)/ruff check .

@@ -7,7 +7,9 @@ ends in one line on stderr: exit status 2 for wrong usage, 1 for everything else
 import argparse
 import errno
 import importlib
+import io
 import os
+import signal
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
@@ -74,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if argument in COMMANDS), None)
     name = f"wmtp {command}" if command else "wmtp"
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = io.StringIO()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command, config = parse(arguments)
         # Threads that spin while they wait stall each other wherever cores are shared: up to ten times slower.
@@ -91,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone; Python must not try to flush the rest of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (UnicodeDecodeError, RecursionError) as error:
+        if debugging():
+            raise
+        status, sentence = 2, f"--config: not a YAML file of settings ({type(error).__name__}); correct the file"
     except ArgumentError as error:
         if debugging():
             raise

@@ -43,7 +43,7 @@ ARMS = {
     "shuffled control": WeightsConfig(preset="rho1-static", control="shuffled"),
 }
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def run(config: DemoConfig) -> None:
@@ -100,7 +100,7 @@ def run(config: DemoConfig) -> None:
 
 def announce(step: int, text: str) -> None:
     """Head one step of the demo."""
-    console.print(f"[bold]{step}/5[/bold] {text}")
+    console.print(f"{step}/5 {text}", style="bold")
 
 
 def write_corpus(directory: Path, seed: int) -> None:

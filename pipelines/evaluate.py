@@ -1,6 +1,5 @@
 """`wmtp evaluate`: held-out loss of every head of a trained model."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schemas.configs import EvaluateConfig
+from schemas.files import read_json
 from schemas.shard_set import ShardSet
 from training.evaluation import HeadLoss, evaluate_model
 from training.model import load_model
@@ -34,8 +34,9 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     )
     table = Table("offset", "loss (nats)", "perplexity", "targets", title=f"{config.model} on {config.input}")
     for head in losses:
-        table.add_row(str(head.offset), f"{head.loss:.4f}", f"{math.exp(head.loss):.2f}", f"{head.targets:,}")
-    Console().print(table)
+        perplexity = math.exp(head.loss) if head.loss < 700 else math.inf
+        table.add_row(str(head.offset), f"{head.loss:.4f}", f"{perplexity:.2f}", f"{head.targets:,}")
+    Console(markup=False).print(table)
     return losses
 
 
@@ -44,4 +45,4 @@ def trained_sequence_length(run_directory: Path) -> int | None:
     record = run_directory / "run.json"
     if not record.exists():
         return None
-    return int(json.loads(record.read_text())["config"]["sequence_length"])
+    return int(read_json(record)["config"]["sequence_length"])

@@ -1,7 +1,6 @@
 """`wmtp inspect`: what a shard set holds, and which tokens score highest and lowest, in their text."""
 
 import io
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from schemas.configs import InspectConfig
+from schemas.errors import UserError
 from schemas.files import write_text
 from schemas.manifest import Column, Condition, Contrast, Manifest
 from schemas.shard_set import ShardSet
@@ -39,11 +39,15 @@ class ScoredToken:
 
 def run(config: InspectConfig) -> None:
     """Print the report, and write it as HTML where asked."""
+    if config.html and config.html.suffix not in (".html", ".htm"):
+        raise UserError(f"--html {config.html}: give a name that ends in .html, so that nothing else is overwritten")
     shard_set = ShardSet.open(config.set)
     report = build_report(shard_set, config.column, config.samples)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(report)
+    console = Console(markup=False)
+    console.width = console.width if console.is_terminal else WIDTH
+    console.print(report)
     if config.html:
-        page = Console(record=True, width=WIDTH, file=io.StringIO())
+        page = Console(record=True, markup=False, width=WIDTH, file=io.StringIO())
         page.print(report)
         config.html.parent.mkdir(parents=True, exist_ok=True)
         write_text(config.html, page.export_html())

@@ -6,22 +6,19 @@ leaves nothing behind; one that was killed starts over when it is repeated.
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
 from schemas.configs import PrepareConfig
-from schemas.errors import UserError
-from schemas.files import claim_output
-from schemas.fingerprints import digest_json
+from schemas.files import MANIFEST, TOKENIZER, claim_output, clear_directory, exclusive
+from schemas.fingerprints import digest_json, tokenizer_fingerprint
 from schemas.manifest import CorpusInfo, Manifest
-from schemas.shard_set import REJECTS, TOKENIZER, ShardSet, finish_shard_set, is_finished
-from scoring.corpus import find_sources
+from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
+from scoring.corpus import Source, find_sources
 from scoring.pool import map_in_order
 from scoring.prepare import Tally, write_shards
 from scoring.readers import read_batches
@@ -35,27 +32,32 @@ def run(config: PrepareConfig) -> ShardSet:
     Raises:
         UserError: the corpus, the tokenizer or the output is not as it must be.
     """
+    sources = find_sources(config)
+    with exclusive(config.output):
+        return prepare(config, sources)
+
+
+def prepare(config: PrepareConfig, sources: list[Source]) -> ShardSet:
+    """Tokenise `sources` into an output directory that no other process writes."""
     started = time.monotonic()
     tokenizer = load_tokenizer(config.tokenizer)
-    info = describe_tokenizer(tokenizer, config.tokenizer)
     added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
-    sources = find_sources(config)
     settings = config.model_dump(mode="json", exclude={"tokenizer", "output", "workers"})
-    described = [source.describe() for source in sources]
     request = json.dumps(
         {
             "command": "prepare",
             **settings,
-            "tokenizer": info.fingerprint,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
             "added": added._asdict(),
-            "sources": described,
+            "sources": [source.describe() for source in sources],
         },
         indent=2,
     )
-    if is_finished(config.output):
-        return already_complete(config, request)
+    if finished := find_finished(config.output, request):
+        print(f"{config.output} is already complete: {finished.manifest.tokens:,} tokens")
+        return finished
     if claim_output(config.output, request):
-        shutil.rmtree(config.output)
+        clear_directory(config.output)
         claim_output(config.output, request)
     try:
         save_tokenizer(tokenizer, config.output / TOKENIZER)
@@ -74,28 +76,17 @@ def run(config: PrepareConfig) -> ShardSet:
                 documents=tally.documents,
                 rejects=tally.rejected,
             ),
-            tokenizer=info,
+            tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
             shards=entries,
             request=digest_json(json.loads(request)),
         )
         prepared = finish_shard_set(config.output, manifest, {})
     except BaseException:
         # Nothing here can be continued, and the claim would refuse the settings that the user corrects next.
-        shutil.rmtree(config.output, ignore_errors=True)
+        if not (config.output / MANIFEST).exists():
+            clear_directory(config.output)
         raise
     print_summary(prepared, tally, time.monotonic() - started)
-    return prepared
-
-
-def already_complete(config: PrepareConfig, request: str) -> ShardSet:
-    """Report a finished run; UserError if it answers another request."""
-    prepared = ShardSet.open(config.output)
-    if prepared.manifest.request != digest_json(json.loads(request)):
-        raise UserError(
-            f"--output {config.output}: holds a shard set of another corpus or other settings; "
-            "choose another or remove it"
-        )
-    print(f"{config.output} is already complete: {prepared.manifest.tokens:,} tokens")
     return prepared
 
 
@@ -114,7 +105,7 @@ def print_summary(prepared: ShardSet, tally: Tally, seconds: float) -> None:
     """Print what was written and the next command."""
     manifest = prepared.manifest
     size = sum(shard.bytes for shard in manifest.shards)
-    table = Table(title=escape(str(prepared.path)), show_header=False, title_justify="left")
+    table = Table(title=str(prepared.path), show_header=False, title_justify="left")
     table.add_row("documents", f"{tally.documents:,}")
     table.add_row("sequences", f"{tally.sequences:,} of at most {manifest.corpus.max_length:,} tokens")
     table.add_row("tokens", f"{tally.tokens:,} ({tally.text_bytes / tally.tokens:.2f} bytes of text each)")
@@ -124,11 +115,11 @@ def print_summary(prepared: ShardSet, tally: Tally, seconds: float) -> None:
         ", ".join("added" if a else "not added" for a in (manifest.corpus.adds_bos, manifest.corpus.adds_eos)),
     )
     table.add_row(
-        "rejected rows", f"{tally.rejected:,}" + (escape(f", see {prepared.path / REJECTS}") if tally.rejected else "")
+        "rejected rows", f"{tally.rejected:,}" + (f", see {prepared.path / REJECTS}" if tally.rejected else "")
     )
     for kind, count in sorted(tally.rejects.items(), key=lambda item: -item[1])[:5]:
-        table.add_row("", escape(f"{count:,} x {kind}"))
+        table.add_row("", f"{count:,} x {kind}")
     table.add_row("time", f"{seconds:,.1f} s, {tally.tokens / seconds:,.0f} tokens/s")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     console.print(f"next: wmtp score --input {prepared.path} --output SCORED --reference MODEL", markup=False)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from pipelines.score_summary import print_summary
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
-from schemas.files import claim_output
+from schemas.files import TOKENIZER, claim_output, exclusive
 from schemas.fingerprints import digest_json
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
-from schemas.shard_set import TOKENIZER, ShardSet, finish_shard_set, is_finished
+from schemas.shard_set import ShardSet, find_finished, finish_shard_set
 from schemas.shards import list_lengths
 from scoring.conditions import ScoringPlan, plan_columns
 from scoring.engines import EngineConfig, choose_engine, engine_version, runs_on_gpu
@@ -44,6 +44,7 @@ def run(config: ScoreConfig) -> ShardSet:
     check_length(plan.models, longest)
     engine = choose_engine(config.engine)
     with ExitStack() as stack:
+        stack.enter_context(exclusive(config.output))
         if config.ray_address:
             stack.enter_context(ray_session(config.ray_address))
         workers = Workers.plan(config.workers, count_gpus() if runs_on_gpu(engine) else 0)
@@ -58,8 +59,10 @@ def run(config: ScoreConfig) -> ShardSet:
         )
         origins = column_origins(plan, engine_config)
         request = describe_request(source, origins)
-        if is_finished(config.output):
-            return already_complete(config.output, request)
+        if finished := find_finished(config.output, request):
+            held = f"{finished.manifest.tokens:,} tokens, {', '.join(finished.manifest.columns)}"
+            print(f"{config.output} is already complete: {held}")
+            return finished
         claim_output(config.output, request)
         shutil.copytree(source.tokenizer_path, config.output / TOKENIZER, dirs_exist_ok=True)
         task = ScoringTask(
@@ -70,7 +73,7 @@ def run(config: ScoreConfig) -> ShardSet:
             bos_token_id=source.manifest.tokenizer.bos_token_id,
         )
         scored_tokens, resumed = score_missing(task, source.manifest.shards, workers)
-    scored = finish(config.output, source, origins, request)
+        scored = finish(config.output, source, origins, request)
     print_summary(scored, scored_tokens, resumed, time.monotonic() - started)
     return scored
 
@@ -129,15 +132,6 @@ def describe_request(source: ShardSet, origins: dict[str, Condition | Contrast])
     return json.dumps({"command": "score", "input": source.manifest.digest, "columns": columns}, indent=2)
 
 
-def already_complete(output: Path, request: str) -> ShardSet:
-    """Report a finished run; UserError if it answers another request."""
-    scored = ShardSet.open(output)
-    if scored.manifest.request != digest_json(json.loads(request)):
-        raise UserError(f"--output {output}: holds a shard set with other settings; choose another or remove it")
-    print(f"{output} is already complete: {scored.manifest.tokens:,} tokens, {', '.join(scored.manifest.columns)}")
-    return scored
-
-
 def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers) -> tuple[int, int]:
     """Score the shards that are not done yet.
 
@@ -165,7 +159,11 @@ def finish(output: Path, source: ShardSet, origins: dict[str, Condition | Contra
     """Put the parts together: manifest and statistics of a set whose shards are all there."""
     names = [shard.name for shard in source.manifest.shards]
     entries = [entry for name in names if (entry := read_part(output, name))]
-    assert len(entries) == len(names)
+    if len(entries) < len(names):
+        raise UserError(
+            f"--output {output}: {len(names) - len(entries)} shards that workers wrote are not there; "
+            "give a directory on a file system that all nodes of the cluster share"
+        )
     merged = merge_parts(output, names)
     counts = {name: merged[name] for name in origins}
     columns = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}

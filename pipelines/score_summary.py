@@ -25,7 +25,7 @@ def print_summary(scored: ShardSet, tokens: int, resumed: int, seconds: float) -
         quantiles = [of.quantiles.get(q) for q in ("0.01", "0.5", "0.99")]
         numbers = ["-" if value is None else f"{value:.3f}" for value in (of.mean, of.std, *quantiles)]
         table.add_row(name, *numbers, f"{sizes[name] / max(1, manifest.tokens):.2f}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         f"{manifest.tokens:,} tokens in {len(manifest.shards)} shards; scored {tokens:,} in {seconds:.1f} s "

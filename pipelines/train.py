@@ -18,7 +18,8 @@ def run(config: TrainConfig) -> None:
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
-    table.add_row("loss, last logged step", f"{summary['loss']:.4f}")
+    offsets = len(config.heads.offsets)
+    table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1), f"{summary['loss']:.4f}")
     table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
     for offset in config.heads.offsets:
         if f"eval_loss_{offset}" in summary:
@@ -27,4 +28,4 @@ def run(config: TrainConfig) -> None:
     table.add_row("heads", str(config.output / "heads"))
     table.add_row("metrics", str(config.output / "metrics.jsonl"))
     table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -47,14 +47,18 @@ def value_sentence(message: str, error: ArgumentError) -> str:
             return reason_of(cause).replace("Input should", "should") + but_got
     if choices := re.search(r"Literal\[(.*?)\]", message):
         return f"should be one of {choices[1]}{but_got}"
+    if "<class 'tuple'>" in message:
+        return f"should be a list such as '[a,b]'{but_got}"
     if expected := re.search(r"Expected an? <class '(\w+)'>", message):
         return f"should be of type {expected[1]}{but_got}"
     return one_line(message)
 
 
 def reason_of(error: ValidationError) -> str:
-    """The first finding of pydantic, without its decoration."""
-    return error.errors()[0]["msg"].removeprefix("Value error, ")
+    """The first finding of pydantic, without its decoration, after the flag it is about."""
+    finding = error.errors()[0]
+    where = ".".join(part for part in finding["loc"] if isinstance(part, str))
+    return (f"{flag(where)}: " if where else "") + finding["msg"].removeprefix("Value error, ")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

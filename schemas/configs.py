@@ -10,18 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Moment = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
+Tracker = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # fmt: skip
 
 
 class Config(BaseModel):
     """Base of all settings: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrepareConfig(Config):
     """Turn a corpus into token shards."""
 
-    input: str = Field(description="file, directory, glob, or Hugging Face dataset id")
+    input: Annotated[str, Field(min_length=1)] = Field(description="file, directory, glob, or Hugging Face dataset id")
     tokenizer: str = Field(description="Hugging Face tokenizer: directory or id")
     output: Path = Field(description="directory of the new shard set")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
@@ -90,6 +96,12 @@ class WeightsConfig(Config):
         "none", description="control experiment: the weights shuffled in each sequence, or LogNormal of equal moments"
     )
 
+    @model_validator(mode="after")
+    def _check_control(self) -> "WeightsConfig":
+        if self.preset == "uniform" and (self.control != "none" or self.column is not None):
+            raise ValueError("--weights.control and --weights.column need another --weights.preset than uniform")
+        return self
+
 
 class HeadsConfig(Config):
     """Which future tokens are predicted, and by what."""
@@ -122,7 +134,7 @@ class OptimizerConfig(Config):
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    betas: tuple[Moment, Moment] = Field((0.9, 0.95), description="AdamW's moments")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps spent warming up")
@@ -142,14 +154,14 @@ class TrainConfig(Config):
         "tokens",
         description="divide by the number of target tokens, with weights of corpus mean 1, or by their weights",
     )
-    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+    sequence_length: RowLength | None = Field(
         None, description="tokens in a packed training row; default is the max_length of the shard set"
     )
     batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
     max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the shard set when max_steps is unset")
-    seed: int = Field(0, description="seed of initialisation and data order")
+    seed: Seed = Field(0, description="seed of initialisation and data order")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
@@ -159,7 +171,7 @@ class TrainConfig(Config):
     checkpoint_every: Positive | None = Field(None, description="steps between checkpoints; default every tenth")
     keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
-    trackers: tuple[str, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
+    trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
 
     @model_validator(mode="after")
     def _check_offsets(self) -> "TrainConfig":
@@ -173,7 +185,7 @@ class EvaluateConfig(Config):
 
     model: str = Field(description="directory of a run, or a Hugging Face model: directory or id")
     input: Path = Field(description="held-out shard set")
-    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+    sequence_length: RowLength | None = Field(
         None, description="tokens in a packed row; default as in training, else the max_length of the shard set"
     )
     batch_size: Positive = Field(8, description="rows per forward pass")
@@ -206,4 +218,4 @@ class DemoConfig(Config):
     base_steps: Positive = Field(400, description="training steps of the base model")
     reference_steps: Positive = Field(100, description="further steps that make the reference model")
     student_steps: Positive = Field(200, description="steps of each student")
-    seed: int = Field(0, description="seed of everything random")
+    seed: Seed = Field(0, description="seed of everything random")

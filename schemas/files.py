@@ -1,14 +1,22 @@
 """Files that are either complete under their final name or not there at all."""
 
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from schemas.errors import UserError
+
+MANIFEST = "manifest.json"
+"""The file that makes a directory a shard set."""
+
+TOKENIZER = "tokenizer"
+"""Folder of a shard set that holds the corpus's tokenizer."""
 
 PROGRESS = ".progress"
 """Folder inside an output directory that holds a run in progress; it is gone once the manifest is written."""
@@ -29,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,13 +46,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def fsync_directory(path: Path) -> None:
-    """Make renames inside the directory `path` durable."""
+def fsync(path: Path) -> None:
+    """Make the content of a file durable, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Make all files below `directory`, and their names, durable."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        fsync(path)
+    fsync(directory)
 
 
 def sha256_file(path: Path) -> str:
@@ -53,27 +68,91 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this project wrote.
+
+    Raises:
+        UserError: it cannot be parsed.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); restore it, or remove its directory and start again") from error
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Dotted names, sorted, of the leaves in which two JSON values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = before.keys() | after.keys()
+        leaves = [leaf for key in keys for leaf in differences(before.get(key), after.get(key), f"{name}.{key}")]
+        return sorted(leaves)
+    return [] if before == after else [name.removeprefix(".") or "everything"]
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Hold the directory `output`, made if need be, for this process alone; an empty one that it made is removed again.
+
+    Raises:
+        UserError: another process holds it, it is a file, or it lies inside a shard set.
+    """
+    if inside := next(filter(_is_shard_set, output.resolve().parents), None):
+        raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"--output {output}: another process is writing it; wait for it or choose another") from error
+    finally:
+        os.close(descriptor)
+        if new:
+            with suppress(OSError):
+                output.rmdir()
+
+
+def _is_shard_set(path: Path) -> bool:
+    return (path / MANIFEST).exists() and (path / TOKENIZER).is_dir()
+
+
 def claim_output(output: Path, request: str) -> bool:
     """Claim `output` for the run described by the JSON text `request`; return True if an earlier start is continued.
 
-    An absent or empty directory is claimed by writing `.progress/request.json`.
+    An empty directory is claimed by writing `.progress/request.json`. A claim under which nothing was done gives way.
 
     Raises:
-        UserError: `output` holds anything else, or a run with another request.
+        UserError: `output` holds anything else, or a run with another request; what differs is named.
     """
-    claim = output / PROGRESS / "request.json"
+    progress = output / PROGRESS
+    claim = progress / "request.json"
     if claim.exists():
-        if claim.read_text() != request:
+        changed = differences(read_json(claim), json.loads(request))
+        if not changed:
+            return True
+        if any(progress.glob("*.parquet")):
             raise UserError(
-                f"{output}: holds an unfinished run with other settings (see {claim}); "
+                f"{output}: holds an unfinished run with other settings ({', '.join(changed)}); "
                 "repeat that command, remove the directory, or choose another --output"
             )
-        return True
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif any(path.name != PROGRESS for path in output.iterdir()):
         raise UserError(f"{output}: already holds something else; choose another --output or remove it")
-    claim.parent.mkdir(parents=True, exist_ok=True)
+    progress.mkdir(exist_ok=True)
     write_text(claim, request)
     return False
+
+
+def clear_directory(directory: Path) -> None:
+    """Remove everything in `directory`, but not itself."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def release_output(output: Path) -> None:

@@ -8,12 +8,18 @@ from typing import Any
 from schemas.errors import UserError
 from schemas.files import sha256_file
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def digest_json(value: Any) -> str:
     """Hexadecimal SHA-256 of `value` as canonical JSON (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def directory_digest(directory: Path) -> str:
+    """Digest of the names and contents of all files directly in `directory`; of an absent one that of no file."""
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    return digest_json({file.name: sha256_file(file) for file in files if file.is_file()})
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -35,9 +41,11 @@ def model_fingerprint(directory: Path) -> str:
     Raises:
         UserError: the directory has no `config.json` or no weight files.
     """
-    weights = sorted(file for file in directory.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    weights = sorted(file for pattern in WEIGHT_FILES for file in directory.glob(pattern))
     config = directory / "config.json"
     if not config.exists() or not weights:
         missing = "weight files" if config.exists() else "config.json"
-        raise UserError(f"{directory}: no {missing}; give a directory written by save_pretrained")
+        trained = directory / "model"
+        remedy = trained if (trained / "config.json").exists() else "a directory written by save_pretrained"
+        raise UserError(f"{directory}: no {missing}; give {remedy}")
     return digest_json({file.name: sha256_file(file) for file in [config, *weights]})

@@ -8,11 +8,10 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas.errors import UserError
-from schemas.files import write_text
+from schemas.files import MANIFEST, write_text
 from schemas.fingerprints import digest_json
 from schemas.value_counts import ColumnStatistics
 
-MANIFEST = "manifest.json"
 FORMAT_VERSION: Final = 1
 
 
@@ -59,10 +58,11 @@ class Column(Record):
 
 
 class TokenizerInfo(Record):
-    """The tokenizer of a corpus. The files themselves lie in `tokenizer/` inside the shard set."""
+    """The tokenizer of a corpus. Its files lie in `tokenizer/` inside the shard set; `files_sha256` is their digest."""
 
     name: str
     fingerprint: str
+    files_sha256: str
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int | None

@@ -1,5 +1,6 @@
 """A shard set on disk: opening one that can be trusted, verifying it, and finishing one that was just written."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError
-from schemas.files import atomic_write, release_output, sha256_file
-from schemas.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-from schemas.shards import read_shard, shard_schema
+from schemas.files import MANIFEST, TOKENIZER, atomic_write, release_output, sha256_file
+from schemas.fingerprints import digest_json, directory_digest
+from schemas.manifest import Manifest, read_manifest, write_manifest
+from schemas.shards import read_footer, read_shard, shard_schema
 from schemas.value_counts import ValueCounts, from_table, to_table
 
 STATISTICS = "statistics.parquet"
-TOKENIZER = "tokenizer"
 REJECTS = "rejects.jsonl"
 
 
@@ -28,10 +29,10 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: str | Path) -> "ShardSet":
-        """Open a shard set after checking the manifest and that every shard is there with the size it should have.
+        """Open a shard set after checking the manifest, the tokenizer, and that every shard is there in its full size.
 
         Raises:
-            UserError: not a finished shard set, an edited manifest, or a missing or truncated shard.
+            UserError: not a finished shard set, an edited manifest, another tokenizer, a missing or truncated shard.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -44,6 +45,8 @@ class ShardSet:
                     f"{file}: shard has {file.stat().st_size} bytes instead of {shard.bytes} (truncated or replaced); "
                     "restore it or rewrite the set"
                 )
+        if fault := check_tokenizer(path, manifest):
+            raise UserError(f"{fault}; restore it or rewrite the set")
         return cls(path, manifest)
 
     @property
@@ -59,7 +62,7 @@ class ShardSet:
         """Compressed size of each column over all shards, in bytes, from the Parquet footers."""
         sizes = dict.fromkeys(shard_schema(tuple(self.manifest.columns)).names, 0)
         for shard in self.manifest.shards:
-            metadata = pq.read_metadata(self.path / shard.name)
+            metadata = read_footer(self.path / shard.name)
             for group in range(metadata.num_row_groups):
                 for index in range(metadata.num_columns):
                     chunk = metadata.row_group(group).column(index)
@@ -95,15 +98,22 @@ class FileCheck(NamedTuple):
 
 
 def verify(path: Path, manifest: Manifest) -> Iterator[FileCheck]:
-    """Compare every shard, and the statistics, with the manifest, byte by byte; go on after a fault."""
+    """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte; go on after a fault."""
     schema = shard_schema(tuple(manifest.columns))
     for shard in manifest.shards:
         fault = check_content(path / shard.name, shard.sha256)
         if fault is None and not pq.read_schema(path / shard.name).equals(schema):
             fault = f"{path / shard.name}: columns differ from the manifest"
         yield FileCheck(shard.name, shard.bytes, fault)
+    yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest))
     if manifest.statistics_sha256 is not None:
         yield FileCheck(STATISTICS, 0, check_content(path / STATISTICS, manifest.statistics_sha256))
+
+
+def check_tokenizer(path: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the tokenizer's files, None when they are the ones the corpus was written with."""
+    same = directory_digest(path / TOKENIZER) == manifest.tokenizer.files_sha256
+    return None if same else f"{path / TOKENIZER}: missing, or not the tokenizer of the corpus"
 
 
 def check_content(file: Path, sha256: str) -> str | None:
@@ -127,6 +137,17 @@ def finish_shard_set(output: Path, manifest: Manifest, value_counts: dict[str, V
     return ShardSet(output, manifest)
 
 
-def is_finished(output: Path) -> bool:
-    """Whether `output` holds a finished shard set."""
-    return (output / MANIFEST).exists()
+def find_finished(output: Path, request: str) -> ShardSet | None:
+    """The finished shard set in `output` if there is one and it answers the JSON text `request`.
+
+    Raises:
+        UserError: it is damaged, or answers another request.
+    """
+    if not (output / MANIFEST).exists():
+        return None
+    shards = ShardSet.open(output)
+    if shards.manifest.request != digest_json(json.loads(request)):
+        raise UserError(
+            f"--output {output}: holds a shard set of other inputs or settings; choose another or remove it"
+        )
+    return shards

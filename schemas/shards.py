@@ -8,6 +8,7 @@ and zstd does the rest; dictionaries and statistics would only add bytes.
 import hashlib
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -134,9 +135,24 @@ def read_shard(path: Path, columns: list[str] | None = None, row_group: int | No
     Raises:
         UserError: the file is missing, truncated or damaged.
     """
+    with _damage_reported(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
+
+
+def read_footer(path: Path) -> pq.FileMetaData:
+    """Read the Parquet metadata of a shard.
+
+    Raises:
+        UserError: the file is missing, truncated or damaged.
+    """
+    with _damage_reported(path):
+        return pq.read_metadata(path)
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
     except (pa.ArrowException, OSError) as error:

@@ -7,6 +7,7 @@ Only the outcome of a unit travels back to the driver.
 import logging
 import os
 import re
+import signal
 import socket
 import traceback
 import warnings
@@ -119,6 +120,7 @@ def ray_session(address: str | None, workers: Workers | None = None) -> Iterator
         yield
         return
     os.environ.update(ENVIRONMENT | os.environ)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
@@ -128,9 +130,10 @@ def ray_session(address: str | None, workers: Workers | None = None) -> Iterator
             cpus = workers.count + 1 if workers else 2
             # One CPU more than the workers hold: Ray Data's own tasks need one, or the job waits for ever.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a start that times out raises just that
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         raise UserError(f"{where} ({first_line(error)})") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which aborts
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -38,6 +38,10 @@ def map_in_order(
         return
     context = get_context("forkserver")
     context.set_forkserver_preload([preload])
+    # A terminal sends Ctrl-C to every process. The server ignores it from its first moment, and so do those it forks.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, previous)
     pool = ProcessPoolExecutor(workers, context, initializer=_initialize, initargs=(function,))
     pending: deque[Future[Result]] = deque()
     try:

@@ -73,7 +73,7 @@ def read_rows(source: Source, config: PrepareConfig) -> Iterator[tuple[int, Row]
         else:
             read = read_parquet if source.format == "parquet" else read_arrow
             yield from enumerate(read(source.path, wanted_fields(config)))
-    except (OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException, DatasetsError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pa.ArrowException, DatasetsError) as error:
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 from schemas.errors import UserError
 from schemas.files import PROGRESS, atomic_write
 from schemas.manifest import ShardEntry, Window
-from schemas.shards import flat_values, list_column, list_lengths, read_shard, write_shard
+from schemas.shards import first_line, flat_values, list_column, list_lengths, read_shard, write_shard
 from schemas.value_counts import ValueCounts, from_table, to_table
 from scoring.conditions import ScoringPlan
 from scoring.engines import Engine, EngineConfig, load_engine
 from scoring.windows import plan_windows, window_ids
 
 ENTRY_KEY = b"entry"
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,21 @@ class ShardScorer:
     """Scores shards with the engines of one worker, each model loaded once."""
 
     def __init__(self, task: ScoringTask) -> None:
-        """Load the engines."""
+        """Load the engines.
+
+        Raises:
+            UserError: an engine cannot load its model.
+        """
         self.task = task
         self.engines: dict[str, Engine] = {}
         for model in task.plan.models:
-            self.engines[model.fingerprint] = load_engine(model.directory, task.engine)
+            try:
+                self.engines[model.fingerprint] = load_engine(model.directory, task.engine)
+            except UserError:
+                raise
+            except Exception as error:  # whatever the engine has to say
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                raise UserError(f"{model.name}: {task.engine.name} cannot load it ({reason})") from error
 
     def score(self, shard: ShardEntry) -> None:
         """Write the scored shard under the name of its source, then its part record.
@@ -68,7 +79,8 @@ class ShardScorer:
             model = self.task.plan.losses[name].model.name
             check_losses(values, lengths, model, table["document_id"])
         for name, contrast in self.task.plan.contrasts.items():
-            losses[name] = losses[contrast.minuend] - losses[contrast.subtrahend]
+            difference = losses[contrast.minuend] - losses[contrast.subtrahend]
+            losses[name] = np.clip(difference, -FLOAT16_MAX, FLOAT16_MAX)
         for name in self.task.plan.columns:
             table = table.append_column(name, list_column(losses[name].astype(np.float16), lengths))
         return table
@@ -118,16 +130,17 @@ def losses_by_window(
 
 
 def check_losses(losses: np.ndarray, lengths: np.ndarray, model: str, document_ids: pa.ChunkedArray) -> None:
-    """Raise UserError if a token that has something before it has no finite loss."""
+    """Raise UserError if a token that has something before it has no loss, or one that float16 cannot hold."""
     ends = np.cumsum(lengths)
-    bad = ~np.isfinite(losses)
+    bad = ~(losses <= FLOAT16_MAX)
     bad[ends - lengths] = False
     if bad.any():
         position = int(np.argmax(bad))
         row = int(np.searchsorted(ends, position, side="right"))
         raise UserError(
             f"{model}: gives token {position - int(ends[row] - lengths[row])} of a sequence of document "
-            f"'{document_ids[row].as_py()}' the loss {losses[position]}; try --dtype float32, or check the checkpoint"
+            f"'{document_ids[row].as_py()}' the loss {losses[position]}; check the checkpoint, or try --dtype float32 "
+            "with a new --output"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from schemas.errors import UserError
-from schemas.fingerprints import tokenizer_fingerprint
+from schemas.fingerprints import directory_digest, tokenizer_fingerprint
 from schemas.manifest import TokenizerInfo
 from schemas.shards import first_line
 
@@ -45,11 +45,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         raise
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizerInfo:
-    """What the manifest says about the tokenizer."""
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, directory: Path) -> TokenizerInfo:
+    """What the manifest says about the tokenizer `name`, saved in `directory`."""
     return TokenizerInfo(
         name=name,
         fingerprint=tokenizer_fingerprint(tokenizer),
+        files_sha256=directory_digest(directory),
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

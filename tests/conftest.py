@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from schemas.fingerprints import tokenizer_fingerprint
+from schemas.files import TOKENIZER
+from schemas.fingerprints import directory_digest, tokenizer_fingerprint
 from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, TokenizerInfo
-from schemas.shard_set import TOKENIZER, ShardSet, finish_shard_set
+from schemas.shard_set import ShardSet, finish_shard_set
 from schemas.shards import list_column, shard_name, write_shard
 from schemas.value_counts import ValueCounts
 
@@ -82,6 +83,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
             tokenizer=TokenizerInfo(
                 name="bytes",
                 fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(tokenizer_dir)),
+                files_sha256=directory_digest(path / TOKENIZER),
                 vocab_size=258,
                 bos_token_id=256,
                 eos_token_id=257,

@@ -24,7 +24,7 @@ class HeadLoss(NamedTuple):
 
 def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`input_ids` int64, `position_ids` int64 and `weights` float32 on `device`, all (B, T)."""
-    ids, positions, weights = (torch.from_numpy(values).to(device, non_blocking=True) for values in rows)
+    ids, positions, weights = (torch.from_numpy(values).to(device, non_blocking=True) for values in rows[:3])
     return ids.long(), positions.long(), weights
 
 
@@ -40,11 +40,11 @@ def evaluate_model(
 ) -> list[HeadLoss]:
     """Plain cross-entropy of every head over a held-out set, every valid target counted once.
 
-    All processes share the work; `max_tokens` stops after that many packed tokens, padding included.
+    All processes share the work; `max_tokens` stops after that many tokens.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
-    sums = torch.zeros(len(unwrapped.config.offsets), 3, device=accelerator.device)
+    sums = torch.zeros(len(unwrapped.config.offsets), 3, device=accelerator.device, dtype=torch.float64)
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -60,11 +60,12 @@ def evaluate_model(
         for i, rows in enumerate(loader.once(batch_size)):
             if max_tokens is not None and seen >= max_tokens:
                 break
-            seen += rows.input_ids.size
+            tokens = int(rows.tokens.sum())
+            seen += tokens
             if i % accelerator.num_processes == accelerator.process_index:
                 with accelerator.autocast():
                     sums += unwrapped(*to_device(rows, accelerator.device))[1]
-            bar.update(rows.input_ids.size)
+            bar.update(tokens)
     model.train(was_training)
     totals = accelerator.reduce(sums, "sum").tolist()
     return [

@@ -23,11 +23,15 @@ BLOCK_ROWS = 64
 
 
 class Rows(NamedTuple):
-    """Packed rows: `input_ids` (B, L) int32, `position_ids` (B, L) int32, `weights` (B, L) float32."""
+    """Packed rows: `input_ids` (B, L) int32, `position_ids` (B, L) int32, `weights` (B, L) float32.
+
+    `tokens` (B,) int64 counts the tokens of each row that are not padding.
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     weights: np.ndarray
+    tokens: np.ndarray
 
     def take(self, index: np.ndarray | slice) -> "Rows":
         """The rows at `index`."""
@@ -67,8 +71,10 @@ class RowLoader:
         )
         self._order: tuple[int, np.ndarray] = (-1, self.groups)
         self.groups_per_block = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length) // ROW_GROUP_TOKENS
-        if not shards.manifest.tokens:
-            raise UserError(f"{shards.path}: holds no tokens; prepare a corpus that is not empty")
+        if shards.manifest.tokens == shards.manifest.rows:
+            raise UserError(
+                f"{shards.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
+            )
 
     def batches(self, rows: int) -> Iterator[Rows]:
         """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
@@ -90,6 +96,11 @@ class RowLoader:
             block = self._load(0, index)
             for row in range(0, len(block.input_ids), rows):
                 yield block.take(slice(row, row + rows))
+
+    def rows_per_epoch(self) -> float:
+        """How many rows the set gives, extrapolated from how well its first block packs (exact for a single block)."""
+        block = self._load(0, 0)
+        return len(block.tokens) / float(block.tokens.sum()) * self.shards.manifest.tokens
 
     def _blocks(self) -> Iterator[tuple[Rows, LoaderState]]:
         """Yield every block with the state at which it is entered, preparing one ahead in a thread."""

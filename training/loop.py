@@ -5,6 +5,7 @@ only then runs the micro-batches, each loss divided by that one denominator. So 
 split into micro-batches changes what is computed.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -71,7 +72,8 @@ class TrainingLoop:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.window_start, self.window_steps = state["window_start"], state["window_steps"]
         self.metrics = state["metrics"]
-        self.head_sums.copy_(state["head_sums"])
+        if self.accelerator.is_main_process:  # the checkpoint has the sums of all processes
+            self.head_sums.copy_(state["head_sums"])
         self.targets.copy_(state["targets"])
         self.loader.state = LoaderState(**state["loader"])
 
@@ -85,6 +87,7 @@ class TrainingLoop:
             total=steps, initial=self.step, desc="train", unit="step", disable=not self.accelerator.is_main_process
         )
         batches = self.loader.batches(self.config.batch_size)
+        self.model.train()
         with bar:
             while self.step < steps:
                 started = time.perf_counter()
@@ -120,7 +123,7 @@ class TrainingLoop:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self.tokens += batch.input_ids.size
+        self.tokens += int(batch.tokens.sum())
         self.window_steps += 1
 
     def _denominator(self, micro_batches: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -145,7 +148,8 @@ class TrainingLoop:
         metrics["grad_norm"] = float(self.grad_norm)
         metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
         metrics["tokens"] = self.tokens
-        self.check_finite()
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(self._not_finite("the loss"))
         self.head_sums.zero_()
         self.targets.zero_()
         self.window_steps = 0
@@ -156,10 +160,19 @@ class TrainingLoop:
         self.window_start = self.tokens, self.seconds
         return {"tokens_per_second": tokens / seconds}
 
-    def check_finite(self) -> None:
-        """Raise UserError if a loss of the current window was NaN or infinite."""
-        if not torch.isfinite(self.head_sums).all():
-            raise UserError(
-                f"--optimizer.learning_rate: the loss is not finite at step {self.step}; lower it, or check the "
-                "model's weights; a rerun continues from the last checkpoint"
-            )
+    def prepare_checkpoint(self) -> None:
+        """Bring the window's sums together in the main process, and make sure that the model is worth keeping.
+
+        Raises:
+            UserError: a parameter is NaN or infinite.
+        """
+        total = self.accelerator.reduce(self.head_sums, "sum")
+        self.head_sums = total if self.accelerator.is_main_process else torch.zeros_like(total)
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise UserError(self._not_finite("the model"))
+
+    def _not_finite(self, what: str) -> str:
+        return (
+            f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: {what} is not finite at step "
+            f"{self.step}; lower it and choose another --output, or check the weights of --model"
+        )

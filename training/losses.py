@@ -2,7 +2,8 @@
 
 The weights of the rows are known before the forward pass. So the rows of weight 0 are dropped before this is called,
 and the gradient of every chunk of logits is formed while the chunk is at hand: three matrix products instead of the
-four that recomputing the logits in the backward pass would take, and no more memory than one chunk.
+four that recomputing the logits in the backward pass would take. Beyond one chunk of logits this holds the gradients
+until the backward pass: one matrix like the unembedding, however many heads share it.
 """
 
 from typing import Any
@@ -47,7 +48,7 @@ def weighted_linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     with torch.autocast(device, enabled=False):
         return _WeightedLinearCrossEntropy.apply(
-            hidden_states.to(dtype), unembedding, targets, weights, bias, softcap, chunk_rows
+            hidden_states.to(dtype), unembedding, targets, weights, bias, softcap, chunk_rows, torch.is_grad_enabled()
         )
 
 
@@ -62,12 +63,14 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         softcap: float | None,
         chunk_rows: int,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         matrix = unembedding.to(hidden_states.dtype)
         weights = weights.to(wide)
         losses = torch.empty(len(targets), dtype=wide, device=hidden_states.device)
-        needs_hidden, needs_unembedding, needs_bias = (ctx.needs_input_grad[i] for i in (0, 1, 4))
+        # Under no_grad autograd still says that parameters need gradients.
+        needs_hidden, needs_unembedding, needs_bias = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1, 4))
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
         grad_unembedding = torch.zeros_like(unembedding, dtype=wide) if needs_unembedding else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
@@ -117,6 +120,7 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None if grad_bias is None else (grad_bias * grad_sum).to(bias_dtype),
+            None,
             None,
             None,
         )

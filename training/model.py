@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -136,9 +137,12 @@ def load_model(path: str) -> MTPModel:
     heads_directory = run / "heads"
     if not (heads_directory / HEADS_CONFIG).exists():
         return build_model(path, HeadsConfig(offsets=(1,)), from_scratch=False)
-    heads = HeadsConfig.model_validate_json((heads_directory / HEADS_CONFIG).read_text())
-    model = build_model(str(run / "model"), heads, from_scratch=False)
-    model.heads.load_state_dict(load_file(heads_directory / HEADS_WEIGHTS))
+    try:
+        heads = HeadsConfig.model_validate_json((heads_directory / HEADS_CONFIG).read_text())
+        model = build_model(str(run / "model"), heads, from_scratch=False)
+        model.heads.load_state_dict(load_file(heads_directory / HEADS_WEIGHTS))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{heads_directory}: cannot be loaded ({first_line(error)}); train the run again") from error
     return model
 
 
@@ -147,7 +151,7 @@ def _load_trunk(name: str, *, from_scratch: bool) -> Any:
         if from_scratch:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         hint = "give the directory or id of a causal language model"
         if Path(name).is_dir() and not from_scratch:
             hint += ", or --from_scratch true to use its config only"
@@ -181,7 +185,11 @@ def check_trunk(model: MTPModel, name: str) -> None:
     if (softcap := getattr(trunk.config, "final_logit_softcapping", None)) is not None:
         own = softcap * torch.tanh(own / softcap)
     trunk.train(training)
+    if not logits.isfinite().all():
+        raise UserError(f"{name}: predicts NaN or infinity; check its weights")
     if not torch.allclose(own, logits, rtol=1e-3, atol=1e-3):
-        raise UserError(f"{name}: {type(trunk).__name__} rescales its logits, which training does not support yet")
+        raise UserError(
+            f"{name}: {type(trunk).__name__} rescales its logits, which training cannot do; use another architecture"
+        )
     if not torch.allclose(hidden[:, 5:], alone, rtol=1e-3, atol=1e-3):
         raise UserError(f"{name}: {type(trunk).__name__} does not separate packed documents; use another architecture")

@@ -46,7 +46,7 @@ def best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
 
 def pack(
     input_ids: np.ndarray, weights: np.ndarray, lengths: np.ndarray, row_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pack flat sequences into rows.
 
     A sequence longer than a row is cut into pieces that become documents of their own. Padding fills the end of a row
@@ -60,7 +60,8 @@ def pack(
         row_length: tokens per row.
 
     Returns:
-        `input_ids` (R, L) int32, `position_ids` (R, L) int32, `weights` (R, L) float32.
+        `input_ids` (R, L) int32, `position_ids` (R, L) int32, `weights` (R, L) float32, and (R,) int64
+        how many tokens of each row are not padding.
     """
     starts, pieces = split_long(lengths, row_length)
     rows = best_fit(pieces, row_length)
@@ -74,4 +75,4 @@ def pack(
     packed = tuple(np.zeros((len(rows), row_length), dtype=dtype) for dtype in (np.int32, np.int32, np.float32))
     for target, values in zip(packed, (input_ids[source], within, weights[source]), strict=True):
         target[row_of_token, column] = values
-    return packed[0], packed[1], packed[2]
+    return packed[0], packed[1], packed[2], row_tokens

@@ -1,6 +1,6 @@
 """The directory of a training run: its identity, its metrics, its checkpoints.
 
-RUN/config.yaml        the resolved settings; `wmtp train --config RUN/config.yaml` repeats the run
+RUN/config.yaml        the resolved settings; `wmtp train --config RUN/config.yaml --output OTHER` repeats the run
 RUN/run.json           what a continued run must agree on
 RUN/metrics.jsonl      one line per logged step and per evaluation
 RUN/checkpoints/       full training states, newest last
@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError
-from schemas.files import write_text
+from schemas.files import differences, fsync, fsync_tree, read_json, write_text
+from schemas.shards import first_line
 
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
@@ -26,75 +27,109 @@ OPERATIONAL = {
 }  # fmt: skip
 """Settings that may change when a stopped run is continued: they do not touch what is trained."""
 
+LOCATIONS = {"input", "model"}
+"""Settings that a continued run compares by content."""
+
 
 class RunDirectory:
     """Files of one training run; only the main process writes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: TrainConfig, inputs: dict[str, str]) -> None:
+        """Describe a run.
+
+        Args:
+            path: its directory.
+            config: its settings.
+            inputs: digests of what it reads.
+        """
         self.path = path
+        self.config = config
+        self.identity = {
+            "config": config.model_dump(mode="json", exclude=OPERATIONAL | LOCATIONS),
+            "inputs": inputs,
+        }
+        self.record = path / "run.json"
         self.checkpoints = path / "checkpoints"
         self.summary_file = path / "summary.json"
         self.metrics_file = path / "metrics.jsonl"
 
-    def claim(self, config: TrainConfig, inputs: dict[str, str]) -> None:
-        """Take the directory for a run with these settings and input digests, or continue the one it holds.
+    def check(self) -> None:
+        """Check that the directory is empty, or holds this run, or one that never came to a checkpoint.
 
         Raises:
             UserError: it holds something else, or a run that differs; the differing settings are named.
         """
-        identity = {"config": config.model_dump(mode="json", exclude=OPERATIONAL), "inputs": inputs}
-        record = self.path / "run.json"
-        if record.exists():
-            before = json.loads(record.read_text())
-            if changed := sorted(_differences(before, identity)):
+        if self.record.exists():
+            changed = [name.removeprefix("config.") for name in differences(read_json(self.record), self.identity)]
+            if changed and (self.latest_checkpoint() or self.summary_file.exists()):
                 raise UserError(
                     f"{self.path}: holds a run with other settings ({', '.join(changed)}); "
                     "repeat its settings to continue it, or choose another --output"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path}: already holds something else; choose another --output or remove it")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        write_text(record, json.dumps(identity, indent=2) + "\n")
+
+    def claim(self, step: int) -> None:
+        """Write down what runs here, and drop metrics of steps later than `step`, which will be logged again."""
+        write_text(self.record, json.dumps(self.identity, indent=2) + "\n")
+        settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        write_text(self.path / "config.yaml", settings)
+        if self.metrics_file.exists():
+            # A line that a kill cut short is logged again, too.
+            lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_text(self.metrics_file, "".join(line + "\n" for line in kept))
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
-        return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else None
+        return read_json(self.summary_file) if self.summary_file.exists() else None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         with open(self.metrics_file, "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps later than `step`, which a continued run will log again."""
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text().splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("\n")]
-            write_text(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= step))
-
     def latest_checkpoint(self) -> Path | None:
         """Newest complete checkpoint."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def save_checkpoint(self, accelerator: Accelerator, step: int, keep: int) -> None:
-        """Save the full training state; it gets its name only when it is complete, then old ones go."""
+    def load_checkpoint(self, accelerator: Accelerator) -> None:
+        """Load the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None:
+            return
+        try:
+            accelerator.load_state(str(checkpoint))
+        except Exception as error:  # accelerate, torch and safetensors have their own for damaged files
+            raise UserError(
+                f"{checkpoint}: cannot be loaded ({first_line(error)}); remove it to continue from the one before"
+            ) from error
+        accelerator.print(f"{self.path}: continuing from {checkpoint.name}")
+
+    def save_checkpoint(self, accelerator: Accelerator, step: int) -> None:
+        """Save the full training state; it gets its name only when it is complete, then old ones go.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         final = self.checkpoints / f"step-{step:08d}"
         partial = self.checkpoints / f".step-{step:08d}"
-        accelerator.save_state(str(partial))
+        try:
+            accelerator.save_state(str(partial))
+        except Exception as error:  # safetensors and torch have their own for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{final}: cannot be written ({first_line(error)}); free some space and rerun") from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            fsync_tree(partial)
             partial.replace(final)
-            for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+            fsync(self.checkpoints)
+            for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
             for leftover in self.checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover)
         accelerator.wait_for_everyone()
-
-
-def _differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """Dotted names of the leaves in which two JSON values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = before.keys() | after.keys()
-        return [leaf for key in keys for leaf in _differences(before.get(key), after.get(key), f"{name}.{key}")]
-    return [] if before == after else [name.removeprefix(".config.").removeprefix(".")]

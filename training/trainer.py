@@ -3,20 +3,23 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoTokenizer, get_scheduler
 
 from schemas.configs import OptimizerConfig, TrainConfig
 from schemas.errors import UserError
-from schemas.files import sha256_file, write_text
+from schemas.files import exclusive, fsync, fsync_tree, sha256_file, write_text
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
 from schemas.shard_set import ShardSet
+from schemas.shards import first_line
 from training.evaluation import evaluate_model
 from training.loader import RowLoader
 from training.loop import TrainingLoop
@@ -29,44 +32,41 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train as `config` says, continuing a stopped run, and return its summary (also in `summary.json`).
 
     Raises:
-        UserError: input, model, settings and output directory do not fit together, or the loss is not finite.
+        UserError: input, model, settings and output directory do not fit together, or training diverges.
     """
     accelerator = make_accelerator(config.dtype, log_with=list(config.trackers) or None, project_dir=str(config.output))
-    if config.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch_size {config.batch_size}: give a multiple of the {accelerator.num_processes} processes"
-        )
+    with exclusive(config.output) if accelerator.is_main_process else nullcontext():
+        return _train(config, accelerator)
+
+
+def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     shards = ShardSet.open(config.input)
     held_out = ShardSet.open(config.eval_input) if config.eval_input else None
     check_tokenizer(config.model, shards)
     if held_out:
         check_same_tokenizer(shards, held_out)
-    weighting = make_weighting(config.weights, shards)
     sequence_length = config.sequence_length or shards.manifest.corpus.max_length
     config = config.model_copy(update={"sequence_length": sequence_length})
-
-    run = RunDirectory(config.output)
-    if accelerator.is_main_process:
-        run.claim(config, {"input": shards.manifest.digest, "model": model_identity(config)})
-    accelerator.wait_for_everyone()
+    check_settings(config, sequence_length, accelerator.num_processes)
+    run = RunDirectory(config.output, config, {"input": shards.manifest.digest, "model": model_identity(config)})
+    run.check()
     if (finished := run.summary()) is not None:
         return finished | {"already_complete": True}
 
     set_seed(config.seed)
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch)
-    check_model(mtp_model, config.model, shards, sequence_length)
-    tokens_per_step = config.batch_size * sequence_length
-    steps = config.max_steps or math.ceil(config.epochs * shards.manifest.tokens / tokens_per_step)
+    for data in filter(None, (shards, held_out)):
+        check_model(mtp_model, config.model, data, sequence_length)
+    set_seed(config.seed, device_specific=True)  # dropout differs between processes
+    loader = RowLoader(shards, make_weighting(config.weights, shards), sequence_length, seed=config.seed)
+    steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
     optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
     model, optimizer = accelerator.prepare(mtp_model, optimizer)
-    loader = RowLoader(shards, weighting, sequence_length, seed=config.seed)
     loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader)
     accelerator.register_for_checkpointing(scheduler, loop)
-    if (checkpoint := run.latest_checkpoint()) is not None:
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"{config.output}: continuing after step {loop.step}")
+    run.load_checkpoint(accelerator)
     if accelerator.is_main_process:
-        run.forget_after(loop.step)
+        run.claim(loop.step)
     accelerator.init_trackers("wmtp", config={"config": json.dumps(config.model_dump(mode="json"))})
 
     def evaluate() -> dict[str, float]:
@@ -91,8 +91,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if accelerator.is_main_process:
                 run.log({"step": loop.step} | metrics)
         if loop.step % checkpoint_every == 0 or loop.step == steps:
-            loop.check_finite()
-            run.save_checkpoint(accelerator, loop.step, config.keep_checkpoints)
+            loop.prepare_checkpoint()
+            run.save_checkpoint(accelerator, loop.step)
 
     evaluation = evaluate()
     summary = {
@@ -132,18 +132,33 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tup
     return optimizer, get_scheduler(name, optimizer, round(config.warmup_ratio * steps), steps)
 
 
-def check_tokenizer(model: str, shards: ShardSet) -> None:
-    """Refuse a model that comes with another tokenizer than the corpus. A model without one is not refused.
+def check_settings(config: TrainConfig, sequence_length: int, processes: int) -> None:
+    """Refuse settings that do not fit the number of processes, the rows, or what is installed.
 
     Raises:
-        UserError: the fingerprints differ.
+        UserError: a batch that cannot be split, an offset beyond the end of a row, or a tracker that is missing.
     """
-    if Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").exists():
+    if config.batch_size % processes:
+        raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
+    if config.heads.offsets[-1] >= sequence_length:
+        raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
+    if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
+        name = min(missing)
+        raise UserError(f"--trackers: the package of '{name}' is not installed; install it or leave '{name}' out")
+
+
+def check_tokenizer(model: str, shards: ShardSet) -> None:
+    """Refuse a model that comes with another tokenizer than the corpus. A directory without one is not refused.
+
+    Raises:
+        UserError: the fingerprints differ, or the tokenizer cannot be loaded.
+    """
+    if Path(model).is_dir() and not any(Path(model).glob("tokenizer*.json")):
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
-        return  # loading the model itself reports what is wrong with its name
+    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
+        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); restore it") from error
     expected = shards.manifest.tokenizer
     if tokenizer_fingerprint(tokenizer) != expected.fingerprint:
         raise UserError(
@@ -190,12 +205,21 @@ def model_identity(config: TrainConfig) -> str:
 
 
 def save_model(model: MTPModel, shards: ShardSet, output: Path) -> None:
-    """Write `model/` (with the corpus's tokenizer) and `heads/` into the run, named only when they are complete."""
+    """Write `model/` (with the corpus's tokenizer) and `heads/` into the run, named only when they are complete.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
     partial = output / ".saving"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save(partial)
+    try:
+        model.save(partial)
+    except Exception as error:  # safetensors and torch have their own for a full disk
+        raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
     shutil.copytree(shards.tokenizer_path, partial / "model", dirs_exist_ok=True)
+    fsync_tree(partial)
     for name in ("model", "heads"):
         shutil.rmtree(output / name, ignore_errors=True)
         (partial / name).replace(output / name)
     partial.rmdir()
+    fsync(output)

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from schemas.configs import WeightsConfig
+from schemas.errors import UserError
 from schemas.shard_set import ShardSet
 
 DEFAULT_COLUMNS = {
@@ -39,7 +40,7 @@ class Weighting:
 
     def __call__(self, scores: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Weights (T,) float32 of the flat scores (T,) of sequences with the given lengths (S,)."""
-        scored = ~np.isnan(scores)
+        scored = np.isfinite(scores)
         scored_lengths = np.add.reduceat(scored, _starts(lengths), dtype=np.int64)
         weights = self.scheme(scores[scored].astype(np.float32), scored_lengths)
         if self.control == "shuffled":
@@ -55,19 +56,21 @@ def make_weighting(config: WeightsConfig, shards: ShardSet) -> Weighting:
     """Prepare the scheme of `config` for `shards`, scaled so that scored tokens have mean weight 1 over the corpus.
 
     Raises:
-        UserError: the set lacks the score column, or its statistics are missing.
+        UserError: the set lacks the score column or its statistics, or no token would have weight.
     """
     if config.preset == "uniform":
         return Weighting(None, lambda scores, lengths: np.ones(len(scores), dtype=np.float32))
     column = config.column or DEFAULT_COLUMNS[config.preset]
     shards.require_column(column)
+    counts = shards.value_counts()[column]
+    if not np.abs(counts.distinct()[0]).any():
+        raise UserError(f"{shards.path}: column '{column}' has no value but 0; choose another --weights.column")
     scheme: Callable[[np.ndarray, np.ndarray], np.ndarray]
     if config.preset == "dense":
         scheme = lambda scores, lengths: dense(scores, lengths, config.lam)  # noqa: E731
     elif config.preset == "sparse":
         scheme = lambda scores, lengths: sparse(scores, lengths, config.fraction)  # noqa: E731
     else:
-        counts = shards.value_counts()[column]
         threshold = np.float32(counts.top_threshold(config.fraction))
         weigh: Callable[[np.ndarray], np.ndarray] = (
             (lambda scores: (scores >= threshold).astype(np.float32))
@@ -75,7 +78,9 @@ def make_weighting(config: WeightsConfig, shards: ShardSet) -> Weighting:
             else (lambda scores: soft_threshold(scores, config.tau))
         )
         mean = counts.mean_of(weigh)
-        scale = np.float32(1 / mean) if mean > 0 else np.float32(0)
+        if mean == 0:
+            raise UserError(f"{shards.path}: column '{column}' is positive nowhere; choose another --weights.preset")
+        scale = np.float32(1 / mean)
         scheme = lambda scores, lengths: weigh(scores) * scale  # noqa: E731
     return Weighting(column, scheme, config.control)
 

@@ -106,3 +106,11 @@ def test_an_unscored_set_shows_sequences(
 def test_an_unknown_column_is_refused(make_shard_set: MakeShardSet, sequences: list[list[int]]) -> None:
     with pytest.raises(UserError, match="no column 'long_short'"):
         run(InspectConfig(set=make_shard_set(sequences).path, column="long_short"))
+
+
+def test_report_overwrites_nothing_but_pages(make_shard_set: MakeShardSet, sequences: list[list[int]]) -> None:
+    shard_set = make_shard_set(sequences)
+    manifest = (shard_set.path / "manifest.json").read_text()
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        run(InspectConfig(set=shard_set.path, html=shard_set.path / "manifest.json"))
+    assert (shard_set.path / "manifest.json").read_text() == manifest

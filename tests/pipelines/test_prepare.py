@@ -9,8 +9,7 @@ import pytest
 from pipelines.prepare import run
 from schemas.configs import PrepareConfig
 from schemas.errors import UserError
-from schemas.files import PROGRESS
-from schemas.manifest import MANIFEST
+from schemas.files import MANIFEST, PROGRESS
 from schemas.shard_set import REJECTS, ShardSet, verify
 from scoring import prepare
 
@@ -108,10 +107,10 @@ def test_finished_set_is_kept(
     capsys.readouterr()
     assert run(config(corpus, tokenizer_dir, tmp_path / "out", workers=2)).manifest == first.manifest
     assert "already complete" in capsys.readouterr().out
-    with pytest.raises(UserError, match="another corpus or other settings"):
+    with pytest.raises(UserError, match="other inputs or settings"):
         run(config(corpus, tokenizer_dir, tmp_path / "out", max_length=8))
     (corpus / "c.txt").write_text("one more file")
-    with pytest.raises(UserError, match="another corpus or other settings"):
+    with pytest.raises(UserError, match="other inputs or settings"):
         run(config(corpus, tokenizer_dir, tmp_path / "out"))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 

@@ -7,7 +7,8 @@ import pytest
 from pipelines.verify import run
 from schemas.configs import VerifyConfig
 from schemas.errors import UserError
-from schemas.shard_set import TOKENIZER, ShardSet
+from schemas.files import TOKENIZER
+from schemas.shard_set import ShardSet
 
 MakeShardSet = Callable[..., ShardSet]
 
@@ -48,4 +49,4 @@ def test_another_tokenizer_is_found(scored: ShardSet, capsys: pytest.CaptureFixt
     file.unlink()
     with pytest.raises(UserError, match="1 of 4"):
         run(VerifyConfig(set=scored.path))
-    assert "missing or damaged tokenizer" in capsys.readouterr().out
+    assert "tokenizer: missing" in capsys.readouterr().out

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from schemas.errors import UserError
+from schemas.files import MANIFEST
 from schemas.fingerprints import digest_json
-from schemas.manifest import MANIFEST, read_manifest
-from schemas.shard_set import STATISTICS, ShardSet, is_finished, verify
+from schemas.manifest import read_manifest
+from schemas.shard_set import STATISTICS, ShardSet, verify
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 4, 4]]
@@ -31,7 +32,7 @@ def test_a_set_opens_as_it_was_written(scored: ShardSet) -> None:
     assert opened.read(1, ["input_ids"])["input_ids"].to_pylist() == [[6, 7, 8, 9]]
     assert opened.value_counts()["loss_reference"].mean_of(lambda v: v) == pytest.approx(15.5 / 6)
     assert opened.manifest.columns["loss_reference"].statistics.missing == 3
-    assert is_finished(scored.path)
+    assert (scored.path / MANIFEST).exists()
     assert faults(scored) == []
 
 
@@ -117,3 +118,10 @@ def test_the_digest_is_that_of_the_manifest_without_it(scored: ShardSet) -> None
     assert content.pop("digest") == digest_json(content) == scored.manifest.digest
     changed = scored.manifest.model_copy(update={"derived_from": "elsewhere"})
     assert changed.digest != scored.manifest.digest
+
+
+def test_another_tokenizer_is_refused(scored: ShardSet) -> None:
+    file = scored.path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a"', '"A"', 1))
+    with pytest.raises(UserError, match="not the tokenizer of the corpus"):
+        ShardSet.open(scored.path)

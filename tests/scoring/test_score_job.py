@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from pipelines.score import run
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
-from schemas.files import PROGRESS
-from schemas.shard_set import TOKENIZER, ShardSet, verify
+from schemas.files import PROGRESS, TOKENIZER
+from schemas.shard_set import ShardSet, verify
 from scoring.job import Workers
 
 BOS = 256
@@ -145,7 +145,7 @@ def test_finished_run_is_left_alone(config, running_ray, capfd):
     assert again.manifest == first.manifest
     assert "already complete" in capfd.readouterr().out
     assert [file.stat().st_mtime_ns for file in sorted(first.path.iterdir())] == modified
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="other inputs or settings"):
         run(config(short_context=SIZE))
 
 
@@ -228,7 +228,7 @@ def test_damaged_shard(config, running_ray, tokens):
 def test_damaged_weights_end_in_one_line(config, running_ray, make_model):
     path = make_model(seed=6)
     (path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match=r"scoring shard-\d+-of-00003.parquet failed: \w+: ") as caught:
+    with pytest.raises(UserError, match=r"llama-6: transformers cannot load it \(\w+: ") as caught:
         run(config(reference=str(path)))
     assert "\n" not in str(caught.value)
 

@@ -31,6 +31,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**SIZES, **SPECIAL, head_dim=16, final_logit_softcapping=5.0),
     "gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=3, n_head=2, n_positions=128, resid_pdrop=0, embd_pdrop=0,
                        attn_pdrop=0, **SPECIAL),
+    "gpt2-dropout": GPT2Config(vocab_size=258, n_embd=32, n_layer=3, n_head=2, n_positions=128, **SPECIAL),
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, **SPECIAL),
 }  # fmt: skip
 

@@ -11,13 +11,14 @@ from training.packing import best_fit, pack, split_long
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 25))
 def test_every_token_once_in_order_and_documents_apart(lengths: list[int], row_length: int) -> None:
     total = sum(lengths)
-    ids, positions, weights = pack(
+    ids, positions, weights, row_tokens = pack(
         np.arange(1, total + 1, dtype=np.int32),
         np.arange(1, total + 1, dtype=np.float32),
         np.array(lengths),
         row_length,
     )
     real = ids > 0
+    np.testing.assert_array_equal(row_tokens, real.sum(1))
     assert sorted(ids[real].tolist()) == list(range(1, total + 1))
     np.testing.assert_array_equal(ids, weights)
     assert not positions[~real].any()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,7 +62,11 @@ def metrics(config: TrainConfig) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("die_at", "architecture", "block", "dtype"),
-    [(4, "llama", "residual", "float32"), (8, "llama-tied", "decoder", "float32"), (12, "gpt2", "decoder", "bfloat16")],
+    [
+        (4, "llama", "residual", "float32"),
+        (8, "llama-tied", "decoder", "float32"),
+        (12, "gpt2-dropout", "decoder", "bfloat16"),
+    ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
     die_at: int,
@@ -77,12 +82,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         "heads": {"offsets": (1, 2), "block": block},
         "dtype": dtype,
     }
-    whole, broken = config("whole", **settings), config("broken", **settings)
+    # Evaluations on the way must not matter either: they switch dropout off, and on again.
+    whole, broken = config("whole", eval_every=5, **settings), config("broken", **settings)
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
 
-    def die_after_saving(self: Any, accelerator: Any, step: int, keep: int) -> None:
-        save(self, accelerator, step, keep)
+    def die_after_saving(self: Any, accelerator: Any, step: int) -> None:
+        save(self, accelerator, step)
         if step == die_at:
             raise KeyboardInterrupt
 
@@ -94,7 +100,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     train(broken)
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(broken)[name]), name
-    assert metrics(whole) == metrics(broken)
+    steps = [[line for line in metrics(run) if "loss" in line] for run in (whole, broken)]
+    assert steps[0] == steps[1]
 
 
 def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(config: Callable[..., TrainConfig]) -> None:
@@ -166,7 +173,7 @@ def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None
     logged = metrics(run)
     assert logged[-2]["loss"] < logged[0]["loss"] - 0.5  # random bytes can only be memorised
     assert [line["step"] for line in logged if "eval_loss_1" in line] == [15, 30]
-    assert summary["tokens"] == 30 * 4 * 64
+    assert 0.8 * 30 * 4 * 64 < summary["tokens"] < 30 * 4 * 64  # without padding
     assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["step-00000028", "step-00000030"]
     assert train(run)["already_complete"]
 
@@ -191,12 +198,59 @@ def test_foreign_directory_is_left_alone(config: Callable[..., TrainConfig]) -> 
     assert [path.name for path in run.output.iterdir()] == ["thesis.tex"]
 
 
-def test_infinite_loss_stops_before_it_is_saved(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", optimizer={"learning_rate": 1e20, "warmup_ratio": 0.0})
+@pytest.mark.parametrize("max_steps", [1, 12])
+def test_diverged_model_is_not_saved(max_steps: int, config: Callable[..., TrainConfig]) -> None:
+    """With one step the loss is still finite, and only the update is not. A corrected run may use the directory."""
+    run = config("run", optimizer={"learning_rate": 1e38, "warmup_ratio": 0.0}, max_steps=max_steps)
     with pytest.raises(UserError, match="not finite"):
         train(run)
     assert not list((run.output / "checkpoints").glob("step-*"))
     assert not (run.output / "model").exists()
+    assert train(config("run", max_steps=max_steps))["steps"] == max_steps
+
+
+def test_a_refused_start_claims_nothing(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    """The remedy of the error works on the same output."""
+    long = scored_set([300, 20], name="long")
+    with pytest.raises(UserError, match="give --sequence_length 128"):
+        train(config("run", input=long.path, sequence_length=None))
+    assert not (long.path.parent / "run").exists()
+    train(config("run", input=long.path, sequence_length=128, max_steps=1))
+
+
+def test_an_epoch_sees_the_whole_corpus(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    """Two sequences of 40 do not fit a row of 64: steps must follow the rows, not the tokens."""
+    shards = scored_set([40] * 24, name="forties")
+    summary = train(config("run", input=shards.path, max_steps=None, epochs=1.0))
+    assert summary["steps"] == 6
+    assert summary["tokens"] == shards.manifest.tokens
+
+
+def test_damaged_files_of_a_run_are_named(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    train(run)
+    (run.output / "summary.json").unlink()
+    checkpoint = run.output / "checkpoints" / "step-00000012"
+    (checkpoint / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"step-00000012: cannot be loaded .* remove it to continue"):
+        train(run)
+    shutil.rmtree(checkpoint)
+    train(run)
+    (run.output / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json: is damaged"):
+        train(run)
+
+
+def test_tracker_that_is_not_installed_is_named(config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(UserError, match="the package of 'aim' is not installed"):
+        train(config("run", trackers=("aim",)))
+    run = config("board", trackers=("tensorboard",))
+    train(run)
+    assert list((run.output / "wmtp").rglob("events*"))
 
 
 def test_wrong_tokenizer_is_refused(config: Callable[..., TrainConfig]) -> None:
@@ -213,14 +267,5 @@ def test_wrong_tokenizer_is_refused(config: Callable[..., TrainConfig]) -> None:
 
 def test_rows_are_as_long_as_the_longest_sequences_by_default(config: Callable[..., TrainConfig]) -> None:
     run = config("run", sequence_length=None, max_steps=1)
-    assert train(run)["tokens"] == 4 * max(LENGTHS)
+    train(run)
     assert json.loads((run.output / "run.json").read_text())["config"]["sequence_length"] == max(LENGTHS)
-
-
-def test_model_with_too_few_positions_is_refused(
-    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
-) -> None:
-    long = scored_set([300, 20], name="long")
-    with pytest.raises(UserError, match=r"reads at most 128 tokens, .* sequences of up to 300"):
-        train(config("run", input=long.path, sequence_length=None))
-    train(config("cut", input=long.path, sequence_length=128, max_steps=1))

@@ -116,3 +116,18 @@ def test_random_control_has_equal_moments() -> None:
 def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., ShardSet]) -> None:
     with pytest.raises(UserError, match=r"no column 'loss_x' \(score columns: excess_loss, long_short\)"):
         make_weighting(WeightsConfig(preset="dense", column="loss_x"), scored_set([20, 20]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"), [("soft-threshold", "is positive nowhere"), ("sparse", "no value but 0")]
+)
+def test_scores_without_signal_are_refused(preset: str, message: str, make_shard_set: Callable[..., ShardSet]) -> None:
+    value = 0.0 if preset == "sparse" else -1.0
+    scores = {"excess_loss": [[np.nan, value, value]]}
+    with pytest.raises(UserError, match=message):
+        make_weighting(WeightsConfig(preset=preset, column="excess_loss"), make_shard_set([[1, 2, 3]], scores))
+
+
+def test_control_of_uniform_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"need another --weights.preset than uniform"):
+        WeightsConfig(control="shuffled")

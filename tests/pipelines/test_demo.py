@@ -1,0 +1,25 @@
+"""The demo in very small."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import demo
+from schemas.configs import DemoConfig
+from schemas.shard_set import ShardSet
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_a_second_run_finds_everything_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DemoConfig(output=tmp_path / "demo", base_steps=3, reference_steps=2, student_steps=2)
+    demo.run(config)
+    report = capsys.readouterr().out
+    for row in ("base", "reference", *demo.ARMS):
+        assert row in report
+    scored = ShardSet.open(tmp_path / "demo" / "scored")
+    assert list(scored.manifest.columns) == ["loss_reference", "loss_base", "excess_loss"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "models").rglob("*.safetensors")}
+    demo.run(config)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
