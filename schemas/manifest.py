@@ -154,7 +154,10 @@ def read_manifest(directory: Path) -> Manifest:
             raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
         manifest = Manifest.model_validate(content)
     except ValueError as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            finding = error.errors()[0]
+            reason = f"{'.'.join(map(str, finding['loc']))}: {finding['msg']}"
         raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
     if digest != manifest.digest:
         raise UserError(f"{path}: was changed after it was written; restore the original or rewrite the set")

@@ -132,6 +132,7 @@ def ray_session(address: str | None, workers: Workers | None = None) -> Iterator
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except Exception as error:  # a start that times out raises just that
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
+        where += "; if it asks for a token, set RAY_AUTH_MODE=token" * bool(address)
         raise UserError(f"{where} ({first_line(error)})") from error
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which aborts
     try:

@@ -144,23 +144,32 @@ def test_micro_batches_do_not_change_the_result(normalization: str, config: Call
             torch.testing.assert_close(value, results[0][1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_two_ranks_equal_one(config: Callable[..., TrainConfig]) -> None:
-    """Two gloo processes with half the rows each log the same losses as one process."""
-    one, two = config("one", max_steps=6), config("two", max_steps=6)
+def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(config: Callable[..., TrainConfig]) -> None:
+    """Two gloo processes with half the rows each, stopped and continued, log the same losses as one process."""
+    one, two = config("one", max_steps=8, log_every=4), config("two", max_steps=8, log_every=4, checkpoint_every=3)
     train(one)
-    script = (
-        "import sys\nfrom schemas.configs import TrainConfig\nfrom training.trainer import train\n"
+    runner = two.output.with_suffix(".py")
+    runner.write_text(
+        "import os, sys\n"
+        "from schemas.configs import TrainConfig\n"
+        "from training.run import RunDirectory\n"
+        "from training.trainer import train\n"
+        "save = RunDirectory.save_checkpoint\n"
+        "def save_and_stop(self, accelerator, step):\n"
+        "    save(self, accelerator, step)\n"
+        "    if str(step) == os.environ.get('STOP_AT'): os._exit(0)\n"
+        "RunDirectory.save_checkpoint = save_and_stop\n"
         "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
     )
-    runner = two.output.with_suffix(".py")
-    runner.write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(runner), two.model_dump_json()],
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for stop in ({"STOP_AT": "6"}, {}):
+        done = subprocess.run(
+            [*launch, str(runner), two.model_dump_json()],
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | stop,
+        )
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        assert (two.output / "summary.json").exists() == (not stop)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     for name, value in trained(one).items():
