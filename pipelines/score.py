@@ -53,7 +53,7 @@ def run(config: ScoreConfig) -> ShardSet:
             dtype=("bfloat16" if workers.gpu_share else "float32") if config.dtype == "auto" else config.dtype,
             batch_tokens=config.batch_tokens,
             max_length=longest,
-            threads=max(1, len(os.sched_getaffinity(0)) // workers.count),
+            threads=max(1, count_cpus() // workers.count),
             gpu_share=workers.gpu_share,
             models=len(plan.models),
         )
@@ -103,6 +103,11 @@ def longest_sequence(source: ShardSet, plan: ScoringPlan) -> int:
         return bound
     shards = range(len(source.manifest.shards))
     return max((int(list_lengths(source.read(i, ["input_ids"])["input_ids"]).max()) for i in shards), default=0)
+
+
+def count_cpus() -> int:
+    """CPUs of the connected Ray cluster, or those that this process may use."""
+    return int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else len(os.sched_getaffinity(0))
 
 
 def count_gpus() -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError
-from schemas.files import MANIFEST, TOKENIZER, atomic_write, release_output, sha256_file
+from schemas.files import MANIFEST, TOKENIZER, atomic_write, fsync_tree, release_output, sha256_file
 from schemas.fingerprints import digest_json, directory_digest
 from schemas.manifest import Manifest, read_manifest, write_manifest
 from schemas.shards import read_footer, read_shard, shard_schema
@@ -132,6 +132,7 @@ def finish_shard_set(output: Path, manifest: Manifest, value_counts: dict[str, V
         with atomic_write(output / STATISTICS) as file:
             pq.write_table(to_table(value_counts), file, compression="zstd")
         manifest = manifest.model_copy(update={"statistics_sha256": sha256_file(output / STATISTICS)})
+    fsync_tree(output / TOKENIZER)
     write_manifest(output, manifest)
     release_output(output)
     return ShardSet(output, manifest)
