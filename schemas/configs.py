@@ -168,7 +168,9 @@ class TrainConfig(Config):
     eval_input: Path | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
-    checkpoint_every: Positive | None = Field(None, description="steps between checkpoints; default a tenth of all steps")
+    checkpoint_every: Positive | None = Field(
+        None, description="steps between checkpoints; default a tenth of all steps"
+    )
     keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")

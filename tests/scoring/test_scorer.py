@@ -16,7 +16,15 @@ from schemas.value_counts import ValueCounts
 from scoring.conditions import plan_columns
 from scoring.engines import EngineConfig
 from scoring.models import ScoringModel
-from scoring.scorer import ScoringTask, ShardScorer, check_losses, losses_by_window, merge_parts, read_part
+from scoring.scorer import (
+    ScoringTask,
+    ShardScorer,
+    check_losses,
+    losses_by_window,
+    merge_parts,
+    read_part,
+    round_contrast,
+)
 
 CONFIG = EngineConfig("transformers", "float32", batch_tokens=64, max_length=64, threads=1, gpu_share=0.0, models=2)
 BOS = 256
@@ -115,7 +123,8 @@ def test_contrasts_are_subtracted_before_rounding(scorer, sequences):
     reference = np.concatenate(FakeEngine(1.0).token_losses(sequences, [0] * len(sequences)))
     base = np.concatenate(FakeEngine(1.001).token_losses(sequences, [0] * len(sequences)))
     excess = flat_values(table["excess_loss"])
-    np.testing.assert_array_equal(excess, (base - reference).astype(np.float16))
+    expected = np.round((base - reference).astype(np.float64) * 512) / 512
+    np.testing.assert_array_equal(excess, expected.astype(np.float16))
     rounded_first = flat_values(table["loss_base"]) - flat_values(table["loss_reference"])
     assert not np.array_equal(excess, rounded_first, equal_nan=True)
 
@@ -177,3 +186,10 @@ def test_list_columns_keep_sequences_apart(scorer, sequences):
     long_short = table["long_short"].to_pylist()
     assert [len(row) for row in long_short] == [len(ids) for ids in sequences]
     assert all(np.isnan(row[0]) for row in long_short)
+
+
+def test_contrasts_are_multiples_of_a_512th():
+    contrast = np.array([np.nan, 0.001, -0.0005, 1 / 512 + 1e-5, 70000, -70000], np.float32)
+    rounded = round_contrast(contrast)
+    np.testing.assert_array_equal(rounded, np.array([np.nan, 1 / 512, 0, 1 / 512, 65504, -65504], np.float32))
+    assert not np.signbit(rounded[2])
