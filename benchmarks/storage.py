@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.python_library import documentation, sources
 from schemas.shard_set import ShardSet
 from schemas.shards import TOKEN_FIELDS, flat_values, list_column, list_lengths, write_shard
+from scoring.scorer import round_contrast
 
 VOCABULARY = 2048
 LENGTH = 256
@@ -82,7 +83,7 @@ def computed_table(tokens: int) -> pa.Table:
         pa.array(np.zeros(len(scored), np.int64)),
         list_column(scored.ravel(), lengths),
         list_column(final, lengths),
-        list_column(halfway - final, lengths),
+        list_column(round_contrast(halfway - final), lengths),
     ]
     return pa.table(columns, names=[*(field.name for field in TOKEN_FIELDS), "loss_reference", "excess_loss"])
 

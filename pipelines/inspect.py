@@ -177,7 +177,7 @@ def locate(table: pa.Table, column: str, entry: int) -> ScoredToken:
 
 def extremes_table(title: str, tokens: list[ScoredToken], tokenizer: Any) -> Table:
     """One row for each token: score, place and the text around it with the token marked."""
-    table = Table("score", "document", "token", "text", title=title, title_justify="left")
+    table = Table("score", "document", "token", "text, with »the token«", title=title, title_justify="left")
     for token in tokens:
         before, marked, after = split_text(tokenizer, token)
         text = Text.assemble(before, ("»" + marked + "«", "bold reverse"), after, overflow="fold")
