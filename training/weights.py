@@ -8,6 +8,7 @@ set's value counts) and is then applied to one row group at a time. Sources of t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -65,24 +66,24 @@ def make_weighting(config: WeightsConfig, shards: ShardSet) -> Weighting:
     counts = shards.value_counts()[column]
     if not np.abs(counts.distinct()[0]).any():
         raise UserError(f"{shards.path}: column '{column}' has no value but 0; choose another --weights.column")
-    scheme: Callable[[np.ndarray, np.ndarray], np.ndarray]
     if config.preset == "dense":
-        scheme = lambda scores, lengths: dense(scores, lengths, config.lam)  # noqa: E731
-    elif config.preset == "sparse":
-        scheme = lambda scores, lengths: sparse(scores, lengths, config.fraction)  # noqa: E731
-    else:
-        threshold = np.float32(counts.top_threshold(config.fraction))
-        weigh: Callable[[np.ndarray], np.ndarray] = (
-            (lambda scores: (scores >= threshold).astype(np.float32))
-            if config.preset == "rho1-static"
-            else (lambda scores: soft_threshold(scores, config.tau))
-        )
-        mean = counts.mean_of(weigh)
-        if mean == 0:
-            raise UserError(f"{shards.path}: column '{column}' is positive nowhere; choose another --weights.preset")
-        scale = np.float32(1 / mean)
-        scheme = lambda scores, lengths: weigh(scores) * scale  # noqa: E731
-    return Weighting(column, scheme, config.control)
+        return Weighting(column, partial(dense, lam=config.lam), config.control)
+    if config.preset == "sparse":
+        return Weighting(column, partial(sparse, fraction=config.fraction), config.control)
+    weigh: Callable[[np.ndarray], np.ndarray] = (
+        partial(at_least, threshold=counts.top_threshold(config.fraction))
+        if config.preset == "rho1-static"
+        else partial(soft_threshold, tau=config.tau)
+    )
+    mean = counts.mean_of(weigh)
+    if mean == 0:
+        raise UserError(f"{shards.path}: column '{column}' is positive nowhere; choose another --weights.preset")
+    return Weighting(column, lambda scores, lengths: weigh(scores) * np.float32(1 / mean), config.control)
+
+
+def at_least(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """1 where the score reaches `threshold`, else 0."""
+    return (scores >= np.float32(threshold)).astype(np.float32)
 
 
 def soft_threshold(scores: np.ndarray, tau: float) -> np.ndarray:
