@@ -31,6 +31,16 @@ def test_an_exception_leaves_neither_the_file_nor_a_trace(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    def fill() -> None:
+        with atomic_write(tmp_path / "file"), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill()
+    assert caught.value.filename == str(tmp_path / "file")
+
+
 def test_an_exception_keeps_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
