@@ -110,6 +110,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")
+    accelerator.wait_for_everyone()  # a process that leaves early takes the group down under the others
     accelerator.end_training()
     return summary
 
