@@ -108,10 +108,11 @@ def exclusive(output: Path) -> Iterator[None]:
         raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
     descriptor = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output {output}: another process is writing it; wait or choose another") from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f"--output {output}: another process is writing it; wait for it or choose another") from error
     finally:
         os.close(descriptor)
         if new:

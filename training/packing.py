@@ -16,7 +16,7 @@ def split_long(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nda
         `starts` (P,) of each piece in the flat arrays and piece `lengths` (P,), at most `row_length`.
     """
     pieces = -(-lengths // row_length)
-    index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    index = _count_within(pieces)
     starts = np.repeat(np.cumsum(lengths) - lengths, pieces) + index * row_length
     remaining = np.repeat(lengths, pieces) - index * row_length
     return starts, np.minimum(remaining, row_length)
@@ -67,12 +67,17 @@ def pack(
     rows = best_fit(pieces, row_length)
     order = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
     piece_lengths = pieces[order]
-    within = np.arange(piece_lengths.sum()) - np.repeat(np.cumsum(piece_lengths) - piece_lengths, piece_lengths)
+    within = _count_within(piece_lengths)
     source = np.repeat(starts[order], piece_lengths) + within
     row_tokens = np.array([pieces[row].sum() for row in rows])
     row_of_token = np.repeat(np.arange(len(rows)), row_tokens)
-    column = np.arange(len(source)) - np.repeat(np.cumsum(row_tokens) - row_tokens, row_tokens)
+    column = _count_within(row_tokens)
     packed = tuple(np.zeros((len(rows), row_length), dtype=dtype) for dtype in (np.int32, np.int32, np.float32))
     for target, values in zip(packed, (input_ids[source], within, weights[source]), strict=True):
         target[row_of_token, column] = values
     return packed[0], packed[1], packed[2], row_tokens
+
+
+def _count_within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... in each of consecutive segments of the given lengths."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -34,15 +34,14 @@ LOCATIONS = {"input", "model"}
 class RunDirectory:
     """Files of one training run; only the main process writes."""
 
-    def __init__(self, path: Path, config: TrainConfig, inputs: dict[str, str]) -> None:
+    def __init__(self, config: TrainConfig, inputs: dict[str, str]) -> None:
         """Describe a run.
 
         Args:
-            path: its directory.
             config: its settings.
             inputs: digests of what it reads.
         """
-        self.path = path
+        self.path = path = config.output
         self.config = config
         self.identity = {
             "config": config.model_dump(mode="json", exclude=OPERATIONAL | LOCATIONS),

@@ -48,7 +48,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     sequence_length = config.sequence_length or shards.manifest.corpus.max_length
     config = config.model_copy(update={"sequence_length": sequence_length})
     check_settings(config, sequence_length, accelerator.num_processes)
-    run = RunDirectory(config.output, config, {"input": shards.manifest.digest, "model": model_identity(config)})
+    run = RunDirectory(config, {"input": shards.manifest.digest, "model": model_identity(config)})
     run.check()
     if (finished := run.summary()) is not None:
         return finished | {"already_complete": True}
