@@ -7,6 +7,7 @@ same command; a run that is finished is left alone.
 import json
 import os
 import shutil
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,17 @@ from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
 from schemas.shard_set import ShardSet, find_finished, finish_shard_set
 from schemas.shards import list_lengths
 from scoring.conditions import ScoringPlan, plan_columns
-from scoring.engines import EngineConfig, choose_engine, engine_version, runs_on_gpu
+from scoring.engines import (
+    SPEED_ARGS,
+    EngineConfig,
+    EngineMethod,
+    EngineName,
+    check_engine_args,
+    choose_engine,
+    choose_method,
+    engine_version,
+    runs_on_gpu,
+)
 from scoring.job import Workers, check_resources, ray_session, score_shards
 from scoring.models import check_length, check_model
 from scoring.scorer import ScoringTask, merge_parts, read_part
@@ -43,19 +54,23 @@ def run(config: ScoreConfig) -> ShardSet:
     longest = longest_sequence(source, plan)
     check_length(plan.models, longest)
     engine = choose_engine(config.engine)
+    method = plan_method(config, engine, plan)
     with ExitStack() as stack:
         stack.enter_context(exclusive(config.output))
         if config.ray_address:
             stack.enter_context(ray_session(config.ray_address))
-        workers = Workers.plan(config.workers, count_gpus() if runs_on_gpu(engine) else 0)
+        gpus = count_gpus() if runs_on_gpu(engine) else 0
+        workers = Workers.plan(config.workers, gpus, config.tensor_parallel_size)
         engine_config = EngineConfig(
             name=engine,
-            dtype=("bfloat16" if workers.gpu_share else "float32") if config.dtype == "auto" else config.dtype,
+            method=method,
+            dtype=("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype,
             batch_tokens=config.batch_tokens,
             max_length=longest,
             threads=max(1, count_cpus() // workers.count),
-            gpu_share=workers.gpu_share,
-            models=len(plan.models),
+            on_gpu=gpus > 0,
+            tensor_parallel_size=config.tensor_parallel_size,
+            engine_args=config.engine_args,
         )
         origins = column_origins(plan, engine_config)
         request = describe_request(source, origins)
@@ -93,7 +108,33 @@ def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
     reference = check_model(config.reference, "--reference", tokenizer)
     base = check_model(config.base, "--base", tokenizer) if config.base else None
     window = make_window(config.short_context, config.short_stride) if config.short_context else None
-    return plan_columns(reference, base, window)
+    return plan_columns(reference, base, window, config.entropy)
+
+
+def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> EngineMethod | None:
+    """How vLLM will return losses, None for the transformers engine.
+
+    Raises:
+        UserError: settings of vLLM for another engine, unknown ones, or ones that exclude each other.
+    """
+    if engine != "vllm":
+        if config.engine_method != "auto" or config.engine_args or config.tensor_parallel_size > 1:
+            raise UserError(
+                "--engine_method, --engine_args and --tensor_parallel_size are settings of vLLM; "
+                "leave them out with --engine transformers"
+            )
+        return None
+    check_engine_args(config.engine_args)
+    recurrent = [model.name for model in plan.models if model.recurrent]
+    method = choose_method(config.engine_method, recurrent)
+    if method == "prompt_logprobs" and config.entropy:
+        raise UserError("--entropy: prompt_logprobs returns no entropies; leave it out or use --engine transformers")
+    if method != config.engine_method and recurrent:
+        print(
+            f"wmtp score: warning: {recurrent[0]} has a recurrent state; scoring by prompt_logprobs, which is slower",
+            file=sys.stderr,
+        )
+    return method
 
 
 def longest_sequence(source: ShardSet, plan: ScoringPlan) -> int:
@@ -119,21 +160,26 @@ def column_origins(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Conditi
     """What the manifest says about the origin of each column."""
     conditions = {
         name: Condition(
-            model=loss.model.name,
-            fingerprint=loss.model.fingerprint,
+            model=measurement.model.name,
+            revision=measurement.model.revision,
+            fingerprint=measurement.model.fingerprint,
             dtype=engine.dtype,
             engine=engine.name,
             engine_version=engine_version(engine.name),
-            window=loss.window,
+            engine_method=engine.method,
+            engine_args={name: value for name, value in engine.engine_args.items() if name not in SPEED_ARGS},
+            tensor_parallel_size=engine.tensor_parallel_size,
+            window=measurement.window,
+            quantity=measurement.quantity,
         )
-        for name, loss in plan.losses.items()
+        for name, measurement in plan.measurements.items()
     }
     return conditions | plan.contrasts
 
 
 def describe_request(source: ShardSet, origins: dict[str, Condition | Contrast]) -> str:
     """What is asked for, as JSON: the input's digest and the columns. Where models lie and how fast does not matter."""
-    columns = {name: origin.model_dump(mode="json", exclude={"model"}) for name, origin in origins.items()}
+    columns = {name: origin.model_dump(mode="json", exclude={"model", "revision"}) for name, origin in origins.items()}
     return json.dumps({"command": "score", "input": source.manifest.digest, "columns": columns}, indent=2)
 
 
@@ -148,7 +194,7 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers)
     resumed = done = len(shards) - len(missing)
     if not missing:
         return 0, resumed
-    workers = Workers(min(workers.count, len(missing)), workers.gpu_share)
+    workers = Workers(min(workers.count, len(missing)), workers.gpus)
     with tqdm(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
         bar.set_postfix_str(f"{done}/{len(shards)} shards")
         with ray_session(None, workers):

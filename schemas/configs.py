@@ -4,7 +4,7 @@ Field names are the command line's flags and the keys of a YAML file; descriptio
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -54,8 +54,11 @@ class ScoreConfig(Config):
 
     input: Path = Field(description="shard set to score")
     output: Path = Field(description="directory of the new shard set")
-    reference: str = Field(description="reference model: directory or Hugging Face id; writes loss_reference")
+    reference: str = Field(
+        description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
+    )
     base: str | None = Field(None, description="base model; writes loss_base and excess_loss = base - reference")
+    entropy: bool = Field(False, description="write entropy_reference too, the entropy of the reference's predictions")
     short_context: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens of context; writes loss_short and long_short = short - reference"
     )
@@ -66,8 +69,17 @@ class ScoreConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
     )
+    engine_method: Literal["auto", "pooler", "prompt_logprobs"] = Field(
+        "auto",
+        description="how vLLM returns losses: computed inside the engine, or through its public API, which is slower; "
+        "auto is pooler where the architecture allows it",
+    )
+    engine_args: dict[str, Any] = Field({}, description="further vLLM engine arguments, as --engine_args.NAME VALUE")
     batch_tokens: Positive = Field(8192, description="tokens an engine computes at once; lower it when memory is short")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="engines; 0 is one per GPU, or one on a CPU")
+    tensor_parallel_size: Positive = Field(1, description="GPUs that share one model (vLLM)")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="engines; 0 is as many as the GPUs hold, or one on a CPU; more than GPUs share them"
+    )
     ray_address: str | None = Field(None, description="Ray cluster to use; default starts Ray on this machine")
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from schemas.fingerprints import digest_json
 from schemas.value_counts import ColumnStatistics
 
 FORMAT_VERSION: Final = 1
+Quantity = Literal["loss", "entropy"]
 
 
 class Record(BaseModel):
@@ -29,18 +30,24 @@ class Window(Record):
 
 
 class Condition(Record):
-    """A model and the context it may see; every token has one loss under a condition.
+    """A model and the context it may see; every token has one loss, and one entropy, under a condition.
 
-    `fingerprint` identifies the weights and the config of the model, wherever they lie; `window` is None for the
-    full context.
+    `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
+    model from the hub. `engine_method` is how vLLM returned the numbers, `engine_args` what it was told beyond the
+    defaults. `window` is None for the full context. `quantity` says which number of a token the column holds.
     """
 
     model: str
+    revision: str | None = None
     fingerprint: str
     dtype: Literal["float32", "bfloat16"]
     engine: str
     engine_version: str
+    engine_method: str | None = None
+    engine_args: dict[str, Any] = {}
+    tensor_parallel_size: int = 1
     window: Window | None = None
+    quantity: Quantity = "loss"
 
 
 class Contrast(Record):

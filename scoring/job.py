@@ -35,16 +35,20 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers a job has and the share of a GPU that each of them holds; 0 on the CPU."""
+    """How many workers a job has and the GPUs that each of them holds: a share of one, several, or 0 on the CPU."""
 
     count: int
-    gpu_share: float
+    gpus: float
 
     @classmethod
-    def plan(cls, wanted: int, gpus: int) -> "Workers":
-        """Place `wanted` workers, or by default one per GPU or one on the CPU, evenly on the GPUs."""
-        count = wanted or gpus or 1
-        return cls(count, 1 / -(-count // gpus) if gpus else 0.0)
+    def plan(cls, wanted: int, gpus: int, tensor_parallel_size: int) -> "Workers":
+        """Place `wanted` workers evenly on the GPUs; by default as many as the GPUs hold, or one on the CPU."""
+        if not gpus:
+            return cls(wanted or 1, 0.0)
+        if tensor_parallel_size > 1:
+            return cls(wanted or max(1, gpus // tensor_parallel_size), float(tensor_parallel_size))
+        count = wanted or gpus
+        return cls(count, 1 / -(-count // gpus))
 
 
 class UnitScorer:
@@ -93,7 +97,7 @@ def score_shards(task: ScoringTask, shards: list[ShardEntry], workers: Workers) 
             batch_size=1,
             compute=ActorPoolStrategy(size=workers.count),
             num_cpus=1,
-            num_gpus=workers.gpu_share,
+            num_gpus=workers.gpus,
             max_restarts=0,  # Ray Data's default restarts a worker that dies for ever
         )
     try:
@@ -150,7 +154,7 @@ def check_reachable(address: str) -> None:
 def check_resources(workers: Workers) -> None:
     """Raise UserError where the connected cluster can never place all workers, instead of waiting for ever."""
     total = ray.cluster_resources()
-    needed = {"CPU": workers.count + 1, "GPU": int(np.ceil(workers.count * workers.gpu_share))}
+    needed = {"CPU": workers.count + 1, "GPU": int(np.ceil(workers.count * workers.gpus))}
     for resource, amount in needed.items():
         if total.get(resource, 0) < amount:
             raise UserError(

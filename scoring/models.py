@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from schemas.errors import UserError
@@ -27,26 +27,31 @@ class ScoringModel:
         directory: absolute path of the files.
         fingerprint: identity of weights and config.
         max_length: longest sequence the model can read, None where it has no limit.
+        revision: commit of a model from the hub.
+        recurrent: whether the model keeps a state of its own besides the key-value cache.
     """
 
     name: str
     directory: Path
     fingerprint: str
     max_length: int | None
+    revision: str | None = None
+    recurrent: bool = False
 
 
 def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     """Resolve a directory or Hugging Face id and check it against the corpus's tokenizer; downloads if need be.
 
     Args:
-        name: directory or id.
+        name: directory or id, `id@revision` for a branch, tag or commit.
         flag: the command line's flag for this model, for messages.
 
     Raises:
         UserError: not found, not a causal language model, no weights, or another tokenizer than the corpus.
     """
     logging.set_verbosity_error()
-    directory = find_checkpoint(name, flag)
+    local = Path(name).is_dir()
+    directory = Path(name).resolve() if local else download(name, flag)
     fingerprint = model_fingerprint(directory)
     config = load_config(directory, f"{flag} {name}")
     check_tokenizer(directory, f"{flag} {name}", tokenizer)
@@ -56,19 +61,25 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
             f"{flag} {name}: has {text_config.vocab_size} token ids, the corpus's tokenizer has "
             f"{tokenizer.vocab_size}; use a model made for this tokenizer"
         )
-    return ScoringModel(name, directory, fingerprint, getattr(text_config, "max_position_embeddings", None))
+    return ScoringModel(
+        name=name,
+        directory=directory,
+        fingerprint=fingerprint,
+        max_length=getattr(text_config, "max_position_embeddings", None),
+        revision=None if local else directory.name,
+        recurrent=MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful,
+    )
 
 
-def find_checkpoint(name: str, flag: str) -> Path:
-    """Absolute path of a checkpoint directory, from the Hugging Face cache or hub if `name` is an id."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
+def download(name: str, flag: str) -> Path:
+    """Directory of a snapshot in the Hugging Face cache, named by its commit; from the hub where it is missing."""
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES)).resolve()
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES)).resolve()
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"{flag} {name}: no such directory, and not available from the Hugging Face hub or its local cache; "
-            "check the name and the connection"
+            "check the name, the revision and the connection"
         ) from error
 
 

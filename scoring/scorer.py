@@ -13,8 +13,8 @@ from schemas.files import PROGRESS, atomic_write
 from schemas.manifest import ShardEntry, Window
 from schemas.shards import first_line, flat_values, list_column, list_lengths, read_shard, write_shard
 from schemas.value_counts import ValueCounts, from_table, to_table
-from scoring.conditions import ScoringPlan
-from scoring.engines import Engine, EngineConfig, load_engine
+from scoring.conditions import Measurement, ScoringPlan
+from scoring.engines import Engine, EngineConfig, Request, load_engine
 from scoring.windows import plan_windows, window_ids
 
 ENTRY_KEY = b"entry"
@@ -62,9 +62,7 @@ class ShardScorer:
         Raises:
             UserError: a damaged source shard, or a model that gives a token no finite loss.
         """
-        source = self.task.source / shard.name
-        groups = [self._score_rows(read_shard(source, row_group=group)) for group in range(shard.row_groups)]
-        table = pa.concat_tables(groups)
+        table = self._score_rows(read_shard(self.task.source / shard.name))
         entry = write_shard(self.task.output / shard.name, table)
         counts = {name: ValueCounts() for name in self.task.plan.columns}
         for name, column_counts in counts.items():
@@ -72,61 +70,64 @@ class ShardScorer:
         write_part(self.task.output, entry, counts)
 
     def _score_rows(self, table: pa.Table) -> pa.Table:
-        """Append the score columns to the rows of one row group."""
+        """Append the score columns to the rows of a shard."""
         lengths = list_lengths(table["input_ids"])
         sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
-        losses = self._losses(sequences)
-        for name, values in losses.items():
-            model = self.task.plan.losses[name].model.name
-            check_losses(values, lengths, model, table["document_id"])
+        scores = self._measure(sequences)
+        for name, values in scores.items():
+            model = self.task.plan.measurements[name].model.name
+            check_scores(values, lengths, model, table["document_id"])
         for name, contrast in self.task.plan.contrasts.items():
-            losses[name] = round_contrast(losses[contrast.minuend] - losses[contrast.subtrahend])
+            scores[name] = round_contrast(scores[contrast.minuend] - scores[contrast.subtrahend])
         for name in self.task.plan.columns:
-            table = table.append_column(name, list_column(losses[name].astype(np.float16), lengths))
+            table = table.append_column(name, list_column(scores[name].astype(np.float16), lengths))
         return table
 
-    def _losses(self, sequences: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Every loss column, float32, the sequences one after the other. One engine call for each model."""
-        losses: dict[str, np.ndarray] = {}
+    def _measure(self, sequences: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Every measured column, float32, the sequences one after the other. One engine call for each model."""
+        plan = self.task.plan
+        scores: dict[str, np.ndarray] = {}
         for fingerprint, engine in self.engines.items():
-            columns = {
-                name: loss.window
-                for name, loss in self.task.plan.losses.items()
-                if loss.model.fingerprint == fingerprint
+            of_model = {
+                name: measurement
+                for name, measurement in plan.measurements.items()
+                if measurement.model.fingerprint == fingerprint
             }
-            by_window = losses_by_window(engine, sequences, set(columns.values()), self.task.bos_token_id)
-            losses |= {name: by_window[window] for name, window in columns.items()}
-        return {name: losses[name] for name in self.task.plan.losses}
+            scores |= measure(engine, sequences, of_model, self.task.bos_token_id)
+        return {name: scores[name] for name in plan.measurements}
 
 
-def losses_by_window(
-    engine: Engine, sequences: list[np.ndarray], windows: set[Window | None], bos_token_id: int | None
-) -> dict[Window | None, np.ndarray]:
-    """Token losses under the full context (key None, always computed) and under each short context.
+def measure(
+    engine: Engine, sequences: list[np.ndarray], measurements: dict[str, Measurement], bos_token_id: int | None
+) -> dict[str, np.ndarray]:
+    """All measurements of one model.
 
     Full sequences and windows go to the engine together, so that it can fill its batches.
 
     Returns:
-        For each window a float32 array with the losses of all sequences, one after the other.
+        For each measurement a float32 array with the numbers of all sequences, one after the other.
     """
-    requests = list(sequences)
-    first_scored = [0] * len(sequences)
+    entropy = any(measurement.quantity == "entropy" for measurement in measurements.values())
+    windows = {measurement.window for measurement in measurements.values()} - {None}
+    requests = [Request(ids, entropy=entropy) for ids in sequences]
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).tolist()
     # Where in the concatenation of all sequences the result of each further request belongs.
     places: list[tuple[Window, int]] = []
-    for window in windows - {None}:
+    for window in windows:
         assert window is not None
         for ids, offset in zip(sequences, offsets, strict=False):
             for span in plan_windows(len(ids), window.size, window.stride):
-                requests.append(window_ids(ids, span, bos_token_id))
-                first_scored.append(span.first_scored - span.start)
+                requests.append(Request(window_ids(ids, span, bos_token_id), span.first_scored - span.start))
                 places.append((window, offset + span.first_scored))
-    results = engine.token_losses(requests, first_scored)
-    full = np.concatenate(results[: len(sequences)])
-    losses: dict[Window | None, np.ndarray] = {window: full.copy() for window in windows} | {None: full}
+    results = engine.score(requests)
+    full = np.concatenate(results[: len(sequences)], axis=1)
+    losses = {window: full[0].copy() for window in windows} | {None: full[0]}
     for (window, place), result in zip(places, results[len(sequences) :], strict=True):
-        losses[window][place : place + len(result)] = result
-    return losses
+        losses[window][place : place + result.shape[1]] = result[0]
+    return {
+        name: full[1] if measurement.quantity == "entropy" else losses[measurement.window]
+        for name, measurement in measurements.items()
+    }
 
 
 def round_contrast(contrast: np.ndarray) -> np.ndarray:
@@ -139,17 +140,17 @@ def round_contrast(contrast: np.ndarray) -> np.ndarray:
     return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)
 
 
-def check_losses(losses: np.ndarray, lengths: np.ndarray, model: str, document_ids: pa.ChunkedArray) -> None:
-    """Raise UserError if a token that has something before it has no loss, or one that float16 cannot hold."""
+def check_scores(scores: np.ndarray, lengths: np.ndarray, model: str, document_ids: pa.ChunkedArray) -> None:
+    """Raise UserError if a token that has something before it has no number, or one that float16 cannot hold."""
     ends = np.cumsum(lengths)
-    bad = ~(losses <= FLOAT16_MAX)
+    bad = ~(scores <= FLOAT16_MAX)
     bad[ends - lengths] = False
     if bad.any():
         position = int(np.argmax(bad))
         row = int(np.searchsorted(ends, position, side="right"))
         raise UserError(
             f"{model}: gives token {position - int(ends[row] - lengths[row])} of a sequence of document "
-            f"'{document_ids[row].as_py()}' the loss {losses[position]}; check the checkpoint, or try --dtype float32 "
+            f"'{document_ids[row].as_py()}' the score {scores[position]}; check the checkpoint, or try --dtype float32 "
             "with a new --output"
         )
 

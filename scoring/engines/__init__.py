@@ -3,32 +3,63 @@
 This is the only place where an engine is chosen.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from schemas.errors import UserError
 
 EngineName = Literal["vllm", "transformers"]
+EngineMethod = Literal["pooler", "prompt_logprobs"]
+OWN_ARGS = {
+    "model": "; use --reference and --base",
+    "revision": "; write --reference ID@REVISION",
+    "dtype": "; use --dtype",
+    "tensor_parallel_size": "; use --tensor_parallel_size",
+    "runner": "; use --engine_method",
+    "max_model_len": " from the corpus",
+    "enable_prefix_caching": ": cached tokens would have no losses",
+}
+"""vLLM's arguments that are not the user's to set, and what to do instead."""
+SPEED_ARGS = {"max_num_batched_tokens", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes"}
+"""vLLM's arguments that change how fast it is and not what it computes: no part of a condition."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of one sequence.
+
+    Attributes:
+        input_ids: token ids, int32, at least one.
+        first_scored: the first position whose loss is wanted.
+        entropy: whether the entropy of each prediction is wanted as well.
+    """
+
+    input_ids: np.ndarray
+    first_scored: int = 0
+    entropy: bool = False
+
+    def missing(self) -> np.ndarray:
+        """The result before anything is known: float32 NaN of the shape that `Engine.score` returns."""
+        return np.full((1 + self.entropy, len(self.input_ids) - self.first_scored), np.nan, dtype=np.float32)
 
 
 class Engine(Protocol):
     """A frozen causal language model."""
 
-    def token_losses(self, sequences: list[np.ndarray], first_scored: list[int]) -> list[np.ndarray]:
-        """Negative log-likelihood of the tokens of each sequence given those before them, in nats.
-
-        Args:
-            sequences: token ids, int32, at least one in each.
-            first_scored: for each sequence, the first position whose loss is wanted.
+    def score(self, requests: list[Request]) -> list[np.ndarray]:
+        """Score the tokens of each sequence given those before them.
 
         Returns:
-            For each sequence a float32 array of length `len(sequence) - first_scored`; the entry of position 0, which
-            has nothing before it, is NaN.
+            For each request a float32 array [1 or 2, len(input_ids) - first_scored]: the tokens' losses (negative
+            log-likelihood, nats), then, if asked for, the entropies of the distributions they were drawn from (nats).
+            The entries of position 0, which has nothing before it, are NaN.
         """
         ...
 
@@ -39,21 +70,25 @@ class EngineConfig:
 
     Attributes:
         name: which implementation.
+        method: how vLLM returns losses; None for the transformers engine.
         dtype: compute type of the model; losses are float32 in any case.
         batch_tokens: tokens computed at once.
         max_length: tokens in the longest sequence.
         threads: CPU threads of one worker.
-        gpu_share: part of a GPU that a worker has for all its models; 0 runs on the CPU.
-        models: how many models a worker holds.
+        on_gpu: whether models run on a GPU.
+        tensor_parallel_size: GPUs that share one model, or processes on a CPU.
+        engine_args: further arguments for vLLM's `EngineArgs`.
     """
 
     name: EngineName
+    method: EngineMethod | None
     dtype: Literal["float32", "bfloat16"]
     batch_tokens: int
     max_length: int
     threads: int
-    gpu_share: float
-    models: int
+    on_gpu: bool = False
+    tensor_parallel_size: int = 1
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_engine(model: Path, config: EngineConfig) -> Engine:
@@ -82,6 +117,42 @@ def choose_engine(name: Literal["auto", "vllm", "transformers"]) -> EngineName:
     if name == "auto":
         return "vllm" if installed else "transformers"
     return name
+
+
+def choose_method(wanted: Literal["auto", "pooler", "prompt_logprobs"], recurrent: Collection[str]) -> EngineMethod:
+    """Resolve how vLLM returns losses: by `auto` inside the engine, unless a model is in the way.
+
+    Args:
+        wanted: the user's choice.
+        recurrent: names of the models with a recurrent state, which vLLM cannot run as pooling models.
+
+    Raises:
+        UserError: `pooler` is asked for and a model is recurrent.
+    """
+    if wanted == "pooler" and recurrent:
+        raise UserError(
+            f"--engine_method pooler: {next(iter(recurrent))} has a recurrent state, for which vLLM has no pooling; "
+            "use --engine_method prompt_logprobs"
+        )
+    if wanted == "auto":
+        return "prompt_logprobs" if recurrent else "pooler"
+    return wanted
+
+
+def check_engine_args(names: Collection[str]) -> None:
+    """Raise UserError unless vLLM has all these arguments and leaves them to the user."""
+    if not names:
+        return
+    from vllm import EngineArgs
+
+    known = {argument.name for argument in fields(EngineArgs)}
+    for name in names:
+        if name in OWN_ARGS:
+            raise UserError(f"--engine_args.{name}: is set by wmtp{OWN_ARGS[name]}")
+        if name not in known:
+            similar = get_close_matches(name, known, n=1)
+            meant = f"; did you mean {similar[0]}?" if similar else "; see vLLM's documentation of its engine arguments"
+            raise UserError(f"--engine_args.{name}: vLLM {engine_version('vllm')} has no such argument{meant}")
 
 
 def engine_version(name: EngineName) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from schemas.errors import UserError
-from scoring.engines import EngineConfig
+from scoring.engines import EngineConfig, Request
 
 LOSS_ROWS = 1024
 """Positions whose float32 log-softmax is in memory at once."""
@@ -33,7 +33,7 @@ class TransformersEngine:
         logging.disable_progress_bar()
         torch.set_num_threads(config.threads)
         self.batch_tokens = config.batch_tokens
-        self.device = torch.device("cuda" if config.gpu_share else "cpu")
+        self.device = torch.device("cuda" if config.on_gpu else "cpu")
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, config.dtype), output_loading_info=True
         )
@@ -42,32 +42,40 @@ class TransformersEngine:
         self.model = loaded.to(self.device).eval()
 
     @torch.inference_mode()
-    def token_losses(self, sequences: list[np.ndarray], first_scored: list[int]) -> list[np.ndarray]:
-        """See `Engine.token_losses`."""
-        losses: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
-        for rows in batches([len(ids) for ids in sequences], self.batch_tokens):
-            batch = self._batch_losses([sequences[row] for row in rows])
-            for row, row_losses in zip(rows, batch, strict=True):
-                losses[row] = row_losses[first_scored[row] : len(sequences[row])]
-        return losses
+    def score(self, requests: list[Request]) -> list[np.ndarray]:
+        """See `Engine.score`."""
+        results = [request.missing() for request in requests]
+        for rows in batches([len(request.input_ids) for request in requests], self.batch_tokens):
+            batch = self._score_batch([requests[row] for row in rows])
+            for row, scores in zip(rows, batch, strict=True):
+                quantities, length = results[row].shape
+                end = len(requests[row].input_ids)
+                results[row][:] = scores[:quantities, end - length : end]
+        return results
 
-    def _batch_losses(self, sequences: list[np.ndarray]) -> np.ndarray:
-        """Losses of a padded batch, float32 [sequences, longest]; entries beyond a sequence's end mean nothing."""
-        shape = len(sequences), max(map(len, sequences))
+    def _score_batch(self, requests: list[Request]) -> np.ndarray:
+        """Scores of a padded batch, float32 [requests, 1 or 2, longest]; entries beyond an end mean nothing."""
+        entropy = any(request.entropy for request in requests)
+        shape = len(requests), max(len(request.input_ids) for request in requests)
         input_ids = torch.zeros(shape, dtype=torch.int64)
-        for row, ids in enumerate(sequences):
-            input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-        losses = torch.full(shape, torch.nan, dtype=torch.float32)
+        for row, request in enumerate(requests):
+            input_ids[row, : len(request.input_ids)] = torch.from_numpy(request.input_ids.astype(np.int64))
+        scores = torch.full((shape[0], 1 + entropy, shape[1]), torch.nan)
         if shape[1] > 1:
             input_ids = input_ids.to(self.device)
             logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = input_ids[:, 1:].flatten()
-            chunks = [
-                F.cross_entropy(rows.float(), wanted, reduction="none")
-                for rows, wanted in zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-            ]
-            losses[:, 1:] = torch.cat(chunks).view(shape[0], -1).cpu()
-        return losses.numpy()
+            chunks = list(zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True))
+            losses = [F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in chunks]
+            scores[:, 0, 1:] = torch.cat(losses).view(shape[0], -1).cpu()
+            if entropy:
+                scores[:, 1, 1:] = torch.cat([entropies(rows.float()) for rows, _ in chunks]).view(shape[0], -1).cpu()
+        return scores.numpy()
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of the distribution that each row of float32 logits [rows, vocabulary] gives; float32 [rows]."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -1,5 +1,6 @@
 """Both engines against a plain loop over the model's own logits."""
 
+import itertools
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -10,16 +11,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import scoring.engines
 from schemas.errors import UserError
-from scoring.engines import Engine, EngineConfig, choose_engine, engine_version, load_engine, runs_on_gpu
+from scoring.engines import Engine, EngineConfig, Request, choose_engine, engine_version, load_engine, runs_on_gpu
 from scoring.engines.transformers_engine import TransformersEngine, batches
 
 TOLERANCE = 1e-4
 
 
 def engine_config(name: str, batch_tokens: int) -> EngineConfig:
-    return EngineConfig(
-        name=name, dtype="float32", batch_tokens=batch_tokens, max_length=256, threads=2, gpu_share=0.0, models=1
-    )
+    name, _, method = name.partition("-")
+    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=2)
 
 
 def loop_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
@@ -30,6 +30,11 @@ def loop_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
             logits = model(torch.from_numpy(ids[:position].astype(np.int64))[None]).logits[0, -1]
         losses.append(float(-logits.double().log_softmax(-1)[ids[position]]))
     return np.asarray(losses)
+
+
+def losses_of(engine: Engine, sequences: list[np.ndarray], first_scored: list[int] | None = None) -> list[np.ndarray]:
+    firsts = first_scored or [0] * len(sequences)
+    return [scores[0] for scores in engine.score([Request(*pair) for pair in zip(sequences, firsts, strict=True)])]
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +49,20 @@ def expected(sequences: list[np.ndarray], reference_model: Path) -> list[np.ndar
     return [loop_losses(model, ids) for ids in sequences]
 
 
-@pytest.fixture(scope="module", params=["transformers-small", "transformers-large", "vllm-small", "vllm-large"])
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(["transformers", "vllm-pooler", "vllm-prompt_logprobs"], ["small", "large"]),
+)
 def engine(request: pytest.FixtureRequest, reference_model: Path) -> Engine:
-    name, size = request.param.split("-")
-    if name == "vllm":
+    name, size = request.param
+    if name != "transformers":
         request.getfixturevalue("vllm_installed")
     # 48 tokens are less than most sequences: vLLM must cut them into chunks, transformers must let them stand alone.
     return load_engine(reference_model, engine_config(name, 48 if size == "small" else 8192))
 
 
 def test_losses_equal_the_definition(engine, sequences, expected):
-    losses = engine.token_losses(sequences, [0] * len(sequences))
+    losses = losses_of(engine, sequences)
     for result, wanted in zip(losses, expected, strict=True):
         assert result.dtype == np.float32
         np.testing.assert_allclose(result, wanted, rtol=0, atol=TOLERANCE)
@@ -62,19 +70,19 @@ def test_losses_equal_the_definition(engine, sequences, expected):
 
 def test_results_start_at_the_first_scored_position(engine, sequences, expected):
     first_scored = [7, 0, 200, 1, 0, 32, 0, 255]
-    losses = engine.token_losses(sequences, first_scored)
+    losses = losses_of(engine, sequences, first_scored)
     for result, wanted, first in zip(losses, expected, first_scored, strict=True):
         np.testing.assert_allclose(result, wanted[first:], rtol=0, atol=TOLERANCE)
 
 
 def test_no_work_and_no_context(engine):
-    assert engine.token_losses([], []) == []
-    (alone,) = engine.token_losses([np.array([5], np.int32)], [0])
+    assert engine.score([]) == []
+    (alone,) = losses_of(engine, [np.array([5], np.int32)])
     assert np.isnan(alone).tolist() == [True]
 
 
 def test_equal_requests_give_equal_bits(engine, sequences):
-    first, second = (engine.token_losses(sequences, [0] * len(sequences)) for _ in range(2))
+    first, second = (losses_of(engine, sequences) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one.tobytes() == other.tobytes()
 
@@ -88,7 +96,7 @@ def test_logits_are_the_models_own(tmp_path, sequences):
     model = Gemma2ForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     engine = TransformersEngine(tmp_path, engine_config("transformers", 8192))
-    (losses,) = engine.token_losses([sequences[0]], [0])
+    (losses,) = losses_of(engine, [sequences[0]])
     np.testing.assert_allclose(losses, loop_losses(model, sequences[0]), rtol=0, atol=TOLERANCE)
 
 

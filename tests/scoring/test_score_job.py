@@ -213,7 +213,7 @@ def test_model_without_finite_losses(config, running_ray, make_model):
     model = AutoModelForCausalLM.from_pretrained(path)
     model.lm_head.weight.data[:] = torch.nan
     model.save_pretrained(path)
-    with pytest.raises(UserError, match=r"llama-5: gives token 1 of a sequence of document 'doc-\d' the loss nan"):
+    with pytest.raises(UserError, match=r"llama-5: gives token 1 of a sequence of document 'doc-\d' the score nan"):
         run(config(reference=str(path)))
 
 
@@ -318,8 +318,11 @@ class TestRefusedBeforeAnyWork:
 
 
 def test_workers_share_the_gpus_evenly():
-    assert Workers.plan(0, 0) == Workers(1, 0.0)
-    assert Workers.plan(3, 0) == Workers(3, 0.0)
-    assert Workers.plan(0, 8) == Workers(8, 1.0)
-    assert Workers.plan(3, 2) == Workers(3, 0.5)
-    assert Workers.plan(4, 8) == Workers(4, 1.0)
+    assert Workers.plan(0, 0, 1) == Workers(1, 0.0)
+    assert Workers.plan(3, 0, 1) == Workers(3, 0.0)
+    assert Workers.plan(0, 8, 1) == Workers(8, 1.0)
+    assert Workers.plan(3, 2, 1) == Workers(3, 0.5)
+    assert Workers.plan(4, 8, 1) == Workers(4, 1.0)
+    assert Workers.plan(0, 8, 2) == Workers(4, 2.0)
+    assert Workers.plan(1, 8, 2) == Workers(1, 2.0)
+    assert Workers.plan(0, 1, 2) == Workers(1, 2.0), "which no cluster of one GPU can place"

@@ -13,20 +13,20 @@ from schemas.files import PROGRESS
 from schemas.manifest import Window
 from schemas.shards import flat_values, read_shard
 from schemas.value_counts import ValueCounts
-from scoring.conditions import plan_columns
-from scoring.engines import EngineConfig
+from scoring.conditions import Measurement, plan_columns
+from scoring.engines import EngineConfig, Request
 from scoring.models import ScoringModel
 from scoring.scorer import (
     ScoringTask,
     ShardScorer,
-    check_losses,
-    losses_by_window,
+    check_scores,
+    measure,
     merge_parts,
     read_part,
     round_contrast,
 )
 
-CONFIG = EngineConfig("transformers", "float32", batch_tokens=64, max_length=64, threads=1, gpu_share=0.0, models=2)
+CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
 BOS = 256
 
 
@@ -40,13 +40,16 @@ class FakeEngine:
         self.factor = factor
         self.calls = 0
 
-    def token_losses(self, sequences: list[np.ndarray], first_scored: list[int]) -> list[np.ndarray]:
+    def score(self, requests: list[Request]) -> list[np.ndarray]:
         self.calls += 1
-        losses = [
-            [np.nan if i == 0 else fake_loss(ids[:i], ids[i], self.factor) for i in range(len(ids))]
-            for ids in sequences
-        ]
-        return [np.asarray(row[first:], np.float32) for row, first in zip(losses, first_scored, strict=True)]
+        return [self.scores(request.input_ids, request.entropy)[:, request.first_scored :] for request in requests]
+
+    def scores(self, ids: np.ndarray, entropy: bool) -> np.ndarray:
+        losses = [np.nan if i == 0 else fake_loss(ids[:i], ids[i], self.factor) for i in range(len(ids))]
+        return np.asarray([losses, [100 + loss for loss in losses]][: 1 + entropy], np.float32)
+
+    def losses(self, sequences: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([self.scores(ids, False)[0] for ids in sequences])
 
 
 def short_losses(ids: np.ndarray, size: int, stride: int) -> list[float]:
@@ -71,17 +74,21 @@ def sequences() -> list[np.ndarray]:
     return sequences
 
 
-def test_short_context_losses_equal_a_search_for_each_token(sequences):
-    windows = {None, Window(size=8, stride=6), Window(size=5, stride=1)}
+def test_short_context_losses_equal_a_search_for_each_token(sequences, models):
+    model = models[0]
+    windows = {"a": Window(size=8, stride=6), "b": Window(size=5, stride=1)}
+    measurements = {name: Measurement(model, window) for name, window in windows.items()}
+    measurements |= {"full": Measurement(model), "entropy": Measurement(model, quantity="entropy")}
     engine = FakeEngine()
-    losses = losses_by_window(engine, sequences, windows, BOS)
+    scores = measure(engine, sequences, measurements, BOS)
     assert engine.calls == 1, "one call, so that the engine can fill its batches"
-    full = np.concatenate(FakeEngine().token_losses(sequences, [0] * len(sequences)))
-    np.testing.assert_array_equal(losses[None], full)
-    for window in windows - {None}:
+    full = FakeEngine().losses(sequences)
+    np.testing.assert_array_equal(scores["full"], full)
+    np.testing.assert_array_equal(scores["entropy"], full + 100)
+    for name, window in windows.items():
         expected = np.concatenate([short_losses(ids, window.size, window.stride) for ids in sequences])
-        np.testing.assert_allclose(losses[window], expected, rtol=1e-6)
-        assert not np.array_equal(losses[window], full, equal_nan=True)
+        np.testing.assert_allclose(scores[name], expected, rtol=1e-6)
+        assert not np.array_equal(scores[name], full, equal_nan=True)
 
 
 @pytest.fixture
@@ -111,8 +118,8 @@ def test_scored_shard_has_the_source_rows_and_the_columns(scorer, sequences):
     assert table.select(["document_id", "start", "input_ids"]).equals(read_shard(source))
     groups = [pq.read_metadata(path).num_row_groups for path in (source, output)]
     assert groups == [2, 2]
-    reference = np.concatenate(FakeEngine(1.0).token_losses(sequences, [0] * len(sequences)))
-    base = np.concatenate(FakeEngine(1.001).token_losses(sequences, [0] * len(sequences)))
+    reference = FakeEngine(1.0).losses(sequences)
+    base = FakeEngine(1.001).losses(sequences)
     np.testing.assert_array_equal(flat_values(table["loss_reference"]), reference.astype(np.float16))
     np.testing.assert_array_equal(flat_values(table["loss_base"]), base.astype(np.float16))
 
@@ -120,8 +127,8 @@ def test_scored_shard_has_the_source_rows_and_the_columns(scorer, sequences):
 def test_contrasts_are_subtracted_before_rounding(scorer, sequences):
     """Losses that differ by less than a float16 step near 8 keep their difference."""
     table = read_shard(scorer.task.output / "shard-00000-of-00001.parquet")
-    reference = np.concatenate(FakeEngine(1.0).token_losses(sequences, [0] * len(sequences)))
-    base = np.concatenate(FakeEngine(1.001).token_losses(sequences, [0] * len(sequences)))
+    reference = FakeEngine(1.0).losses(sequences)
+    base = FakeEngine(1.001).losses(sequences)
     excess = flat_values(table["excess_loss"])
     expected = np.round((base - reference).astype(np.float64) * 512) / 512
     np.testing.assert_array_equal(excess, expected.astype(np.float16))
@@ -160,10 +167,10 @@ def test_loss_that_is_no_number_names_model_and_document(value):
     lengths = np.array([3, 1, 2])
     documents = pa.chunked_array([["a", "b", "c"]])
     losses = np.array([np.nan, 1, 2, np.nan, np.nan, 1], np.float32)
-    check_losses(losses, lengths, "small-model", documents)
+    check_scores(losses, lengths, "small-model", documents)
     losses[5] = value
-    with pytest.raises(UserError, match=f"small-model: gives token 1 of a sequence of document 'c' the loss {value}"):
-        check_losses(losses, lengths, "small-model", documents)
+    with pytest.raises(UserError, match=f"small-model: gives token 1 of a sequence of document 'c' the score {value}"):
+        check_scores(losses, lengths, "small-model", documents)
 
 
 def test_models_with_the_same_weights_are_loaded_once(models):
