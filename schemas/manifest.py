@@ -5,9 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import MANIFEST, write_text
 from schemas.fingerprints import digest_json
 from schemas.value_counts import ColumnStatistics
@@ -161,10 +161,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
         manifest = Manifest.model_validate(content)
     except ValueError as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            finding = error.errors()[0]
-            reason = f"{'.'.join(map(str, finding['loc']))}: {finding['msg']}"
+        reason = first_line(error)
         raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
     if digest != manifest.digest:
         raise UserError(f"{path}: was changed after it was written; restore the original or rewrite the set")

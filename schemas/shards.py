@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import atomic_write
 from schemas.manifest import ShardEntry
 
@@ -157,8 +157,3 @@ def _damage_reported(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: shard is damaged ({first_line(error)}); restore it or rewrite the set") from error
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an exception's text, for messages that must stay on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,8 +11,7 @@ from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from schemas.configs import PrepareConfig
-from schemas.errors import UserError
-from schemas.shards import first_line
+from schemas.errors import UserError, first_line
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
 FORMATS: dict[str, Format] = {

@@ -21,9 +21,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.manifest import ShardEntry
-from schemas.shards import first_line
 from scoring.scorer import ScoringTask, ShardScorer
 
 ENVIRONMENT = {

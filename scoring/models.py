@@ -7,13 +7,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
 from schemas.manifest import TokenizerInfo
-from schemas.shards import first_line
+from scoring.engines import is_recurrent
 
 CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
 
@@ -67,7 +67,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
         fingerprint=fingerprint,
         max_length=getattr(text_config, "max_position_embeddings", None),
         revision=None if local else directory.name,
-        recurrent=MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful,
+        recurrent=is_recurrent(config),
     )
 
 

@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from schemas.configs import PrepareConfig
-from schemas.errors import UserError
-from schemas.shards import first_line
+from schemas.errors import UserError, first_line
 from scoring.corpus import CorpusFile, HubSplit, Source, data_suffix
 from scoring.documents import Batch, Malformed, Row
 

@@ -8,10 +8,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import PROGRESS, atomic_write
 from schemas.manifest import ShardEntry, Window
-from schemas.shards import first_line, flat_values, list_column, list_lengths, read_shard, write_shard
+from schemas.shards import flat_values, list_column, list_lengths, read_shard, write_shard
 from schemas.value_counts import ValueCounts, from_table, to_table
 from scoring.conditions import Measurement, ScoringPlan
 from scoring.engines import Engine, EngineConfig, Request, load_engine

@@ -7,10 +7,9 @@ from typing import Literal, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.fingerprints import directory_digest, tokenizer_fingerprint
 from schemas.manifest import TokenizerInfo
-from schemas.shards import first_line
 
 PROBE = "probe"
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.configs import HeadsConfig
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import write_text
-from schemas.shards import first_line
 from training.heads import ResidualHead, decoder_parts, recorded_call, run_layer
 from training.losses import weighted_linear_cross_entropy
 from training.targets import weighted_rows

@@ -17,9 +17,8 @@ import yaml
 from accelerate import Accelerator
 
 from schemas.configs import TrainConfig
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import differences, fsync, fsync_tree, read_json, write_text
-from schemas.shards import first_line
 
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",

@@ -15,11 +15,10 @@ from torch import nn
 from transformers import AutoTokenizer, get_scheduler
 
 from schemas.configs import OptimizerConfig, TrainConfig
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import exclusive, fsync, fsync_tree, sha256_file, write_text
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
 from schemas.shard_set import ShardSet
-from schemas.shards import first_line
 from training.evaluation import evaluate_model
 from training.loader import RowLoader
 from training.loop import TrainingLoop

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from schemas.errors import UserError
 
@@ -137,6 +138,11 @@ def choose_method(wanted: Literal["auto", "pooler", "prompt_logprobs"], recurren
     if wanted == "auto":
         return "prompt_logprobs" if recurrent else "pooler"
     return wanted
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether a causal language model keeps a state of its own besides the key-value cache."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful
 
 
 def check_engine_args(names: Collection[str]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from scoring.engines import EngineConfig, Request
+from scoring.engines import EngineConfig, Request, is_recurrent
 from scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process is the engine
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one token more than the model reads is planned for, and never computed
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else tensor parallel wants a NUMA node for each process
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -117,7 +118,7 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
         "tensor_parallel_size": config.tensor_parallel_size,
         "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
     }
-    if not MEMORY_ARGS & config.engine_args.keys():
+    if not MEMORY_ARGS & config.engine_args.keys() and not is_recurrent(AutoConfig.from_pretrained(model)):
         # Two batches, the longest sequence, and a block for every sequence are never short. More is of no use to
         # sequences that are read once, would stand in the way of further engines, and takes a CPU long to touch.
         tokens = 2 * config.batch_tokens + config.max_length + sequences * block_tokens

@@ -20,8 +20,12 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.v1.pool.metadata import PoolingMetadata
 
 TASK = "token_classify"
-LOGITS_BYTES = 1 << 28
+GPU_LOGITS_BYTES = 1 << 28
 """Float32 logits in memory at once. Log-probabilities and the like come on top, up to three times as much."""
+CPU_LOGITS_BYTES = 1 << 24
+"""On a CPU, what its caches hold is fastest."""
+LEAST_ROWS = 256
+"""Fewer rows at once would leave the matrix product waiting for the weights."""
 
 
 class TokenScorer(Pooler):
@@ -37,7 +41,7 @@ class TokenScorer(Pooler):
     def __init__(self, model: Any, vocab_size: int) -> None:
         super().__init__()
         self.model = (model,)  # in a tuple, or the model would become a part of its own part
-        self.chunk_rows = max(1, LOGITS_BYTES // (4 * vocab_size))
+        self.vocab_size = vocab_size
 
     def get_supported_tasks(self) -> set[str]:
         """The task under which vLLM returns something for each token."""
@@ -97,8 +101,10 @@ class TokenScorer(Pooler):
         targets = targets.to(hidden_states.device, non_blocking=True)
         scores = hidden_states.new_empty((1 + entropy, len(rows)), dtype=torch.float32)
         (model,) = self.model
-        for start in range(0, len(rows), self.chunk_rows):
-            part = slice(start, start + self.chunk_rows)
+        logits_bytes = GPU_LOGITS_BYTES if hidden_states.is_cuda else CPU_LOGITS_BYTES
+        chunk = max(LEAST_ROWS, logits_bytes // (4 * self.vocab_size))
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
             logits = model.compute_logits(hidden_states[rows[part]])
             if logits is None:  # tensor parallel: another rank has the logits, and its result is the one that counts
                 continue

@@ -7,14 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, JambaConfig, MambaConfig
 
 import scoring.engines
 from schemas.errors import UserError
-from scoring.engines import Engine, EngineConfig, Request, choose_engine, engine_version, load_engine, runs_on_gpu
+from scoring.engines import (
+    Engine,
+    EngineConfig,
+    Request,
+    check_engine_args,
+    choose_engine,
+    choose_method,
+    engine_version,
+    is_recurrent,
+    load_engine,
+    runs_on_gpu,
+)
 from scoring.engines.transformers_engine import TransformersEngine, batches
 
 TOLERANCE = 1e-4
+ENGINES = ["transformers", "vllm-pooler", "vllm-prompt_logprobs"]
 
 
 def engine_config(name: str, batch_tokens: int) -> EngineConfig:
@@ -51,7 +63,7 @@ def expected(sequences: list[np.ndarray], reference_model: Path) -> list[np.ndar
 
 @pytest.fixture(
     scope="module",
-    params=itertools.product(["transformers", "vllm-pooler", "vllm-prompt_logprobs"], ["small", "large"]),
+    params=itertools.product(ENGINES, ["small", "large"]),
 )
 def engine(request: pytest.FixtureRequest, reference_model: Path) -> Engine:
     name, size = request.param
@@ -125,6 +137,27 @@ def test_without_vllm(monkeypatch):
     assert choose_engine("auto") == "transformers"
     with pytest.raises(UserError, match=r"weighted-mtp\[cuda\] or weighted-mtp\[cpu\]"):
         choose_engine("vllm")
+
+
+def test_models_with_a_state_of_their_own_are_scored_by_the_public_api():
+    assert choose_method("auto", []) == "pooler"
+    assert choose_method("auto", ["mamba"]) == choose_method("prompt_logprobs", []) == "prompt_logprobs"
+    with pytest.raises(UserError, match="--engine_method pooler: mamba has a recurrent state"):
+        choose_method("pooler", ["mamba"])
+    assert is_recurrent(MambaConfig())
+    assert is_recurrent(JambaConfig())
+    assert not is_recurrent(Gemma2Config())
+
+
+@pytest.mark.usefixtures("vllm_installed")
+def test_engine_arguments_are_vllms_own_and_not_ours():
+    check_engine_args({"max_num_batched_tokens": 4096, "quantization": "fp8"})
+    with pytest.raises(
+        UserError, match=r"--engine_args\.max_num_batchd_tokens: .* did you mean max_num_batched_tokens"
+    ):
+        check_engine_args({"max_num_batchd_tokens": 4096})
+    with pytest.raises(UserError, match=r"--engine_args\.dtype: is set by wmtp; use --dtype"):
+        check_engine_args({"dtype": "float16"})
 
 
 def test_the_cpu_build_of_vllm_has_its_own_name(monkeypatch):

@@ -22,6 +22,7 @@ from schemas.errors import UserError
 from schemas.files import PROGRESS, TOKENIZER
 from schemas.shard_set import ShardSet, verify
 from scoring.job import Workers
+from scoring.models import check_model
 
 BOS = 256
 SIZE, STRIDE = 48, 36
@@ -69,11 +70,19 @@ def running_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def model_losses(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+def log_probabilities(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        logits = model(torch.tensor([ids])).logits[0, :-1].double()
-    losses = -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def model_losses(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    losses = -log_probabilities(model, ids).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     return np.concatenate([[np.nan], losses.numpy()])
+
+
+def model_entropies(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    log_p = log_probabilities(model, ids)
+    return np.concatenate([[np.nan], -(log_p.exp() * log_p).sum(-1).numpy()])
 
 
 def short_losses(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
@@ -93,13 +102,14 @@ def test_scores_of_a_corpus_equal_the_definitions(
 ):
     """The main job, with vLLM where it is installed: reference, base and short context, in Ray started for the run."""
     request.getfixturevalue("vllm_installed")
-    settings = {"base": str(base_model), "short_context": SIZE, "engine": "auto"}
+    settings = {"base": str(base_model), "short_context": SIZE, "engine": "auto", "entropy": True}
     scored = run(config(**settings))
     assert not ray.is_initialized()
 
     reference, base = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (reference_model, base_model))
     expected = {
         "loss_reference": [model_losses(reference, ids) for ids in sequences],
+        "entropy_reference": [model_entropies(reference, ids) for ids in sequences],
         "loss_base": [model_losses(base, ids) for ids in sequences],
         "loss_short": [short_losses(reference, ids) for ids in sequences],
     }
@@ -110,7 +120,7 @@ def test_scores_of_a_corpus_equal_the_definitions(
     for name, rows in expected.items():
         stored = [row for index in range(3) for row in scored.read(index)[name].to_pylist()]
         for row, wanted in zip(stored, rows, strict=True):
-            rounding = 0 if name.startswith("loss_") else 2.0**-10
+            rounding = 0 if name.startswith(("loss_", "entropy_")) else 2.0**-10
             np.testing.assert_allclose(np.asarray(row, np.float64), wanted, rtol=HALF_STEP, atol=1e-4 + rounding)
         finite = np.concatenate(rows)[np.isfinite(np.concatenate(rows))]
         assert scored.manifest.columns[name].statistics.mean == pytest.approx(finite.mean(), abs=1e-3)
@@ -122,6 +132,8 @@ def test_scores_of_a_corpus_equal_the_definitions(
     assert [shard.name for shard in manifest.shards] == [shard.name for shard in tokens.manifest.shards]
     origin = manifest.columns["loss_short"].origin
     assert (origin.engine, origin.dtype, origin.window.size, origin.window.stride) == ("vllm", "float32", 48, 36)
+    assert (origin.engine_method, origin.quantity) == ("pooler", "loss")
+    assert manifest.columns["entropy_reference"].origin.quantity == "entropy"
     assert manifest.columns["long_short"].origin.minuend == "loss_short"
     AutoTokenizer.from_pretrained(scored.path / TOKENIZER)
     assert not (scored.path / PROGRESS).exists()
@@ -304,6 +316,15 @@ class TestRefusedBeforeAnyWork:
         with pytest.raises(UserError, match="BertForMaskedLM is not a causal language model"):
             run(config(reference=str(tmp_path / "bert")))
 
+    def test_settings_of_another_engine(self, config):
+        with pytest.raises(UserError, match=r"--tensor_parallel_size are settings of vLLM; leave them out"):
+            run(config(engine_args={"seed": 1}))
+
+    def test_entropies_of_the_public_api(self, request, config):
+        request.getfixturevalue("vllm_installed")
+        with pytest.raises(UserError, match="--entropy: prompt_logprobs returns no entropies"):
+            run(config(engine="vllm", engine_method="prompt_logprobs", entropy=True))
+
     def test_unknown_model(self, config, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(UserError, match="--reference nobody/nothing: no such directory, and not available"):
@@ -315,6 +336,24 @@ class TestRefusedBeforeAnyWork:
             UserError, match=r"at most 128 tokens, the corpus has a sequence of 256; .* --max_length 128"
         ):
             run(config(reference=str(path)))
+
+
+def test_pinned_revision_of_a_model_from_the_hub(tokens, reference_model, tmp_path, monkeypatch):
+    """From the local cache, which has two commits of the model."""
+    cache = tmp_path / "hub" / "models--team--small"
+    commits = {"v1": "1" * 40, "main": "2" * 40}
+    for revision, commit in commits.items():
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+        shutil.copytree(reference_model, cache / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, commit in {"team/small@v1": "1" * 40, "team/small": "2" * 40, f"team/small@{'1' * 40}": "1" * 40}.items():
+        model = check_model(name, "--reference", tokens.manifest.tokenizer)
+        assert (model.name, model.revision, model.directory.name) == (name, commit, commit)
+    assert check_model(str(reference_model), "--reference", tokens.manifest.tokenizer).revision is None
+    with pytest.raises(UserError, match="--reference team/small@v2: no such directory, and not available"):
+        check_model("team/small@v2", "--reference", tokens.manifest.tokenizer)
 
 
 def test_workers_share_the_gpus_evenly():
