@@ -52,3 +52,10 @@ def test_default_stride_is_three_quarters():
     assert make_window(512, None).stride == 384
     assert make_window(2, None).stride == 1
     assert make_window(512, 100).stride == 100
+
+
+@given(st.integers(1, 3000), sizes_and_strides)
+def test_short_contexts_cost_at_most_size_over_stride_passes(length, size_and_stride):
+    size, stride = size_and_stride
+    tokens = sum(span.end - span.start for span in plan_windows(length, size, stride))
+    assert tokens <= length * size / stride
