@@ -24,7 +24,7 @@ from schemas.fingerprints import digest_json
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
 from schemas.shard_set import ShardSet, find_finished, finish_shard_set
 from schemas.shards import list_lengths
-from scoring.conditions import ScoringPlan, plan_columns
+from scoring.conditions import ScoringPlan, plan_columns, reuse_columns
 from scoring.engines import (
     SPEED_ARGS,
     EngineConfig,
@@ -49,7 +49,7 @@ def run(config: ScoreConfig) -> ShardSet:
         UserError: the input, a model, the output or the machine is not as it must be.
     """
     started = time.monotonic()
-    source = open_unscored(config.input)
+    source = ShardSet.open(config.input)
     plan = plan_run(config, source)
     longest = longest_sequence(source, plan)
     check_length(plan.models, longest)
@@ -72,7 +72,8 @@ def run(config: ScoreConfig) -> ShardSet:
             tensor_parallel_size=config.tensor_parallel_size,
             engine_args=config.engine_args,
         )
-        origins = column_origins(plan, engine_config)
+        plan = reuse_columns(plan, describe_conditions(plan, engine_config), source.manifest.columns, config.suffix)
+        origins: dict[str, Condition | Contrast] = {**describe_conditions(plan, engine_config), **plan.contrasts}
         request = describe_request(source, origins)
         if finished := find_finished(config.output, request):
             held = f"{finished.manifest.tokens:,} tokens, {', '.join(finished.manifest.columns)}"
@@ -91,15 +92,6 @@ def run(config: ScoreConfig) -> ShardSet:
         scored = finish(config.output, source, origins, request)
     print_summary(scored, scored_tokens, resumed, time.monotonic() - started)
     return scored
-
-
-def open_unscored(path: Path) -> ShardSet:
-    """Open the input and check that it is a token shard set."""
-    source = ShardSet.open(path)
-    if source.manifest.columns:
-        held = ", ".join(source.manifest.columns)
-        raise UserError(f"--input {path}: is scored already ({held}); score the unscored set it was derived from")
-    return source
 
 
 def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
@@ -156,9 +148,9 @@ def count_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
 
 
-def column_origins(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Condition | Contrast]:
-    """What the manifest says about the origin of each column."""
-    conditions = {
+def describe_conditions(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Condition]:
+    """What the manifest says about the origin of each measured column."""
+    return {
         name: Condition(
             model=measurement.model.name,
             revision=measurement.model.revision,
@@ -174,7 +166,6 @@ def column_origins(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Conditi
         )
         for name, measurement in plan.measurements.items()
     }
-    return conditions | plan.contrasts
 
 
 def describe_request(source: ShardSet, origins: dict[str, Condition | Contrast]) -> str:
@@ -216,12 +207,12 @@ def finish(output: Path, source: ShardSet, origins: dict[str, Condition | Contra
             "give a directory on a file system that all nodes of the cluster share"
         )
     merged = merge_parts(output, names)
-    counts = {name: merged[name] for name in origins}
-    columns = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
+    counts = source.value_counts() | {name: merged[name] for name in origins}
+    new = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
     manifest = Manifest(
         corpus=source.manifest.corpus,
         tokenizer=source.manifest.tokenizer,
-        columns=columns,
+        columns=source.manifest.columns | new,
         shards=entries,
         derived_from=source.manifest.digest,
         request=digest_json(json.loads(request)),

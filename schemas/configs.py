@@ -52,7 +52,7 @@ class PrepareConfig(Config):
 class ScoreConfig(Config):
     """Score every token of a shard set with small frozen models."""
 
-    input: Path = Field(description="shard set to score")
+    input: Path = Field(description="shard set to score; columns that it has already are kept and not computed again")
     output: Path = Field(description="directory of the new shard set")
     reference: str = Field(
         description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
@@ -63,6 +63,9 @@ class ScoreConfig(Config):
         None, description="tokens of context; writes loss_short and long_short = short - reference"
     )
     short_stride: Positive | None = Field(None, description="tokens between short contexts; default 3/4 of them")
+    suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
+        "", description="added to the names of new columns, where the input has columns of these names already"
+    )
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="auto is vllm where it is installed, else transformers"
     )

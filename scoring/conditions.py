@@ -4,9 +4,12 @@ A condition is a model and the context it may see. Every token has one loss unde
 difference of two losses of the same token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from schemas.manifest import Contrast, Quantity, Window
+from schemas.errors import UserError
+from schemas.files import differences
+from schemas.manifest import Column, Condition, Contrast, Quantity, Window
 from scoring.models import ScoringModel
 
 
@@ -21,19 +24,26 @@ class Measurement:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Columns of a scoring run by name. Every contrast refers to two of the measurements."""
+    """Columns of a scoring run by name.
+
+    Attributes:
+        measurements: what is computed.
+        contrasts: what is subtracted; each refers to two columns that are computed or stored.
+        stored: measurements that the input has already.
+    """
 
     measurements: dict[str, Measurement]
     contrasts: dict[str, Contrast]
+    stored: dict[str, Measurement] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All column names in the order of the shards: measurements, then contrasts."""
+        """Names of the new columns in the order of the shards: measurements, then contrasts."""
         return (*self.measurements, *self.contrasts)
 
     @property
     def models(self) -> list[ScoringModel]:
-        """The distinct models; those with the same weights and config are one model."""
+        """The distinct models that compute anything; those with the same weights and config are one model."""
         distinct: dict[str, ScoringModel] = {}
         for measurement in self.measurements.values():
             distinct.setdefault(measurement.model.fingerprint, measurement.model)
@@ -60,3 +70,55 @@ def plan_columns(
         measurements["loss_short"] = Measurement(reference, window)
         contrasts["long_short"] = Contrast(minuend="loss_short", subtrahend="loss_reference")
     return ScoringPlan(measurements, contrasts)
+
+
+def reuse_columns(
+    plan: ScoringPlan, conditions: Mapping[str, Condition], held: Mapping[str, Column], suffix: str
+) -> ScoringPlan:
+    """What is left to do where the input holds columns already.
+
+    A measurement whose condition has a column, whatever its name, is not computed again.
+
+    Args:
+        plan: everything that is asked for.
+        conditions: the condition of each measurement.
+        held: columns of the input.
+        suffix: added to the names of new columns.
+
+    Raises:
+        UserError: a new column has the name of another one, or there are no new columns.
+    """
+    names: dict[str, str] = {}
+    left = ScoringPlan({}, {})
+    for name, measurement in plan.measurements.items():
+        same = (column for column, of in held.items() if same_condition(of.origin, conditions[name]))
+        if stored := next(same, None):
+            left.stored[stored] = measurement
+        else:
+            check_name(name + suffix, held, conditions[name])
+            left.measurements[name + suffix] = measurement
+        names[name] = stored or name + suffix
+    for name, contrast in plan.contrasts.items():
+        renamed = Contrast(minuend=names[contrast.minuend], subtrahend=names[contrast.subtrahend])
+        if all(column.origin != renamed for column in held.values()):
+            check_name(name + suffix, held, renamed)
+            left.contrasts[name + suffix] = renamed
+    if not left.columns:
+        raise UserError(f"--input has all of these columns already ({', '.join(names.values())}); ask for others")
+    return left
+
+
+def same_condition(one: Condition | Contrast, other: Condition) -> bool:
+    """Whether two conditions give the same numbers: what a model is called and where it was found does not matter."""
+    named = {"model": other.model, "revision": other.revision}
+    return isinstance(one, Condition) and one.model_copy(update=named) == other
+
+
+def check_name(name: str, held: Mapping[str, Column], origin: Condition | Contrast) -> None:
+    """Raise UserError if a column of the input has this name; `origin` is what would be written under it."""
+    if name in held:
+        before, after = (one.model_dump(mode="json") for one in (held[name].origin, origin))
+        raise UserError(
+            f"--input has a column {name} of another origin ({', '.join(differences(before, after))} differ); "
+            "give the new columns other names with --suffix"
+        )

@@ -73,17 +73,21 @@ class ShardScorer:
         """Append the score columns to the rows of a shard."""
         lengths = list_lengths(table["input_ids"])
         sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
-        scores = self._measure(sequences)
+        scores = self._measure(sequences, table)
         for name, values in scores.items():
             model = self.task.plan.measurements[name].model.name
             check_scores(values, lengths, model, table["document_id"])
         for name, contrast in self.task.plan.contrasts.items():
-            scores[name] = round_contrast(scores[contrast.minuend] - scores[contrast.subtrahend])
+            minuend, subtrahend = (
+                scores[side] if side in scores else stored_scores(table, side)
+                for side in (contrast.minuend, contrast.subtrahend)
+            )
+            scores[name] = round_contrast(minuend - subtrahend)
         for name in self.task.plan.columns:
             table = table.append_column(name, list_column(scores[name].astype(np.float16), lengths))
         return table
 
-    def _measure(self, sequences: list[np.ndarray]) -> dict[str, np.ndarray]:
+    def _measure(self, sequences: list[np.ndarray], table: pa.Table) -> dict[str, np.ndarray]:
         """Every measured column, float32, the sequences one after the other. One engine call for each model."""
         plan = self.task.plan
         scores: dict[str, np.ndarray] = {}
@@ -93,23 +97,44 @@ class ShardScorer:
                 for name, measurement in plan.measurements.items()
                 if measurement.model.fingerprint == fingerprint
             }
-            scores |= measure(engine, sequences, of_model, self.task.bos_token_id)
+            # Short contexts leave the first tokens their full context: where that is stored, it is not computed again.
+            full = (name for name, of in plan.stored.items() if of == Measurement(of.model))
+            known = (stored_scores(table, name) for name in full if plan.stored[name].model.fingerprint == fingerprint)
+            scores |= measure(engine, sequences, of_model, self.task.bos_token_id, next(known, None))
         return {name: scores[name] for name in plan.measurements}
 
 
+def stored_scores(table: pa.Table, column: str) -> np.ndarray:
+    """A score column of a shard, float32, the sequences one after the other."""
+    return flat_values(table[column]).astype(np.float32)
+
+
 def measure(
-    engine: Engine, sequences: list[np.ndarray], measurements: dict[str, Measurement], bos_token_id: int | None
+    engine: Engine,
+    sequences: list[np.ndarray],
+    measurements: dict[str, Measurement],
+    bos_token_id: int | None,
+    known_losses: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """All measurements of one model.
 
     Full sequences and windows go to the engine together, so that it can fill its batches.
+
+    Args:
+        engine: the model.
+        sequences: token ids, int32.
+        measurements: what is wanted, by name.
+        bos_token_id: the token that starts a window where it starts the sequence.
+        known_losses: float32 losses under the full context, where short contexts are all that is left to compute.
 
     Returns:
         For each measurement a float32 array with the numbers of all sequences, one after the other.
     """
     entropy = any(measurement.quantity == "entropy" for measurement in measurements.values())
     windows = {measurement.window for measurement in measurements.values()} - {None}
-    requests = [Request(ids, entropy=entropy) for ids in sequences]
+    windows_only = known_losses is not None and all(of.window for of in measurements.values())
+    requests = [] if windows_only else [Request(ids, entropy=entropy) for ids in sequences]
+    whole = len(requests)
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).tolist()
     # Where in the concatenation of all sequences the result of each further request belongs.
     places: list[tuple[Window, int]] = []
@@ -120,9 +145,9 @@ def measure(
                 requests.append(Request(window_ids(ids, span, bos_token_id), span.first_scored - span.start))
                 places.append((window, offset + span.first_scored))
     results = engine.score(requests)
-    full = np.concatenate(results[: len(sequences)], axis=1)
+    full = np.concatenate(results[:whole], axis=1) if known_losses is None or whole else known_losses[None]
     losses = {window: full[0].copy() for window in windows} | {None: full[0]}
-    for (window, place), result in zip(places, results[len(sequences) :], strict=True):
+    for (window, place), result in zip(places, results[whole:], strict=True):
         losses[window][place : place + result.shape[1]] = result[0]
     return {
         name: full[1] if measurement.quantity == "entropy" else losses[measurement.window]

@@ -21,6 +21,7 @@ from schemas.configs import ScoreConfig
 from schemas.errors import UserError
 from schemas.files import PROGRESS, TOKENIZER
 from schemas.shard_set import ShardSet, verify
+from schemas.shards import flat_values
 from scoring.job import Workers
 from scoring.models import check_model
 
@@ -229,6 +230,37 @@ def test_model_without_finite_losses(config, running_ray, make_model):
         run(config(reference=str(path)))
 
 
+def test_scores_are_added_to_a_scored_corpus(config, running_ray, reference_model, base_model, tmp_path):
+    """What is there is carried over or read; the rest equals scoring everything at once, up to float16."""
+    first = run(config())
+    more = {"base": str(base_model), "short_context": SIZE}
+    added = run(config(input=first.path, output=tmp_path / "added", **more))
+    at_once = run(config(output=tmp_path / "at-once", **more))
+    assert list(added.manifest.columns) == list(at_once.manifest.columns)
+    assert added.manifest.columns["loss_reference"] == first.manifest.columns["loss_reference"]
+    assert added.manifest.derived_from == first.manifest.digest
+    assert [check for check in verify(added.path, added.manifest) if check.fault] == []
+    for index in range(len(first.manifest.shards)):
+        table, expected = added.read(index), at_once.read(index)
+        for name in ("input_ids", "loss_reference", "loss_base", "loss_short"):
+            np.testing.assert_array_equal(flat_values(table[name]), flat_values(expected[name]))
+        for name in ("excess_loss", "long_short"):
+            difference = flat_values(table[name]) - flat_values(expected[name])
+            assert np.nanmax(np.abs(difference)) <= 2.0**-7, "the spacing of float16 below 16 nats"
+    counts = added.value_counts()
+    assert list(counts) == list(added.manifest.columns)
+    assert counts["loss_reference"].statistics() == first.manifest.columns["loss_reference"].statistics
+
+    other = config(input=added.path, output=tmp_path / "other", reference=str(base_model), base=str(reference_model))
+    with pytest.raises(UserError, match=r"has a column loss_reference of another origin|all of these columns"):
+        run(other.model_copy(update={"base": None, "dtype": "bfloat16"}))
+    swapped = run(other.model_copy(update={"suffix": "_swapped"}))
+    assert list(swapped.manifest.columns)[-1:] == ["excess_loss_swapped"]
+    np.testing.assert_array_equal(
+        flat_values(swapped.read(0)["excess_loss_swapped"]), -flat_values(added.read(0)["excess_loss"])
+    )
+
+
 def test_damaged_shard(config, running_ray, tokens):
     shard = tokens.path / tokens.manifest.shards[1].name
     content = bytearray(shard.read_bytes())
@@ -257,11 +289,6 @@ class TestRefusedBeforeAnyWork:
     def _nothing_is_written(self, tmp_path: Path) -> Iterator[None]:
         yield
         assert not (tmp_path / "scored" / PROGRESS).exists()
-
-    def test_scored_input(self, config, make_shard_set):
-        scored = make_shard_set([[1, 2]], {"loss_reference": [[np.nan, 1.0]]}, name="other")
-        with pytest.raises(UserError, match=r"is scored already \(loss_reference\)"):
-            run(config(input=scored.path))
 
     def test_truncated_shard(self, config, tokens):
         shard = tokens.path / tokens.manifest.shards[0].name

@@ -10,10 +10,10 @@ import pytest
 import scoring.scorer
 from schemas.errors import UserError
 from schemas.files import PROGRESS
-from schemas.manifest import Window
+from schemas.manifest import Column, Condition, Contrast, Window
 from schemas.shards import flat_values, read_shard
 from schemas.value_counts import ValueCounts
-from scoring.conditions import Measurement, plan_columns
+from scoring.conditions import Measurement, plan_columns, reuse_columns
 from scoring.engines import EngineConfig, Request
 from scoring.models import ScoringModel
 from scoring.scorer import (
@@ -25,6 +25,7 @@ from scoring.scorer import (
     read_part,
     round_contrast,
 )
+from scoring.windows import plan_windows
 
 CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
 BOS = 256
@@ -39,9 +40,11 @@ class FakeEngine:
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
         self.calls = 0
+        self.tokens = 0
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         self.calls += 1
+        self.tokens += sum(len(request.input_ids) for request in requests)
         return [self.scores(request.input_ids, request.entropy)[:, request.first_scored :] for request in requests]
 
     def scores(self, ids: np.ndarray, entropy: bool) -> np.ndarray:
@@ -89,6 +92,20 @@ def test_short_context_losses_equal_a_search_for_each_token(sequences, models):
         expected = np.concatenate([short_losses(ids, window.size, window.stride) for ids in sequences])
         np.testing.assert_allclose(scores[name], expected, rtol=1e-6)
         assert not np.array_equal(scores[name], full, equal_nan=True)
+
+
+def test_stored_losses_of_the_full_context_are_not_computed_again(sequences, models):
+    window = Window(size=8, stride=6)
+    short = {"short": Measurement(models[0], window)}
+    stored = FakeEngine().losses(sequences)
+    engine = FakeEngine()
+    scores = measure(engine, sequences, short, BOS, stored)
+    np.testing.assert_array_equal(scores["short"], measure(FakeEngine(), sequences, short, BOS)["short"])
+    windows = [span for ids in sequences for span in plan_windows(len(ids), window.size, window.stride)]
+    assert engine.tokens == sum(span.end - span.start for span in windows)
+    entropy = {"entropy": Measurement(models[0], quantity="entropy")}
+    scores = measure(FakeEngine(), sequences, short | entropy, BOS, stored)
+    np.testing.assert_array_equal(scores["entropy"], stored + 100)
 
 
 @pytest.fixture
@@ -186,6 +203,41 @@ def test_columns_follow_from_what_is_asked_for(models):
     assert plan_columns(reference, None, None).columns == ("loss_reference",)
     assert plan_columns(reference, base, None).columns == ("loss_reference", "loss_base", "excess_loss")
     assert plan_columns(reference, None, window).columns == ("loss_reference", "loss_short", "long_short")
+
+
+def test_columns_that_are_there_are_not_computed_again(models):
+    reference, base = models
+    plan = plan_columns(reference, base, Window(size=8, stride=6))
+
+    def condition(measurement: Measurement, model: str = "elsewhere") -> Condition:
+        settings = {"dtype": "float32", "engine": "transformers", "engine_version": "5"}
+        fingerprint, window = measurement.model.fingerprint, measurement.window
+        return Condition(model=model, fingerprint=fingerprint, window=window, **settings)
+
+    conditions = {name: condition(measurement) for name, measurement in plan.measurements.items()}
+    held = {"mine": held_column(condition(Measurement(reference), "the same by another name"))}
+    left = reuse_columns(plan, conditions, held, "")
+    assert left.columns == ("loss_base", "loss_short", "excess_loss", "long_short")
+    assert left.stored == {"mine": Measurement(reference)}
+    assert left.contrasts["long_short"] == Contrast(minuend="loss_short", subtrahend="mine")
+
+    held["loss_base"] = held_column(conditions["loss_short"])
+    with pytest.raises(
+        UserError, match=r"a column loss_base of another origin \(fingerprint, window differ\); .* --suffix"
+    ):
+        reuse_columns(plan, conditions, held, "")
+    left = reuse_columns(plan, conditions, held, "_2")
+    assert left.columns == ("loss_base_2", "excess_loss_2", "long_short_2")
+    assert left.contrasts["long_short_2"] == Contrast(minuend="loss_base", subtrahend="mine")
+
+    held |= {name: held_column(condition(measurement)) for name, measurement in left.measurements.items()}
+    held |= {name: held_column(contrast) for name, contrast in left.contrasts.items()}
+    with pytest.raises(UserError, match=r"has all of these columns already \(mine, loss_base_2, loss_base\)"):
+        reuse_columns(plan, conditions, held, "_3")
+
+
+def held_column(origin: Condition | Contrast) -> Column:
+    return Column(origin=origin, statistics=ValueCounts().statistics())
 
 
 def test_list_columns_keep_sequences_apart(scorer, sequences):
