@@ -252,13 +252,12 @@ def test_scores_are_added_to_a_scored_corpus(config, running_ray, reference_mode
     assert counts["loss_reference"].statistics() == first.manifest.columns["loss_reference"].statistics
 
     other = config(input=added.path, output=tmp_path / "other", reference=str(base_model), base=str(reference_model))
-    with pytest.raises(UserError, match=r"has a column loss_reference of another origin|all of these columns"):
-        run(other.model_copy(update={"base": None, "dtype": "bfloat16"}))
+    with pytest.raises(UserError, match=r"a column loss_reference of another origin \(dtype, fingerprint differ\)"):
+        run(other.model_copy(update={"dtype": "bfloat16"}))
     swapped = run(other.model_copy(update={"suffix": "_swapped"}))
     assert list(swapped.manifest.columns)[-1:] == ["excess_loss_swapped"]
-    np.testing.assert_array_equal(
-        flat_values(swapped.read(0)["excess_loss_swapped"]), -flat_values(added.read(0)["excess_loss"])
-    )
+    total = flat_values(swapped.read(0)["excess_loss_swapped"]) + flat_values(added.read(0)["excess_loss"])
+    assert np.nanmax(np.abs(total)) <= 2.0**-7
 
 
 def test_damaged_shard(config, running_ray, tokens):
