@@ -21,12 +21,13 @@ from typing import Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from pydantic import ValidationError
 
-from pipelines.usage import POSITIONAL, one_line, reason_of, usage_sentence
+from pipelines.usage import POSITIONALS, one_line, reason_of, usage_sentence
 from schemas.configs import (
     Config,
     DemoConfig,
     EvaluateConfig,
     InspectConfig,
+    ListConfig,
     PrepareConfig,
     ScoreConfig,
     TrainConfig,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "inspect": InspectConfig,
     "verify": VerifyConfig,
+    "list": ListConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "demo": DemoConfig,
@@ -168,13 +170,13 @@ def build_parser() -> ArgumentParser:
 
 def command_parser(name: str, config: type[Config]) -> ArgumentParser:
     """The parser of one command."""
-    positional = config.model_fields.get(POSITIONAL)
-    usage = f"wmtp {name} {POSITIONAL.upper()} [options]" if positional else f"wmtp {name} [options]"
+    positionals = {key: field for key, field in config.model_fields.items() if key in POSITIONALS}
+    usage = " ".join([f"wmtp {name}", *(key.upper() for key in positionals), "[options]"])
     parser = new_parser(usage=usage, description=config.__doc__)
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with settings")
-    if positional:
-        parser.add_argument(POSITIONAL, type=Path, metavar=POSITIONAL.upper(), help=positional.description)
-    parser.add_class_arguments(config, None, as_group=False, skip={POSITIONAL} if positional else set())
+    for key, field in positionals.items():
+        parser.add_argument(key, type=Path, nargs=POSITIONALS[key], metavar=key.upper(), help=field.description)
+    parser.add_class_arguments(config, None, as_group=False, skip=set(positionals))
     return parser
 
 

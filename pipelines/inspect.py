@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from schemas.configs import InspectConfig
 from schemas.errors import UserError
 from schemas.files import write_text
-from schemas.manifest import Column, Condition, Contrast, Manifest
+from schemas.manifest import Column, Contrast, Manifest
 from schemas.shard_set import ShardSet
 from schemas.shards import flat_values, list_lengths
 
@@ -116,17 +116,8 @@ def columns_table(shard_set: ShardSet) -> Table:
     cost = {name: f"{size / max(manifest.tokens, 1):.2f}" for name, size in shard_set.column_bytes().items()}
     table.add_row("input_ids", "the corpus", cost["input_ids"])
     for name, column in manifest.columns.items():
-        table.add_row(name, Text(describe_origin(column)), cost[name], *describe_statistics(column))
+        table.add_row(name, Text(column.origin.describe()), cost[name], *describe_statistics(column))
     return table
-
-
-def describe_origin(column: Column) -> str:
-    """A column's condition or contrast in one line."""
-    origin = column.origin
-    if isinstance(origin, Condition):
-        window = f"windows of {origin.window.size} every {origin.window.stride}" if origin.window else "full context"
-        return f"{origin.model}, {window}, {origin.dtype}, {origin.engine} {origin.engine_version}"
-    return f"{origin.minuend} - {origin.subtrahend}"
 
 
 def describe_statistics(column: Column) -> list[str]:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from schemas.configs import Config
 
-POSITIONAL = "set"
-"""The one setting that is given without a flag, where a command has it."""
+POSITIONALS = {"set": None, "directories": "+"}
+"""Settings that are given without a flag, and how many values they take."""
 
 
 def usage_sentence(error: ArgumentError, command: str | None, commands: dict[str, type[Config]]) -> str:
@@ -85,7 +85,7 @@ def option_strings(config: type[Config], prefix: str = "--") -> Iterator[str]:
 
 def flag(key: str) -> str:
     """A setting as it is typed on the command line."""
-    return key.upper() if key == POSITIONAL else f"--{key}"
+    return key.upper() if key in POSITIONALS else f"--{key}"
 
 
 def one_line(text: str) -> str:

@@ -227,6 +227,12 @@ class VerifyConfig(Config):
     set: Path = Field(description="shard set")
 
 
+class ListConfig(Config):
+    """Show the shard sets in directories: columns, sizes, and what was derived from what."""
+
+    directories: list[Path] = Field(description="where to look, all levels deep")
+
+
 class DemoConfig(Config):
     """Run the whole job on text that every Python installation has."""
 

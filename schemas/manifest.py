@@ -49,12 +49,25 @@ class Condition(Record):
     window: Window | None = None
     quantity: Quantity = "loss"
 
+    def describe(self) -> str:
+        """The condition in one line."""
+        model = self.model if self.revision is None else f"{self.model} ({self.revision[:12]})"
+        window = f"windows of {self.window.size} every {self.window.stride}" if self.window else "full context"
+        engine = " ".join(filter(None, [self.engine, self.engine_version, self.engine_method]))
+        arguments = [f"{name} {value}" for name, value in self.engine_args.items()]
+        entropy = ["entropy"] if self.quantity == "entropy" else []
+        return ", ".join([*entropy, model, window, self.dtype, engine, *arguments])
+
 
 class Contrast(Record):
     """The difference `minuend - subtrahend` of two loss columns of the same tokens."""
 
     minuend: str
     subtrahend: str
+
+    def describe(self) -> str:
+        """The contrast in one line."""
+        return f"{self.minuend} - {self.subtrahend}"
 
 
 class Column(Record):
