@@ -1,10 +1,7 @@
 """`wmtp list`: the catalogue of shard sets."""
 
+from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from schemas.configs import ListConfig
 from schemas.errors import UserError
@@ -13,7 +10,7 @@ from schemas.manifest import Manifest, read_manifest
 
 
 def run(config: ListConfig) -> None:
-    """Print a table of the shard sets found; only manifests are read.
+    """Print the shard sets found, with their columns; only manifests are read.
 
     Raises:
         UserError: a directory does not exist, or there is no shard set.
@@ -28,7 +25,8 @@ def run(config: ListConfig) -> None:
     if not found:
         looked = ", ".join(map(str, config.directories))
         raise UserError(f"{looked}: no shard set here; write one with 'wmtp prepare'")
-    Console(markup=False).print(catalogue(found))
+    for line in catalogue(found):
+        print(line)
 
 
 def read(path: Path) -> Manifest | UserError:
@@ -39,19 +37,16 @@ def read(path: Path) -> Manifest | UserError:
         return error
 
 
-def catalogue(found: dict[Path, Manifest | UserError]) -> Table:
-    """One row for each shard set and its columns."""
+def catalogue(found: dict[Path, Manifest | UserError]) -> Iterator[str]:
+    """Lines: a shard set, then its columns."""
     paths = {manifest.digest: path for path, manifest in found.items() if isinstance(manifest, Manifest)}
-    table = Table("set", "from", "tokens", "bytes", "columns", show_lines=True)
     for path, manifest in found.items():
         if isinstance(manifest, UserError):
-            table.add_row(Text(str(path)), "", "", "", Text(str(manifest)))
+            yield str(manifest)
             continue
         source = manifest.derived_from
         origin = manifest.corpus.input if source is None else str(paths.get(source, f"a set not found, {source[:12]}"))
-        columns = [f"{name}: {column.origin.describe()}" for name, column in manifest.columns.items()]
         size = sum(shard.bytes for shard in manifest.shards)
-        table.add_row(
-            Text(str(path)), Text(origin), f"{manifest.tokens:,}", f"{size:,}", Text("\n".join(columns) or "none yet")
-        )
-    return table
+        yield f"{path}: {manifest.tokens:,} tokens, {size:,} bytes, from {origin}"
+        width = max(map(len, manifest.columns), default=0)
+        yield from (f"    {name:<{width}}  {column.origin.describe()}" for name, column in manifest.columns.items())

@@ -12,15 +12,13 @@ from schemas.manifest import write_manifest
 from schemas.shard_set import ShardSet
 
 
-def listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *directories: Path) -> str:
-    """What is printed on a screen wide enough for any path, with single spaces."""
-    monkeypatch.setenv("COLUMNS", "600")
+def listed(capsys: pytest.CaptureFixture[str], *directories: Path) -> list[str]:
     run(ListConfig(directories=list(directories)))
-    return " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out.splitlines()
 
 
 def test_sets_columns_and_lineage(
-    make_shard_set: Callable[..., ShardSet], tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch
+    make_shard_set: Callable[..., ShardSet], tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = make_shard_set([[1, 2], [3, 4]], name="deep/tokens")
     scores = {"loss_reference": [[np.nan, 1.0]] * 2, "excess_loss": [[np.nan, 0.5]] * 2}
@@ -28,14 +26,16 @@ def test_sets_columns_and_lineage(
     write_manifest(scored.path, scored.manifest.model_copy(update={"derived_from": tokens.manifest.digest}))
     shutil.copytree(tokens.path, tmp_path / "broken")
     (tmp_path / "broken" / "manifest.json").write_text("{}")
-    output = listed(capsys, monkeypatch, tmp_path)
-    assert f"{tokens.path} │ corpus.jsonl │ 4 │" in output
-    assert f"{scored.path} │ {tokens.path} │ 4 │" in output
-    assert "loss_reference: m, full context, float32, transformers 5" in output
-    assert "excess_loss: loss_base - loss_reference" in output
-    assert "format version None is not 1" in output
-    alone = listed(capsys, monkeypatch, scored.path)
-    assert f"a set not found, {tokens.manifest.digest[:12]}" in alone
+    broken, *rest = listed(capsys, tmp_path)
+    assert "format version None is not 1" in broken
+    sizes = {found.path: sum(shard.bytes for shard in found.manifest.shards) for found in (tokens, scored)}
+    assert rest == [
+        f"{tokens.path}: 4 tokens, {sizes[tokens.path]:,} bytes, from corpus.jsonl",
+        f"{scored.path}: 4 tokens, {sizes[scored.path]:,} bytes, from {tokens.path}",
+        "    loss_reference  m, full context, float32, transformers 5",
+        "    excess_loss     loss_base - loss_reference",
+    ]
+    assert listed(capsys, scored.path)[0].endswith(f"from a set not found, {tokens.manifest.digest[:12]}")
 
 
 def test_nothing_to_list(tmp_path) -> None:

@@ -252,9 +252,7 @@ def test_scores_are_added_to_a_scored_corpus(config, running_ray, reference_mode
     assert counts["loss_reference"].statistics() == first.manifest.columns["loss_reference"].statistics
 
     other = config(input=added.path, output=tmp_path / "other", reference=str(base_model), base=str(reference_model))
-    with pytest.raises(
-        UserError, match=r"loss_reference of another origin \(dtype, fingerprint, model differ\)"
-    ):
+    with pytest.raises(UserError, match=r"loss_reference of another origin \(dtype, fingerprint, model differ\)"):
         run(other.model_copy(update={"dtype": "bfloat16"}))
     swapped = run(other.model_copy(update={"suffix": "_swapped"}))
     assert list(swapped.manifest.columns)[-1:] == ["excess_loss_swapped"]
