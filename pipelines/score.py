@@ -121,9 +121,10 @@ def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> E
     method = choose_method(config.engine_method, recurrent)
     if method == "prompt_logprobs" and config.entropy:
         raise UserError("--entropy: prompt_logprobs returns no entropies; leave it out or use --engine transformers")
-    if method != config.engine_method and recurrent:
+    if config.engine_method == "auto" and recurrent:
         print(
-            f"wmtp score: warning: {recurrent[0]} has a recurrent state; scoring by prompt_logprobs, which is slower",
+            f"wmtp score: warning: {recurrent[0]} has a recurrent state, with which scoring inside vLLM is not tested: "
+            "using prompt_logprobs, which is slower; --engine_method pooler overrides that",
             file=sys.stderr,
         )
     return method
@@ -155,6 +156,7 @@ def describe_conditions(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Co
             model=measurement.model.name,
             revision=measurement.model.revision,
             fingerprint=measurement.model.fingerprint,
+            device="cuda" if engine.on_gpu else "cpu",
             dtype=engine.dtype,
             engine=engine.name,
             engine_version=engine_version(engine.name),
@@ -187,7 +189,7 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers)
         return 0, resumed
     workers = Workers(min(workers.count, len(missing)), workers.gpus)
     with tqdm(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
-        bar.set_postfix_str(f"{done}/{len(shards)} shards")
+        bar.set_postfix_str(f"{done}/{len(shards)} shards, loading models")
         with ray_session(None, workers):
             check_resources(workers)
             for scored in score_shards(task, missing, workers):

@@ -31,6 +31,7 @@ def print_summary(scored: ShardSet, tokens: int, resumed: int, seconds: float) -
         f"{manifest.tokens:,} tokens in {len(manifest.shards)} shards; scored {tokens:,} in {seconds:.1f} s "
         f"({tokens / seconds:,.0f} tokens/s)" + (f"; {resumed} shards were done before" if resumed else ""),
         highlight=False,
+        soft_wrap=True,
     )
     preset = next((PRESETS[name] for name in manifest.columns if name in PRESETS), "uniform")
     command = f"wmtp train --input {scored.path} --model MODEL --output RUN --weights.preset {preset}"

@@ -77,9 +77,13 @@ class ScoreConfig(Config):
         description="how vLLM returns losses: computed inside the engine, or through its public API, which is slower; "
         "auto is pooler where the architecture allows it",
     )
-    engine_args: dict[str, Any] = Field({}, description="further vLLM engine arguments, as --engine_args.NAME VALUE")
-    batch_tokens: Positive = Field(8192, description="tokens an engine computes at once; lower it when memory is short")
-    tensor_parallel_size: Positive = Field(1, description="GPUs that share one model (vLLM)")
+    engine_args: dict[str, Any] = Field(
+        {}, description="further vLLM engine arguments, as --engine_args.quantization fp8"
+    )
+    batch_tokens: Annotated[int, Field(gt=0, le=1 << 20)] = Field(
+        8192, description="tokens an engine computes at once; lower it when memory is short"
+    )
+    tensor_parallel_size: Positive = Field(1, description="GPUs, or processes on a CPU, that share one model (vLLM)")
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="engines; 0 is as many as the GPUs hold, or one on a CPU; more than GPUs share them"
     )

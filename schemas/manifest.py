@@ -33,13 +33,15 @@ class Condition(Record):
     """A model and the context it may see; every token has one loss, and one entropy, under a condition.
 
     `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
-    model from the hub. `engine_method` is how vLLM returned the numbers, `engine_args` what it was told beyond the
-    defaults. `window` is None for the full context. `quantity` says which number of a token the column holds.
+    model from the hub. `device` is what it ran on, `engine_method` how vLLM returned the numbers, `engine_args` what it
+    was told beyond the defaults. `window` is None for the full context. `quantity` says which number of a token the
+    column holds.
     """
 
     model: str
     revision: str | None = None
     fingerprint: str
+    device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"]
     engine: str
     engine_version: str

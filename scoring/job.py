@@ -158,5 +158,5 @@ def check_resources(workers: Workers) -> None:
         if total.get(resource, 0) < amount:
             raise UserError(
                 f"--workers {workers.count}: needs {amount} {resource}s, the Ray cluster has "
-                f"{total.get(resource, 0):g}; lower --workers or add nodes"
+                f"{total.get(resource, 0):g}; lower --workers or --tensor_parallel_size, or add nodes"
             )

@@ -6,14 +6,14 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from schemas.errors import UserError, first_line
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
 from schemas.manifest import TokenizerInfo
-from scoring.engines import is_recurrent
+from scoring.engines import architectures, is_recurrent
 
 CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
 
@@ -55,6 +55,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     fingerprint = model_fingerprint(directory)
     config = load_config(directory, f"{flag} {name}")
     check_tokenizer(directory, f"{flag} {name}", tokenizer)
+    check_weights(directory, f"{flag} {name}")
     text_config = config.get_text_config()
     if text_config.vocab_size < tokenizer.vocab_size:
         raise UserError(
@@ -89,10 +90,9 @@ def load_config(directory: Path, name: str) -> Any:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: config.json cannot be read ({first_line(error)}); restore the checkpoint") from error
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    architectures = config.architectures or [causal]
-    if causal is None or causal not in architectures:
-        raise UserError(f"{name}: {architectures[0] or config.model_type} is not a causal language model; use one")
+    named = architectures(config)
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) not in named:
+        raise UserError(f"{name}: {named[0]} is not a causal language model; use one")
     return config
 
 
@@ -107,6 +107,24 @@ def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
             f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses can only be compared "
             "between models that share the corpus's tokenizer: use such a model, or prepare the corpus with this one's"
         )
+
+
+def check_weights(directory: Path, name: str) -> None:
+    """Raise UserError unless the checkpoint has every weight of its architecture, by the names alone.
+
+    Engines fill in what is missing with random numbers, or with whatever is in memory. Quantised checkpoints are left
+    to the engine: naming their weights takes the packages that made them.
+    """
+    if getattr(AutoConfig.from_pretrained(directory), "quantization_config", None):
+        return
+    logging.disable_progress_bar()
+    try:
+        _, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
+    except Exception as error:  # whatever the libraries have to say about a damaged file
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
 
 
 def check_length(models: list[ScoringModel], longest: int) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import polars as pl
@@ -19,6 +20,8 @@ from scoring.windows import plan_windows, window_ids
 
 ENTRY_KEY = b"entry"
 CONTRAST_STEP = np.float32(2.0**-9)
+ROUNDING = 0.01
+"""Losses and entropies are not negative, but computed ones may be, by a little."""
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -50,8 +53,11 @@ class ShardScorer:
             except UserError:
                 raise
             except Exception as error:  # whatever the engine has to say
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                raise UserError(f"{model.name}: {task.engine.name} cannot load it ({reason})") from error
+                reason = shorten(f"{type(error).__name__}: {first_line(error)}", 400)
+                remedy = "try --engine transformers" if task.engine.name == "vllm" else "check the checkpoint"
+                if task.engine.engine_args:
+                    remedy = f"check --engine_args, or {remedy}"
+                raise UserError(f"{model.name}: {task.engine.name} cannot load it ({reason}); {remedy}") from error
 
     def score(self, shard: ShardEntry) -> None:
         """Write the scored shard under the name of its source, then its part record.
@@ -166,9 +172,9 @@ def round_contrast(contrast: np.ndarray) -> np.ndarray:
 
 
 def check_scores(scores: np.ndarray, lengths: np.ndarray, model: str, document_ids: pa.ChunkedArray) -> None:
-    """Raise UserError if a token that has something before it has no number, or one that float16 cannot hold."""
+    """Raise UserError if a token that has something before it has no number, or one that no loss or entropy can be."""
     ends = np.cumsum(lengths)
-    bad = ~(scores <= FLOAT16_MAX)
+    bad = ~((scores >= -ROUNDING) & (scores <= FLOAT16_MAX))
     bad[ends - lengths] = False
     if bad.any():
         position = int(np.argmax(bad))

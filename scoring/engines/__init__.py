@@ -13,22 +13,40 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from schemas.errors import UserError
 
 EngineName = Literal["vllm", "transformers"]
 EngineMethod = Literal["pooler", "prompt_logprobs"]
 OWN_ARGS = {
-    "model": "; use --reference and --base",
-    "revision": "; write --reference ID@REVISION",
-    "dtype": "; use --dtype",
-    "tensor_parallel_size": "; use --tensor_parallel_size",
-    "runner": "; use --engine_method",
-    "max_model_len": " from the corpus",
-    "enable_prefix_caching": ": cached tokens would have no losses",
+    "model": "use --reference and --base",
+    "revision": "write --reference ID@REVISION",
+    "dtype": "use --dtype",
+    "tensor_parallel_size": "use --tensor_parallel_size",
+    "pipeline_parallel_size": "use --tensor_parallel_size",
+    "data_parallel_size": "use --workers",
+    "runner": "use --engine_method",
+    "convert": "use --engine_method",
+    "max_model_len": "it follows from the corpus",
+    "enable_prefix_caching": "cached tokens would have no losses",
+    "logprobs_mode": "losses are what it is",
+    "pooler_config": "there is nothing to choose",
 }
 """vLLM's arguments that are not the user's to set, and what to do instead."""
-SPEED_ARGS = {"max_num_batched_tokens", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes"}
+SPEED_ARGS = {
+    "async_scheduling",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "download_dir",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "load_format",
+    "long_prefill_token_threshold",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+}
 """vLLM's arguments that change how fast it is and not what it computes: no part of a condition."""
 
 
@@ -72,7 +90,7 @@ class EngineConfig:
     Attributes:
         name: which implementation.
         method: how vLLM returns losses; None for the transformers engine.
-        dtype: compute type of the model; losses are float32 in any case.
+        dtype: compute type of the model; losses are float32 in any case, and so are logits but for quantised heads.
         batch_tokens: tokens computed at once.
         max_length: tokens in the longest sequence.
         threads: CPU threads of one worker.
@@ -121,23 +139,20 @@ def choose_engine(name: Literal["auto", "vllm", "transformers"]) -> EngineName:
 
 
 def choose_method(wanted: Literal["auto", "pooler", "prompt_logprobs"], recurrent: Collection[str]) -> EngineMethod:
-    """Resolve how vLLM returns losses: by `auto` inside the engine, unless a model is in the way.
+    """Resolve how vLLM returns losses: by `auto` inside the engine, unless a model was never tried that way.
 
     Args:
         wanted: the user's choice.
-        recurrent: names of the models with a recurrent state, which vLLM cannot run as pooling models.
-
-    Raises:
-        UserError: `pooler` is asked for and a model is recurrent.
+        recurrent: names of the models with a recurrent state, for which the scorer inside vLLM is not tested.
     """
-    if wanted == "pooler" and recurrent:
-        raise UserError(
-            f"--engine_method pooler: {next(iter(recurrent))} has a recurrent state, for which vLLM has no pooling; "
-            "use --engine_method prompt_logprobs"
-        )
     if wanted == "auto":
         return "prompt_logprobs" if recurrent else "pooler"
     return wanted
+
+
+def architectures(config: PreTrainedConfig) -> list[str]:
+    """Class names of a checkpoint; where its config names none, that of its type's causal language model."""
+    return config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
 
 
 def is_recurrent(config: PreTrainedConfig) -> bool:
@@ -145,18 +160,20 @@ def is_recurrent(config: PreTrainedConfig) -> bool:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful
 
 
-def check_engine_args(names: Collection[str]) -> None:
-    """Raise UserError unless vLLM has all these arguments and leaves them to the user."""
-    if not names:
+def check_engine_args(arguments: Mapping[str, Any]) -> None:
+    """Raise UserError unless vLLM has all these arguments and wmtp leaves them to the user."""
+    if not arguments:
         return
+    if arguments.get("load_format") == "dummy":
+        raise UserError("--engine_args.load_format dummy: would score with random weights; leave it out")
     from vllm import EngineArgs
 
     known = {argument.name for argument in fields(EngineArgs)}
-    for name in names:
+    for name in arguments:
         if name in OWN_ARGS:
-            raise UserError(f"--engine_args.{name}: is set by wmtp{OWN_ARGS[name]}")
+            raise UserError(f"--engine_args.{name}: is set by wmtp; {OWN_ARGS[name]}")
         if name not in known:
-            similar = get_close_matches(name, known, n=1)
+            similar = get_close_matches(name, known - OWN_ARGS.keys(), n=1)
             meant = f"; did you mean {similar[0]}?" if similar else "; see vLLM's documentation of its engine arguments"
             raise UserError(f"--engine_args.{name}: vLLM {engine_version('vllm')} has no such argument{meant}")
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from schemas.errors import UserError
 from scoring.engines import EngineConfig, Request
 
 LOSS_ROWS = 1024
@@ -24,21 +23,13 @@ class TransformersEngine:
     """An engine on `AutoModelForCausalLM`."""
 
     def __init__(self, model: Path, config: EngineConfig) -> None:
-        """Load the checkpoint.
-
-        Raises:
-            UserError: the checkpoint lacks weights that its architecture has.
-        """
+        """Load the checkpoint."""
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(config.threads)
         self.batch_tokens = config.batch_tokens
         self.device = torch.device("cuda" if config.on_gpu else "cpu")
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, config.dtype), output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(f"{model}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
         self.model = loaded.to(self.device).eval()
 
     @torch.inference_mode()

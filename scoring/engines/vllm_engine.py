@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from scoring.engines import EngineConfig, Request, is_recurrent
+from scoring.engines import EngineConfig, Request, architectures, engine_version, is_recurrent
 from scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process is the engine
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one token more than the model reads is planned for, and never computed
@@ -23,6 +22,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+STATE_BYTES = 1 << 30
+"""For the states of recurrent layers; `--engine_args.kv_cache_memory_bytes` is the way out where they need more."""
 
 
 class VllmEngine:
@@ -38,15 +39,12 @@ class VllmEngine:
         from vllm import EngineArgs, LLMEngine
 
         if config.method == "pooler":
-            os.environ[SCORE_TOKENS] = ",".join(AutoConfig.from_pretrained(model).architectures)
+            os.environ[SCORE_TOKENS] = ",".join(architectures(AutoConfig.from_pretrained(model)))
             register()  # vLLM itself calls plugins once, and this may not be the first engine of the process
-            method = {"runner": "pooling", "hf_overrides": {"head_dtype": "model"}}  # the scorer brings its own head
             self.make_params, self.read = pooling_params, pooled_scores
         else:
-            method = {"runner": "generate"}
             self.make_params, self.read = sampling_params, prompt_losses
-        arguments = {**method, **engine_arguments(model, config), **config.engine_args}
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(model, config)))
         self.in_flight = 2 * self.engine.vllm_config.scheduler_config.max_num_seqs
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
@@ -103,35 +101,58 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
     """Arguments of `EngineArgs` for a model that only ever reads prompts."""
     # As many as fill a batch with short sequences. Each may hold a block of the cache, which is large on a CPU.
     sequences, block_tokens = (512, 16) if config.on_gpu else (128, 128)
-    sequences = min(sequences, config.batch_tokens)
+    batch_tokens = config.engine_args.get("max_num_batched_tokens", config.batch_tokens)
+    sequences = config.engine_args.get("max_num_seqs", min(sequences, batch_tokens))
+    pooler = config.method == "pooler"
+    # Room for the token that `generate` wants to add; versions before 0.32 wait for it even where nothing is generated.
+    # Not more: the length decides which of their two position embeddings some models use.
+    waits = tuple(map(int, engine_version("vllm").split(".")[:2])) < (0, 32)
+    room = 0 if pooler and not waits else 1
     arguments = {
         "model": str(model),
+        "runner": "pooling" if pooler else "generate",
         "dtype": config.dtype,
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "enable_prefix_caching": False,
-        "max_model_len": config.max_length + 1,
-        "max_num_batched_tokens": config.batch_tokens,
+        "max_model_len": config.max_length + room,
+        "max_num_batched_tokens": batch_tokens,
         "max_num_seqs": sequences,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "tensor_parallel_size": config.tensor_parallel_size,
         "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else "uni",
+        **config.engine_args,
+        "hf_overrides": head_overrides(model, config) | config.engine_args.get("hf_overrides", {}),
     }
-    if not MEMORY_ARGS & config.engine_args.keys() and not is_recurrent(AutoConfig.from_pretrained(model)):
-        # Two batches, the longest sequence, and a block for every sequence are never short. More is of no use to
-        # sequences that are read once, would stand in the way of further engines, and takes a CPU long to touch.
-        tokens = 2 * config.batch_tokens + config.max_length + sequences * block_tokens
-        arguments["kv_cache_memory_bytes"] = tokens * cache_token_bytes(model, config)
+    if not MEMORY_ARGS & config.engine_args.keys():
+        # Two batches, the longest sequence, a block for every sequence and one for vLLM are never short. More is of no
+        # use to sequences that are read once, would be in the way of further engines, and takes a CPU long to touch.
+        tokens = 2 * batch_tokens + config.max_length + (sequences + 1) * block_tokens
+        states = STATE_BYTES if is_recurrent(AutoConfig.from_pretrained(model)) else 0
+        arguments["kv_cache_memory_bytes"] = states + tokens * cache_token_bytes(arguments)
         if config.on_gpu:
             arguments["gpu_memory_utilization"] = 0.01  # only checked against what is free at the start
     return arguments
 
 
-def cache_token_bytes(model: Path, config: EngineConfig) -> int:
-    """Bytes of key-value cache that one token takes, in each of the processes that share the model."""
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    key_value_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    return 2 * text_config.num_hidden_layers * key_value_heads * head_dim * DTYPE_BYTES[config.dtype]
+def head_overrides(model: Path, config: EngineConfig) -> dict[str, str]:
+    """How vLLM is told to compute logits in float32. Quantised heads cannot; before 0.32, only pooling models can."""
+    if config.method == "pooler":
+        return {"head_dtype": "model"}  # the scorer brings its own head
+    quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
+    return {} if quantised else {"head_dtype": "float32"}
+
+
+def cache_token_bytes(arguments: dict[str, Any]) -> int:
+    """Bytes of key-value cache that a token takes in each process of an engine with these arguments, by vLLM's account.
+
+    States of recurrent layers are not counted, and windows of attention count in full.
+    """
+    from vllm import EngineArgs
+    from vllm.config import ParallelConfig
+
+    config = EngineArgs(**arguments).create_model_config()
+    heads = max(1, config.get_total_num_kv_heads() // arguments["tensor_parallel_size"])
+    vectors = 1 if config.use_mla else 2 * heads
+    return vectors * config.get_num_layers(ParallelConfig()) * config.get_head_size() * config.dtype.itemsize

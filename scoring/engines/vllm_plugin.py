@@ -9,7 +9,7 @@ import os
 
 SCORE_TOKENS = "WMTP_SCORE_TOKENS"
 TRANSFORMERS_BACKEND = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
-"""What vLLM runs an architecture with that it has no class of its own for."""
+"""What vLLM runs an architecture with that it has no class of its own for, or is told to run any with."""
 
 
 def register() -> None:
@@ -20,7 +20,6 @@ def register() -> None:
 
     from scoring.engines.vllm_scorer import scoring_class
 
-    for architecture in wanted.split(","):
-        for name in (architecture,) if architecture in ModelRegistry.models else TRANSFORMERS_BACKEND:
-            model_class = ModelRegistry.models[name].load_model_cls()
-            ModelRegistry.register_model(name, scoring_class(model_class))
+    for name in ModelRegistry.models.keys() & {*wanted.split(","), *TRANSFORMERS_BACKEND}:
+        model_class = ModelRegistry.models[name].load_model_cls()
+        ModelRegistry.register_model(name, scoring_class(model_class))

@@ -20,10 +20,10 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.v1.pool.metadata import PoolingMetadata
 
 TASK = "token_classify"
-GPU_LOGITS_BYTES = 1 << 28
+LOGITS_BYTES = 1 << 28
 """Float32 logits in memory at once. Log-probabilities and the like come on top, up to three times as much."""
-CPU_LOGITS_BYTES = 1 << 24
-"""On a CPU, what its caches hold is fastest."""
+CACHED_LOGITS_BYTES = 1 << 24
+"""The same on a CPU: what its caches hold is fastest, unless the whole head is converted to float32 for each chunk."""
 LEAST_ROWS = 256
 """Fewer rows at once would leave the matrix product waiting for the weights."""
 
@@ -97,21 +97,28 @@ class TokenScorer(Pooler):
         self, hidden_states: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, entropy: bool
     ) -> torch.Tensor:
         """Losses of `targets` given the hidden states at `rows`, and entropies; float32 [1 or 2, rows]."""
+        if hidden_states.is_cuda:  # a copy from memory that is not pinned would wait for the forward pass
+            rows, targets = rows.pin_memory(), targets.pin_memory()
         rows = rows.to(hidden_states.device, non_blocking=True)
         targets = targets.to(hidden_states.device, non_blocking=True)
         scores = hidden_states.new_empty((1 + entropy, len(rows)), dtype=torch.float32)
-        (model,) = self.model
-        logits_bytes = GPU_LOGITS_BYTES if hidden_states.is_cuda else CPU_LOGITS_BYTES
-        chunk = max(LEAST_ROWS, logits_bytes // (4 * self.vocab_size))
+        in_caches = hidden_states.dtype == torch.float32 and not hidden_states.is_cuda
+        chunk = max(LEAST_ROWS, (CACHED_LOGITS_BYTES if in_caches else LOGITS_BYTES) // (4 * self.vocab_size))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            logits = model.compute_logits(hidden_states[rows[part]])
-            if logits is None:  # tensor parallel: another rank has the logits, and its result is the one that counts
-                continue
-            scores[0, part] = F.cross_entropy(logits.float(), targets[part], reduction="none")
-            if entropy:
-                scores[1, part] = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+            self.score_chunk(hidden_states[rows[part]], targets[part], scores[:, part])
         return scores
+
+    def score_chunk(self, hidden_states: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor) -> None:
+        """Write the losses of `targets` [rows], and entropies if there is room for them, to `scores` [1 or 2, rows]."""
+        (model,) = self.model
+        logits = model.compute_logits(hidden_states)
+        if logits is None:  # tensor parallel: another rank has the logits, and its result is the one that counts
+            return
+        logits = logits.float()
+        scores[0] = F.cross_entropy(logits, targets, reduction="none")
+        if len(scores) > 1:
+            scores[1] = torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 class TokenScoringModel(nn.Module):

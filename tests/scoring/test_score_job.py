@@ -272,9 +272,20 @@ def test_damaged_shard(config, running_ray, tokens):
 def test_damaged_weights_end_in_one_line(config, running_ray, make_model):
     path = make_model(seed=6)
     (path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match=r"llama-6: transformers cannot load it \(\w+: ") as caught:
+    with pytest.raises(UserError, match=r"llama-6: its weights cannot be read \(.*; restore the checkpoint") as caught:
         run(config(reference=str(path)))
     assert "\n" not in str(caught.value)
+
+
+def test_missing_weights(config, make_model):
+    """vLLM would score with what is in memory: it misses neither the head nor a part of a fused projection."""
+    path = make_model(seed=7)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for missing in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
+        weights = {name: tensor for name, tensor in model.state_dict().items() if name != missing}
+        model.save_pretrained(path, state_dict=weights)
+        with pytest.raises(UserError, match=rf"--reference .*llama-7: checkpoint lacks {missing}"):
+            run(config(reference=str(path)))
 
 
 def test_more_workers_than_the_cluster_has(config, running_ray):

@@ -179,7 +179,7 @@ def test_a_shard_counts_as_done_only_with_record_and_size(scorer):
     assert read_part(scorer.task.output, name) is None
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 70000.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 70000.0, -0.5])
 def test_loss_that_is_no_number_names_model_and_document(value):
     lengths = np.array([3, 1, 2])
     documents = pa.chunked_array([["a", "b", "c"]])

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from scoring.engines import Engine, EngineConfig, Request, load_engine
-from scoring.engines.vllm_engine import cache_token_bytes
+from scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
 TOLERANCE = 1e-4
 SIZES = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -35,6 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", LLAMA | WIDE | {"sliding_window": 32}),
     "phi-biased-head": ("Phi", NEOX),
     "phi3": ("Phi3", LLAMA | {"pad_token_id": 0}),
+    "helium-without-a-class-in-vllm": ("Helium", LLAMA | {"head_dim": 32}),
     "olmo": ("Olmo", LLAMA),
     "olmo2": ("Olmo2", LLAMA),
     "gpt-neox": ("GPTNeoX", NEOX),
@@ -120,7 +122,7 @@ def test_results_depend_on_no_batch_no_chunk_and_no_order(engine, requests, refe
         assert largest_difference(engine(reference_model, batch_tokens=batch_tokens).score(requests), expected) < 1e-5
     assert largest_difference(engine(reference_model).score(requests[::-1])[::-1], expected) < 1e-5
     monkeypatch.setattr("scoring.engines.vllm_scorer.LEAST_ROWS", 1)
-    monkeypatch.setattr("scoring.engines.vllm_scorer.CPU_LOGITS_BYTES", 4 * 260 * 7)
+    monkeypatch.setattr("scoring.engines.vllm_scorer.CACHED_LOGITS_BYTES", 4 * 260 * 7)
     assert largest_difference(engine(reference_model, batch_tokens=8192).score(requests), expected) < 1e-5
 
 
@@ -146,8 +148,7 @@ def test_preempted_requests_start_anew(engine, reference_model):
     rng = np.random.default_rng(1)
     requests = [Request(rng.integers(0, 258, 256).astype(np.int32)) for _ in range(8)]
     expected = engine(reference_model, "transformers").score(requests)
-    config = EngineConfig("vllm", "pooler", "float32", 96, 256, 1)
-    blocks = 4 * 128 * cache_token_bytes(reference_model, config)
+    blocks = 4 * 128 * 2 * 2 * 1 * 32 * 4  # 4 of 128 tokens, with keys and values of 2 layers, 1 head of 32 floats
     tight = engine(
         reference_model,
         batch_tokens=96,
@@ -196,21 +197,40 @@ def test_quantised_checkpoint(engine, requests, reference_model, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
 
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
     losses = [Request(request.input_ids, request.first_scored) for request in requests]
+    ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)  # vLLM's own, where an engine replaced it before
+    expected = engine(tmp_path, method="prompt_logprobs").score(losses)
     scores = engine(tmp_path).score(losses)
-    assert largest_difference(scores, engine(tmp_path, method="prompt_logprobs").score(losses)) < TOLERANCE
+    assert largest_difference(scores, expected) < TOLERANCE
     assert largest_difference(scores, engine(reference_model).score(losses)) > 0.1, "nothing was quantised"
 
 
 def test_plugin_leaves_vllm_alone_unless_it_is_asked(monkeypatch):
     from vllm.model_executor.models import ModelRegistry
 
-    from scoring.engines.vllm_plugin import SCORE_TOKENS, register
-
     monkeypatch.delenv(SCORE_TOKENS, raising=False)
     before = dict(ModelRegistry.models)
     register()
     assert ModelRegistry.models == before
+
+
+def test_plugin_is_what_vllm_finds():
+    (entry,) = entry_points(group="vllm.general_plugins", name="weighted_mtp")
+    assert entry.load() is register
+
+
+def test_positions_of_models_with_two_embeddings_of_them(engine, requests, tmp_path):
+    """LongRoPE: the longest sequence has the length up to which the short factors hold."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "rope_type": "longrope", "rope_theta": 10000.0}
+    sizes = LLAMA | {"pad_token_id": 0, "original_max_position_embeddings": 256, "max_position_embeddings": 1024}
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(**sizes, rope_parameters=factors | {"original_max_position_embeddings": 256})
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    expected = engine(tmp_path, "transformers").score(requests)
+    assert largest_difference(engine(tmp_path).score(requests), expected) < TOLERANCE
 
 
 @pytest.mark.slow
