@@ -254,7 +254,7 @@ class PromptLogprobs:
     def __init__(self, model: Path, config: EngineConfig) -> None:
         from vllm import LLM, SamplingParams
 
-        self.model = LLM(**engine_arguments(model, config), runner="generate")
+        self.model = LLM(**engine_arguments(model, config))
         self.params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
