@@ -21,6 +21,11 @@ from schemas.shards import list_column, shard_name, write_shard
 from schemas.value_counts import ValueCounts
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of many models in vLLM last: it rewrites classes of transformers, for good, in its process."""
+    items.sort(key=lambda item: item.path.name == "test_vllm_scorer.py")
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved byte-level BPE tokenizer without merges: 256 byte tokens, `<s>` = 256, `</s>` = 257; adds neither itself.
