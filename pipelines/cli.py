@@ -15,11 +15,12 @@ import warnings
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import register_type
 from pydantic import ValidationError
+from upath import UPath
 
 from pipelines.usage import POSITIONALS, one_line, reason_of, usage_sentence
 from schemas.configs import (
@@ -34,6 +35,7 @@ from schemas.configs import (
     VerifyConfig,
 )
 from schemas.errors import UserError
+from schemas.locations import locate
 
 COMMANDS: dict[str, type[Config]] = {
     "prepare": PrepareConfig,
@@ -71,6 +73,8 @@ REMEDIES = {
     errno.EISDIR: "name a file instead of a directory",
     errno.ENOTDIR: "name a directory instead of a file",
 }
+
+register_type(UPath, deserializer=locate, type_check=isinstance)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +179,7 @@ def command_parser(name: str, config: type[Config]) -> ArgumentParser:
     parser = new_parser(usage=usage, description=config.__doc__)
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with settings")
     for key, field in positionals.items():
-        parser.add_argument(key, type=Path, nargs=POSITIONALS[key], metavar=key.upper(), help=field.description)
+        parser.add_argument(key, type=UPath, nargs=POSITIONALS[key], metavar=key.upper(), help=field.description)
     parser.add_class_arguments(config, None, as_group=False, skip=set(positionals))
     return parser
 

@@ -1,11 +1,12 @@
 """`wmtp list`: the catalogue of shard sets."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from schemas.configs import ListConfig
 from schemas.errors import UserError
-from schemas.files import MANIFEST, TOKENIZER
+from schemas.files import MANIFEST
+from schemas.locations import Location
+from schemas.locks import is_shard_set
 from schemas.manifest import Manifest, read_manifest
 
 
@@ -15,12 +16,12 @@ def run(config: ListConfig) -> None:
     Raises:
         UserError: a directory does not exist, or there is no shard set.
     """
-    found: dict[Path, Manifest | UserError] = {}
+    found: dict[Location, Manifest | UserError] = {}
     for directory in config.directories:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; check the path")
         for manifest in sorted(directory.rglob(MANIFEST)):
-            if (manifest.parent / TOKENIZER).is_dir():
+            if is_shard_set(manifest.parent):
                 found[manifest.parent] = read(manifest.parent)
     if not found:
         looked = ", ".join(map(str, config.directories))
@@ -29,7 +30,7 @@ def run(config: ListConfig) -> None:
         print(line)
 
 
-def read(path: Path) -> Manifest | UserError:
+def read(path: Location) -> Manifest | UserError:
     """The manifest of a shard set, or what is wrong with it."""
     try:
         return read_manifest(path)
@@ -37,7 +38,7 @@ def read(path: Path) -> Manifest | UserError:
         return error
 
 
-def catalogue(found: dict[Path, Manifest | UserError]) -> Iterator[str]:
+def catalogue(found: dict[Location, Manifest | UserError]) -> Iterator[str]:
     """Lines: a shard set, then its columns."""
     paths = {manifest.digest: path for path, manifest in found.items() if isinstance(manifest, Manifest)}
     for path, manifest in found.items():
@@ -46,7 +47,6 @@ def catalogue(found: dict[Path, Manifest | UserError]) -> Iterator[str]:
             continue
         source = manifest.derived_from
         origin = manifest.corpus.input if source is None else str(paths.get(source, f"a set not found, {source[:12]}"))
-        size = sum(shard.bytes for shard in manifest.shards)
-        yield f"{path}: {manifest.tokens:,} tokens, {size:,} bytes, from {origin}"
+        yield f"{path}: {manifest.tokens:,} tokens, {manifest.bytes:,} bytes, from {origin}"
         width = max(map(len, manifest.columns), default=0)
         yield from (f"    {name:<{width}}  {column.origin.describe()}" for name, column in manifest.columns.items())

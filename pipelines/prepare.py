@@ -14,8 +14,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from schemas.configs import PrepareConfig
-from schemas.files import MANIFEST, TOKENIZER, claim_output, clear_directory, exclusive
+from schemas.files import MANIFEST, TOKENIZER, claim_output, clear_directory
 from schemas.fingerprints import digest_json, tokenizer_fingerprint
+from schemas.locks import exclusive
 from schemas.manifest import CorpusInfo, Manifest
 from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
 from scoring.corpus import Source, find_sources
@@ -49,7 +50,7 @@ def prepare(config: PrepareConfig, sources: list[Source]) -> ShardSet:
             **settings,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "added": added._asdict(),
-            "sources": [source.describe() for source in sources],
+            "sources": digest_json([source.describe() for source in sources]),
         },
         indent=2,
     )
@@ -78,7 +79,7 @@ def prepare(config: PrepareConfig, sources: list[Source]) -> ShardSet:
             ),
             tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
             shards=entries,
-            request=digest_json(json.loads(request)),
+            request=json.loads(request),
         )
         prepared = finish_shard_set(config.output, manifest, {})
     except BaseException:

@@ -6,11 +6,9 @@ same command; a run that is finished is left alone.
 
 import json
 import os
-import shutil
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import ray
 import torch
@@ -19,11 +17,11 @@ from tqdm import tqdm
 from pipelines.score_summary import print_summary
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
-from schemas.files import TOKENIZER, claim_output, exclusive
-from schemas.fingerprints import digest_json
+from schemas.files import TOKENIZER, claim_output, copy_files
+from schemas.locations import Location, resolve
+from schemas.locks import exclusive
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
 from schemas.shard_set import ShardSet, find_finished, finish_shard_set
-from schemas.shards import list_lengths
 from scoring.conditions import ScoringPlan, plan_columns, reuse_columns
 from scoring.engines import (
     SPEED_ARGS,
@@ -51,8 +49,7 @@ def run(config: ScoreConfig) -> ShardSet:
     started = time.monotonic()
     source = ShardSet.open(config.input)
     plan = plan_run(config, source)
-    longest = longest_sequence(source, plan)
-    check_length(plan.models, longest)
+    check_length(plan.models, source.manifest.longest)
     engine = choose_engine(config.engine)
     method = plan_method(config, engine, plan)
     with ExitStack() as stack:
@@ -66,7 +63,7 @@ def run(config: ScoreConfig) -> ShardSet:
             method=method,
             dtype=("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype,
             batch_tokens=config.batch_tokens,
-            max_length=longest,
+            max_length=source.manifest.longest,
             threads=max(1, count_cpus() // workers.count),
             on_gpu=gpus > 0,
             tensor_parallel_size=config.tensor_parallel_size,
@@ -80,10 +77,10 @@ def run(config: ScoreConfig) -> ShardSet:
             print(f"{config.output} is already complete: {held}")
             return finished
         claim_output(config.output, request)
-        shutil.copytree(source.tokenizer_path, config.output / TOKENIZER, dirs_exist_ok=True)
+        copy_files(source.tokenizer_path, config.output / TOKENIZER)
         task = ScoringTask(
-            source=config.input.resolve(),
-            output=config.output.resolve(),
+            source=resolve(config.input),
+            output=resolve(config.output),
             plan=plan,
             engine=engine_config,
             bos_token_id=source.manifest.tokenizer.bos_token_id,
@@ -128,15 +125,6 @@ def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> E
             file=sys.stderr,
         )
     return method
-
-
-def longest_sequence(source: ShardSet, plan: ScoringPlan) -> int:
-    """Tokens in the longest sequence; the corpus's `max_length` stands in where every model can read as much."""
-    bound = source.manifest.corpus.max_length
-    if all(model.max_length is None or model.max_length >= bound for model in plan.models):
-        return bound
-    shards = range(len(source.manifest.shards))
-    return max((int(list_lengths(source.read(i, ["input_ids"])["input_ids"]).max()) for i in shards), default=0)
 
 
 def count_cpus() -> int:
@@ -199,7 +187,7 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers)
     return tokens, resumed
 
 
-def finish(output: Path, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
+def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
     """Put the parts together: manifest and statistics of a set whose shards are all there."""
     names = [shard.name for shard in source.manifest.shards]
     entries = [entry for name in names if (entry := read_part(output, name))]
@@ -217,6 +205,6 @@ def finish(output: Path, source: ShardSet, origins: dict[str, Condition | Contra
         columns=source.manifest.columns | new,
         shards=entries,
         derived_from=source.manifest.digest,
-        request=digest_json(json.loads(request)),
+        request=json.loads(request),
     )
     return finish_shard_set(output, manifest, counts)

@@ -16,10 +16,9 @@ def run(config: VerifyConfig) -> None:
         UserError: not a shard set, or at least one of its parts is missing, truncated or altered.
     """
     manifest = read_manifest(config.set)
-    total = sum(shard.bytes for shard in manifest.shards)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     checked = faults = 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
+    with tqdm(total=manifest.bytes, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for check in verify(config.set, manifest):
             checked += 1
             progress.update(check.bytes)
@@ -29,5 +28,5 @@ def run(config: VerifyConfig) -> None:
                 console.print(check.fault)
     if faults:
         raise UserError(f"{config.set}: {faults} of {checked} parts differ from the manifest; restore or rewrite them")
-    size = f"{manifest.rows:,} sequences, {manifest.tokens:,} tokens, {total:,} bytes"
+    size = f"{manifest.rows:,} sequences, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes"
     console.print(f"{config.set}: all {checked} parts are what the manifest says ({size})")

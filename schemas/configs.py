@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from schemas.locations import LocationSetting
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
@@ -29,7 +31,7 @@ class PrepareConfig(Config):
 
     input: Annotated[str, Field(min_length=1)] = Field(description="file, directory, glob, or Hugging Face dataset id")
     tokenizer: str = Field(description="Hugging Face tokenizer: directory or id")
-    output: Path = Field(description="directory of the new shard set")
+    output: LocationSetting = Field(description="directory of the new shard set")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
         "auto", description="format of the files; auto goes by the file name"
     )
@@ -52,8 +54,10 @@ class PrepareConfig(Config):
 class ScoreConfig(Config):
     """Score every token of a shard set with small frozen models."""
 
-    input: Path = Field(description="shard set to score; columns that it has already are kept and not computed again")
-    output: Path = Field(description="directory of the new shard set")
+    input: LocationSetting = Field(
+        description="shard set to score; columns that it has already are kept and not computed again"
+    )
+    output: LocationSetting = Field(description="directory of the new shard set")
     reference: str = Field(
         description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
     )
@@ -162,9 +166,9 @@ class OptimizerConfig(Config):
 class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
-    input: Path = Field(description="shard set to train on")
+    input: LocationSetting = Field(description="shard set to train on")
     model: str = Field(description="Hugging Face decoder-only model: directory or id")
-    output: Path = Field(description="directory of the run")
+    output: LocationSetting = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
@@ -184,7 +188,7 @@ class TrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
-    eval_input: Path | None = Field(None, description="held-out shard set")
+    eval_input: LocationSetting | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
     checkpoint_every: Positive | None = Field(
@@ -205,7 +209,7 @@ class EvaluateConfig(Config):
     """Measure the held-out loss of each head of a trained model."""
 
     model: str = Field(description="directory of a run, or a Hugging Face model: directory or id")
-    input: Path = Field(description="held-out shard set")
+    input: LocationSetting = Field(description="held-out shard set")
     sequence_length: RowLength | None = Field(
         None, description="tokens in a packed row; default as in training, else the max_length of the shard set"
     )
@@ -219,7 +223,7 @@ class EvaluateConfig(Config):
 class InspectConfig(Config):
     """Show what a shard set holds."""
 
-    set: Path = Field(description="shard set")
+    set: LocationSetting = Field(description="shard set")
     column: str | None = Field(None, description="score column whose extremes are shown; default the first contrast")
     samples: Annotated[int, Field(ge=0)] = Field(5, description="how many highest and lowest scoring tokens to show")
     html: Path | None = Field(None, description="also write the report as an HTML page")
@@ -228,13 +232,13 @@ class InspectConfig(Config):
 class VerifyConfig(Config):
     """Check every byte of a shard set against its manifest."""
 
-    set: Path = Field(description="shard set")
+    set: LocationSetting = Field(description="shard set")
 
 
 class ListConfig(Config):
     """Show the shard sets in directories: columns, sizes, and what was derived from what."""
 
-    directories: list[Path] = Field(description="where to look, all levels deep")
+    directories: list[LocationSetting] = Field(description="where to look, all levels deep")
 
 
 class DemoConfig(Config):

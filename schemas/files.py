@@ -1,16 +1,19 @@
 """Files that are either complete under their final name or not there at all."""
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
+
+from upath import UPath
 
 from schemas.errors import UserError
+from schemas.locations import Location, list_files, remove_tree
 
 MANIFEST = "manifest.json"
 """The file that makes a directory a shard set."""
@@ -21,32 +24,62 @@ TOKENIZER = "tokenizer"
 PROGRESS = ".progress"
 """Folder inside an output directory that holds a run in progress; it is gone once the manifest is written."""
 
+LOCK = ".lock"
+"""Object that keeps a second run out of an output in an object store (see `schemas.locks`)."""
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Location) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name `path` only if the block ends without an exception.
 
-    The data is fsynced before the rename, and the directory after it, so a crash leaves the old file or the new one.
+    On a disk the data is fsynced before the rename, and the directory after it, so a crash leaves the old file or the
+    new one. An object store gets the finished file in one upload, which appears complete or not at all.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if not isinstance(path, Path):
+            with tempfile.NamedTemporaryFile() as file:
+                yield file  # type: ignore[misc]
+                file.flush()
+                path.fs.put_file(file.name, path.path)
+            return
+        # Of two machines that share a disk, processes may have the same number.
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
+def move(source: Location, target: Location) -> None:
+    """Give a complete file another name in the same file system, in place of what had it; durable on return."""
+    if isinstance(source, Path) and isinstance(target, Path):
+        source.replace(target)
+        fsync(target.parent)
+    else:
+        assert isinstance(source, UPath)
+        source.fs.mv(source.path, str(target))
+
+
+def write_text(path: Location, text: str) -> None:
     """Write `text` as UTF-8 under `path`, atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def copy_files(source: Location, target: Location) -> None:
+    """Copy the files directly in `source`, which are small, into the directory `target`, made if need be."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in list_files(source):
+        with atomic_write(target / name) as file:
+            file.write((source / name).read_bytes())
 
 
 def fsync(path: Path) -> None:
@@ -58,20 +91,22 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(directory: Path) -> None:
-    """Make all files below `directory`, and their names, durable."""
+def fsync_tree(directory: Location) -> None:
+    """Make all files below `directory`, and their names, durable; what an object store has is durable."""
+    if not isinstance(directory, Path):
+        return
     for path in sorted(directory.rglob("*"), reverse=True):
         fsync(path)
     fsync(directory)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Location) -> str:
     """Hexadecimal SHA-256 of the file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """Read a JSON file that this project wrote.
 
     Raises:
@@ -92,39 +127,7 @@ def differences(before: Any, after: Any, name: str = "") -> list[str]:
     return [] if before == after else [name.removeprefix(".") or "everything"]
 
 
-@contextmanager
-def exclusive(output: Path) -> Iterator[None]:
-    """Hold the directory `output`, made if need be, for this process alone; an empty one that it made is removed again.
-
-    Raises:
-        UserError: another process holds it, it is a file, or it lies inside a shard set.
-    """
-    if inside := next(filter(_is_shard_set, output.resolve().parents), None):
-        raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
-    new = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output {output}: another process is writing it; wait or choose another") from error
-        yield
-    finally:
-        os.close(descriptor)
-        if new:
-            with suppress(OSError):
-                output.rmdir()
-
-
-def _is_shard_set(path: Path) -> bool:
-    return (path / MANIFEST).exists() and (path / TOKENIZER).is_dir()
-
-
-def claim_output(output: Path, request: str) -> bool:
+def claim_output(output: Location, request: str) -> bool:
     """Claim `output` for the run described by the JSON text `request`; return True if an earlier start is continued.
 
     An empty directory is claimed by writing `.progress/request.json`. A claim under which nothing was done gives way.
@@ -138,29 +141,29 @@ def claim_output(output: Path, request: str) -> bool:
         changed = differences(read_json(claim), json.loads(request))
         if not changed:
             return True
-        if any(progress.glob("*.parquet")):
+        if any(path.name != claim.name for path in progress.iterdir()):
             raise UserError(
                 f"{output}: holds an unfinished run with other settings ({', '.join(changed)}); "
                 "repeat that command, remove the directory, or choose another --output"
             )
-    elif any(path.name != PROGRESS for path in output.iterdir()):
+    elif output.exists() and any(path.name not in (PROGRESS, LOCK) for path in output.iterdir()):
         raise UserError(f"{output}: already holds something else; choose another --output or remove it")
     progress.mkdir(exist_ok=True)
     write_text(claim, request)
     return False
 
 
-def clear_directory(directory: Path) -> None:
-    """Remove everything in `directory`, but not itself."""
+def clear_directory(directory: Location) -> None:
+    """Remove everything in `directory` but a lock, and not itself."""
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+            remove_tree(path)
+        elif path.name != LOCK:
             path.unlink(missing_ok=True)
 
 
-def release_output(output: Path) -> None:
+def release_output(output: Location) -> None:
     """Remove the traces of a run that has written its manifest, and files that killed runs left half-written."""
-    shutil.rmtree(output / PROGRESS, ignore_errors=True)
+    remove_tree(output / PROGRESS)
     for leftover in output.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)

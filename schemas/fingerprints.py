@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from schemas.errors import UserError
 from schemas.files import sha256_file
+from schemas.locations import Location, list_files
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -16,10 +16,9 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def directory_digest(directory: Path) -> str:
+def directory_digest(directory: Location) -> str:
     """Digest of the names and contents of all files directly in `directory`; of an absent one that of no file."""
-    files = sorted(directory.iterdir()) if directory.is_dir() else []
-    return digest_json({file.name: sha256_file(file) for file in files if file.is_file()})
+    return digest_json({name: sha256_file(directory / name) for name in sorted(list_files(directory))})
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -35,7 +34,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest_json({k: v for k, v in content.items() if k not in ("padding", "truncation", "post_processor")})
 
 
-def model_fingerprint(directory: Path) -> str:
+def model_fingerprint(directory: Location) -> str:
     """Fingerprint of a Hugging Face checkpoint directory: its config and its weight files.
 
     Raises:

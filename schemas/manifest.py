@@ -2,17 +2,18 @@
 
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from schemas.errors import UserError, first_line
 from schemas.files import MANIFEST, write_text
 from schemas.fingerprints import digest_json
+from schemas.locations import Location
 from schemas.value_counts import ColumnStatistics
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 Quantity = Literal["loss", "entropy"]
 
 
@@ -102,25 +103,43 @@ class CorpusInfo(Record):
     rejects: int
 
 
-class ShardEntry(Record):
-    """One Parquet file of the set."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ShardEntry:
+    """One Parquet file of the set; of these a set may have a hundred thousand.
+
+    `longest` is the length of its longest sequence in tokens, `rejects` how many of its sequences could not be scored.
+    """
 
     name: str
     rows: int
     tokens: int
+    longest: int
     row_groups: int
     bytes: int
     sha256: str
+    rejects: int = 0
+
+
+SHARD_ENTRY = TypeAdapter(ShardEntry)
+
+
+class Timings(Record):
+    """How long scoring took: for each shard, in order, the seconds spent reading, in the engines, and writing."""
+
+    read_seconds: list[float] = []
+    score_seconds: list[float] = []
+    write_seconds: list[float] = []
 
 
 class Manifest(Record):
     """Everything a reader must know about a shard set.
 
-    `columns` is empty for a corpus that was not scored yet. `request` is the digest of the command's settings and
-    inputs, so that repeating a finished command is recognised; `derived_from` is the digest of the set that was scored.
+    `columns` is empty for a corpus that was not scored yet. `request` holds the command's settings and the digests of
+    its inputs, so that repeating a finished command is recognised; `derived_from` is the digest of the set that was
+    scored.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     created_by: str = f"weighted-mtp {version('weighted-mtp')}"
     corpus: CorpusInfo
     tokenizer: TokenizerInfo
@@ -128,12 +147,13 @@ class Manifest(Record):
     shards: list[ShardEntry]
     statistics_sha256: str | None = None
     derived_from: str | None = None
-    request: str
+    timings: Timings | None = None
+    request: dict[str, Any]
 
     @property
     def digest(self) -> str:
-        """Identity of the shard set: SHA-256 over the canonical JSON of the manifest."""
-        return digest_json(self.model_dump(mode="json"))
+        """Identity of the shard set: SHA-256 over the canonical JSON of the manifest, timings left out."""
+        return digest_json(self.model_dump(mode="json", exclude={"timings"}))
 
     @property
     def tokens(self) -> int:
@@ -145,14 +165,24 @@ class Manifest(Record):
         """Sequences in all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence."""
+        return max((shard.longest for shard in self.shards), default=0)
+
+
+def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Write `manifest.json` with its digest, atomically. This is what turns a directory into a shard set."""
     content = manifest.model_dump(mode="json") | {"digest": manifest.digest}
     write_text(directory / MANIFEST, json.dumps(content, indent=2) + "\n")
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """Read and check `manifest.json`.
 
     Raises:

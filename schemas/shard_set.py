@@ -3,15 +3,15 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError
-from schemas.files import MANIFEST, TOKENIZER, atomic_write, fsync_tree, release_output, sha256_file
-from schemas.fingerprints import digest_json, directory_digest
+from schemas.files import MANIFEST, TOKENIZER, atomic_write, differences, fsync_tree, release_output, sha256_file
+from schemas.fingerprints import directory_digest
+from schemas.locations import Location, list_files, locate
 from schemas.manifest import Manifest, read_manifest, write_manifest
 from schemas.shards import read_footer, read_shard, shard_schema
 from schemas.value_counts import ValueCounts, from_table, to_table
@@ -24,25 +24,26 @@ REJECTS = "rejects.jsonl"
 class ShardSet:
     """A finished shard set: a directory and the manifest that describes it."""
 
-    path: Path
+    path: Location
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> "ShardSet":
+    def open(cls, path: str | Location) -> "ShardSet":
         """Open a shard set after checking the manifest, the tokenizer, and that every shard is there in its full size.
 
         Raises:
             UserError: not a finished shard set, an edited manifest, another tokenizer, a missing or truncated shard.
         """
-        path = Path(path)
+        path = locate(path)
         manifest = read_manifest(path)
+        sizes = list_files(path)
         for shard in manifest.shards:
-            file = path / shard.name
-            if not file.exists():
-                raise UserError(f"{file}: shard is missing; restore it or rewrite the set")
-            if file.stat().st_size != shard.bytes:
+            size = sizes.get(shard.name)
+            if size is None:
+                raise UserError(f"{path / shard.name}: shard is missing; restore it or rewrite the set")
+            if size != shard.bytes:
                 raise UserError(
-                    f"{file}: shard has {file.stat().st_size} bytes instead of {shard.bytes} (truncated or replaced); "
+                    f"{path / shard.name}: shard has {size} bytes instead of {shard.bytes} (truncated or replaced); "
                     "restore it or rewrite the set"
                 )
         if fault := check_tokenizer(path, manifest):
@@ -50,7 +51,7 @@ class ShardSet:
         return cls(path, manifest)
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_path(self) -> Location:
         """Directory of the corpus's tokenizer."""
         return self.path / TOKENIZER
 
@@ -86,7 +87,8 @@ class ShardSet:
         file = self.path / STATISTICS
         if not file.exists() or sha256_file(file) != self.manifest.statistics_sha256:
             raise UserError(f"{file}: missing or altered; restore it or rewrite the set")
-        return from_table(pq.read_table(file))
+        with file.open("rb") as content:
+            return from_table(pq.read_table(content))
 
 
 class FileCheck(NamedTuple):
@@ -97,12 +99,12 @@ class FileCheck(NamedTuple):
     fault: str | None
 
 
-def verify(path: Path, manifest: Manifest) -> Iterator[FileCheck]:
+def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
     """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte; go on after a fault."""
     schema = shard_schema(tuple(manifest.columns))
     for shard in manifest.shards:
         fault = check_content(path / shard.name, shard.sha256)
-        if fault is None and not pq.read_schema(path / shard.name).equals(schema):
+        if fault is None and not read_footer(path / shard.name).schema.to_arrow_schema().equals(schema):
             fault = f"{path / shard.name}: columns differ from the manifest"
         yield FileCheck(shard.name, shard.bytes, fault)
     yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest))
@@ -110,13 +112,13 @@ def verify(path: Path, manifest: Manifest) -> Iterator[FileCheck]:
         yield FileCheck(STATISTICS, 0, check_content(path / STATISTICS, manifest.statistics_sha256))
 
 
-def check_tokenizer(path: Path, manifest: Manifest) -> str | None:
+def check_tokenizer(path: Location, manifest: Manifest) -> str | None:
     """What is wrong with the tokenizer's files, None when they are the ones the corpus was written with."""
     same = directory_digest(path / TOKENIZER) == manifest.tokenizer.files_sha256
     return None if same else f"{path / TOKENIZER}: missing, or not the tokenizer of the corpus"
 
 
-def check_content(file: Path, sha256: str) -> str | None:
+def check_content(file: Location, sha256: str) -> str | None:
     """What is wrong with `file`, None when its SHA-256 is the one given."""
     try:
         return None if sha256_file(file) == sha256 else f"{file}: content differs from the manifest (sha256)"
@@ -126,7 +128,7 @@ def check_content(file: Path, sha256: str) -> str | None:
         return f"{file}: cannot be read ({error.strerror})"
 
 
-def finish_shard_set(output: Path, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:
+def finish_shard_set(output: Location, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:
     """Write statistics and manifest into a directory whose shards are in place, and end the run in progress."""
     if value_counts:
         with atomic_write(output / STATISTICS) as file:
@@ -138,7 +140,7 @@ def finish_shard_set(output: Path, manifest: Manifest, value_counts: dict[str, V
     return ShardSet(output, manifest)
 
 
-def find_finished(output: Path, request: str) -> ShardSet | None:
+def find_finished(output: Location, request: str) -> ShardSet | None:
     """The finished shard set in `output` if there is one and it answers the JSON text `request`.
 
     Raises:
@@ -147,8 +149,9 @@ def find_finished(output: Path, request: str) -> ShardSet | None:
     if not (output / MANIFEST).exists():
         return None
     shards = ShardSet.open(output)
-    if shards.manifest.request != digest_json(json.loads(request)):
+    if changed := differences(shards.manifest.request, json.loads(request)):
         raise UserError(
-            f"--output {output}: holds a shard set of other inputs or settings; choose another or remove it"
+            f"--output {output}: holds a shard set of other inputs or settings ({', '.join(changed)}); "
+            "choose another or remove it"
         )
     return shards

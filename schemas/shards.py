@@ -9,16 +9,17 @@ import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Buffer
+from upath import UPath
 
 from schemas.errors import UserError, first_line
 from schemas.files import atomic_write
+from schemas.locations import Location
 from schemas.manifest import ShardEntry
 
 ROW_GROUP_TOKENS = 1 << 18
@@ -96,7 +97,7 @@ class HashingFile(io.RawIOBase):
         return self.file.write(data)
 
 
-def write_shard(path: Path, table: pa.Table) -> ShardEntry:
+def write_shard(path: Location, table: pa.Table) -> ShardEntry:
     """Write one shard atomically in row groups of about 2**18 tokens and describe it.
 
     Args:
@@ -123,34 +124,40 @@ def write_shard(path: Path, table: pa.Table) -> ShardEntry:
         name=path.name,
         rows=len(lengths),
         tokens=int(lengths.sum()),
+        longest=int(lengths.max(initial=0)),
         row_groups=len(row_groups),
         bytes=sink.size,
         sha256=sink.sha256.hexdigest(),
     )
 
 
-def read_shard(path: Path, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+def read_shard(path: Location, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
     """Read a shard, or one of its row groups, with page checksums verified.
 
     Raises:
         UserError: the file is missing, truncated or damaged.
     """
-    with _damage_reported(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        return file.read(columns) if row_group is None else file.read_row_group(row_group, columns)
+    with _damage_reported(path), _open(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        return parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
 
 
-def read_footer(path: Path) -> pq.FileMetaData:
+def read_footer(path: Location) -> pq.FileMetaData:
     """Read the Parquet metadata of a shard.
 
     Raises:
         UserError: the file is missing, truncated or damaged.
     """
-    with _damage_reported(path):
-        return pq.read_metadata(path)
+    with _damage_reported(path), _open(path) as file:
+        return pq.read_metadata(file)
+
+
+def _open(path: Location) -> Any:
+    # Arrow asks for the ranges that it needs: reading ahead would fetch much more from a store.
+    return path.open("rb", cache_type="none") if isinstance(path, UPath) else pa.OSFile(str(path))
 
 
 @contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
+def _damage_reported(path: Location) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:

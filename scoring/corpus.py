@@ -69,7 +69,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     if path.is_file():
         return [corpus_file(path, path.parent, config)]
     if path.is_dir():
-        if config.output.resolve().is_relative_to(path.resolve()):
+        if path.resolve() in config.output.resolve().parents:
             raise UserError(f"--output {config.output}: lies inside --input {path}; choose a directory outside it")
         return files_below(path, config)
     if glob.has_magic(config.input):

@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
 from schemas.errors import UserError, first_line
-from schemas.manifest import ShardEntry
+from schemas.manifest import SHARD_ENTRY, ShardEntry
 from scoring.scorer import ScoringTask, ShardScorer
 
 ENVIRONMENT = {
@@ -62,7 +62,7 @@ class UnitScorer:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Score the one shard in `batch` and say what went wrong, if anything did."""
-        shard = ShardEntry.model_validate_json(batch["shard"][0])
+        shard = SHARD_ENTRY.validate_json(batch["shard"][0])
         failure: dict[str, Any] = {"error": "", "traceback": ""}
         try:
             self.scorer = self.scorer or ShardScorer(self.task)
@@ -88,7 +88,7 @@ def score_shards(task: ScoringTask, shards: list[ShardEntry], workers: Workers) 
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # A row for each shard in a block of its own: blocks are what Ray hands to actors.
-    rows = [{"shard": shard.model_dump_json()} for shard in shards]
+    rows = [{"shard": SHARD_ENTRY.dump_json(shard).decode()} for shard in shards]
     with warnings.catch_warnings(action="ignore"):  # of max_restarts, which has no other place yet
         outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             UnitScorer,

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
 from schemas.errors import UserError
-from schemas.files import PROGRESS, atomic_write
+from schemas.files import PROGRESS, atomic_write, move
+from schemas.locations import Location
 from schemas.manifest import ShardEntry
 from schemas.shard_set import REJECTS
 from schemas.shards import list_lengths, shard_name, write_shard
@@ -23,7 +23,7 @@ class ShardWriter:
     Shards lie in `.progress/` until `finish`, because their names tell how many there are.
     """
 
-    def __init__(self, output: Path, shard_tokens: int) -> None:
+    def __init__(self, output: Location, shard_tokens: int) -> None:
         self.output = output
         self.shard_tokens = shard_tokens
         self.entries: list[ShardEntry] = []
@@ -51,8 +51,8 @@ class ShardWriter:
         total = len(self.entries)
         for index, entry in enumerate(self.entries):
             final = shard_name(index, total)
-            (self.output / PROGRESS / entry.name).rename(self.output / final)
-            self.entries[index] = entry.model_copy(update={"name": final})
+            move(self.output / PROGRESS / entry.name, self.output / final)
+            self.entries[index] = replace(entry, name=final)
         return self.entries
 
     def _hold(self, table: pa.Table, tokens: int) -> None:
@@ -92,7 +92,9 @@ class Tally:
             self.examples.setdefault(reject.kind, reject)
 
 
-def write_shards(output: Path, batches: Iterable[EncodedBatch], shard_tokens: int) -> tuple[list[ShardEntry], Tally]:
+def write_shards(
+    output: Location, batches: Iterable[EncodedBatch], shard_tokens: int
+) -> tuple[list[ShardEntry], Tally]:
     """Write all sequences, and `rejects.jsonl` if rows were rejected, into the claimed directory `output`.
 
     Raises:
@@ -108,7 +110,7 @@ def write_shards(output: Path, batches: Iterable[EncodedBatch], shard_tokens: in
     if not tally.documents:
         raise UserError(why_empty(tally))
     if tally.rejected:
-        (output / PROGRESS / REJECTS).rename(output / REJECTS)
+        move(output / PROGRESS / REJECTS, output / REJECTS)
     entries = writer.finish()
     assert sum(entry.tokens for entry in entries) == tally.tokens
     return entries, tally

@@ -1,7 +1,6 @@
 """Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
@@ -11,7 +10,8 @@ import pyarrow.parquet as pq
 
 from schemas.errors import UserError, first_line
 from schemas.files import PROGRESS, atomic_write
-from schemas.manifest import ShardEntry, Window
+from schemas.locations import Location
+from schemas.manifest import SHARD_ENTRY, ShardEntry, Window
 from schemas.shards import flat_values, list_column, list_lengths, read_shard, write_shard
 from schemas.value_counts import ValueCounts, from_table, to_table
 from scoring.conditions import Measurement, ScoringPlan
@@ -29,8 +29,8 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 class ScoringTask:
     """What a worker needs to know to score any shard of a set; both paths are absolute."""
 
-    source: Path
-    output: Path
+    source: Location
+    output: Location
     plan: ScoringPlan
     engine: EngineConfig
     bos_token_id: int | None
@@ -186,30 +186,30 @@ def check_scores(scores: np.ndarray, lengths: np.ndarray, model: str, document_i
         )
 
 
-def part_path(output: Path, name: str) -> Path:
+def part_path(output: Location, name: str) -> Location:
     """Where the part record of shard `name` lies while the run is in progress."""
     return output / PROGRESS / name
 
 
-def write_part(output: Path, entry: ShardEntry, counts: dict[str, ValueCounts]) -> None:
+def write_part(output: Location, entry: ShardEntry, counts: dict[str, ValueCounts]) -> None:
     """Record that a shard is complete: its manifest entry and its value counts, as one Parquet file."""
-    table = to_table(counts).replace_schema_metadata({ENTRY_KEY: entry.model_dump_json()})
+    table = to_table(counts).replace_schema_metadata({ENTRY_KEY: SHARD_ENTRY.dump_json(entry)})
     with atomic_write(part_path(output, entry.name)) as file:
         pq.write_table(table, file, compression="zstd")
 
 
-def read_part(output: Path, name: str) -> ShardEntry | None:
+def read_part(output: Location, name: str) -> ShardEntry | None:
     """The entry of a part record; None unless it is there and the shard has the recorded size."""
     path = part_path(output, name)
     if not path.exists():
         return None
-    entry = ShardEntry.model_validate_json(pq.read_schema(path).metadata[ENTRY_KEY])
+    entry = SHARD_ENTRY.validate_json(pq.read_schema(path).metadata[ENTRY_KEY])
     shard = output / name
     return entry if shard.exists() and shard.stat().st_size == entry.bytes else None
 
 
-def merge_parts(output: Path, names: list[str]) -> dict[str, ValueCounts]:
+def merge_parts(output: Location, names: list[str]) -> dict[str, ValueCounts]:
     """Value counts of the whole set: the sums over the part records of the shards `names`."""
-    parts = pl.scan_parquet([part_path(output, name) for name in names])
+    parts = pl.scan_parquet([str(part_path(output, name)) for name in names])
     counts = parts.group_by("column", "value").agg(pl.col("count").sum()).collect()
     return from_table(counts.to_arrow())

@@ -1,14 +1,15 @@
 """The tokenizer of a corpus: loading it, and which special tokens go around a document."""
 
-import os
-import re
+import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from schemas.errors import UserError, first_line
+from schemas.files import copy_files
 from schemas.fingerprints import directory_digest, tokenizer_fingerprint
+from schemas.locations import Location
 from schemas.manifest import TokenizerInfo
 
 PROBE = "probe"
@@ -30,21 +31,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer's files into `directory`.
-
-    Raises:
-        OSError: they cannot be written. `tokenizers` itself raises a bare `Exception` then.
-    """
-    try:
-        tokenizer.save_pretrained(directory)
-    except Exception as error:
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
-        raise
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Location) -> None:
+    """Write the tokenizer's files into `directory`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        copy_files(Path(scratch), directory)
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, directory: Path) -> TokenizerInfo:
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, directory: Location) -> TokenizerInfo:
     """What the manifest says about the tokenizer `name`, saved in `directory`."""
     return TokenizerInfo(
         name=name,

@@ -100,7 +100,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
                 for column in scores
             },
             shards=shards,
-            request="request",
+            request={"command": "test"},
         )
         return finish_shard_set(path, manifest, counts)
 

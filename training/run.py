@@ -40,7 +40,7 @@ class RunDirectory:
             config: its settings.
             inputs: digests of what it reads.
         """
-        self.path = path = config.output
+        self.path = path = Path(str(config.output))
         self.config = config
         self.identity = {
             "config": config.model_dump(mode="json", exclude=OPERATIONAL | LOCATIONS),

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, get_scheduler
 
 from schemas.configs import OptimizerConfig, TrainConfig
 from schemas.errors import UserError, first_line
-from schemas.files import exclusive, fsync, fsync_tree, sha256_file, write_text
+from schemas.files import copy_files, fsync, fsync_tree, sha256_file, write_text
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
+from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
 from training.evaluation import evaluate_model
 from training.loader import RowLoader
@@ -105,7 +106,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     }
     accelerator.log(evaluation, step=loop.step)
     if accelerator.is_main_process:
-        save_model(mtp_model, shards, config.output)
+        save_model(mtp_model, shards, run.path)
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")
@@ -216,7 +217,7 @@ def save_model(model: MTPModel, shards: ShardSet, output: Path) -> None:
         model.save(partial)
     except Exception as error:  # safetensors and torch have their own for a full disk
         raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
-    shutil.copytree(shards.tokenizer_path, partial / "model", dirs_exist_ok=True)
+    copy_files(shards.tokenizer_path, partial / "model")
     fsync_tree(partial)
     for name in ("model", "heads"):
         shutil.rmtree(output / name, ignore_errors=True)

@@ -13,11 +13,11 @@ from schemas.files import (
     atomic_write,
     claim_output,
     differences,
-    exclusive,
     release_output,
     sha256_file,
     write_text,
 )
+from schemas.locks import exclusive
 
 
 def test_an_exception_leaves_neither_the_file_nor_a_trace(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_an_output_has_one_writer(tmp_path: Path) -> None:
     """A second process is refused while the first runs, and the lock goes with the process."""
     output = tmp_path / "out"
     script = (
-        "import sys\nfrom pathlib import Path\nfrom schemas.files import exclusive\n"
+        "import sys\nfrom pathlib import Path\nfrom schemas.locks import exclusive\n"
         "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, str(output)]

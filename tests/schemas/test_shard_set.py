@@ -8,7 +8,7 @@ import pytest
 from schemas.errors import UserError
 from schemas.files import MANIFEST
 from schemas.fingerprints import digest_json
-from schemas.manifest import read_manifest
+from schemas.manifest import Timings, read_manifest
 from schemas.shard_set import STATISTICS, ShardSet, verify
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -85,7 +85,7 @@ def edit_manifest(path: Path, edit: Callable[[dict], None]) -> None:
     [
         (lambda m: m["shards"][0].update(tokens=6), "was changed after it was written"),
         (lambda m: m.pop("digest"), "was changed after it was written"),
-        (lambda m: m.update(format_version=2), "format version 2 is not 1; install the wmtp that wrote it"),
+        (lambda m: m.update(format_version=3), "format version 3 is not 2; install the wmtp that wrote it"),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.update(surprise=1), "not a valid manifest"),
         (lambda m: m.pop("shards"), "not a valid manifest"),
@@ -115,9 +115,13 @@ def test_what_is_no_shard_set_is_named(tmp_path: Path) -> None:
 
 def test_the_digest_is_that_of_the_manifest_without_it(scored: ShardSet) -> None:
     content = json.loads((scored.path / MANIFEST).read_text())
-    assert content.pop("digest") == digest_json(content) == scored.manifest.digest
+    digest = content.pop("digest")
+    content.pop("timings")
+    assert digest == digest_json(content) == scored.manifest.digest
     changed = scored.manifest.model_copy(update={"derived_from": "elsewhere"})
     assert changed.digest != scored.manifest.digest
+    timed = scored.manifest.model_copy(update={"timings": Timings(score_seconds=[1.0])})
+    assert timed.digest == scored.manifest.digest
 
 
 def test_another_tokenizer_is_refused(scored: ShardSet) -> None:

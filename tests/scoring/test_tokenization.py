@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from schemas.errors import UserError
 from scoring.documents import Batch
 from scoring.tokenization import BatchEncoder, EncodedBatch
-from scoring.tokenizer import choose_added_tokens, ids_around, load_tokenizer, save_tokenizer
+from scoring.tokenizer import choose_added_tokens, ids_around, load_tokenizer
 
 BOS, EOS = 256, 257
 
@@ -144,19 +144,3 @@ def test_tokenizer_that_cannot_be_loaded(content: str | None, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"--tokenizer .*cannot be loaded") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("message", "kind"), [("No space left on device (os error 28)", OSError), ("other", Exception)]
-)
-def test_full_disk_while_saving_is_an_os_error(
-    message: str, kind: type[Exception], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save(path: Path) -> None:
-        raise Exception(message)
-
-    tokenizer = load_tokenizer(str(tokenizer_dir))
-    monkeypatch.setattr(tokenizer, "save_pretrained", save)
-    with pytest.raises(kind) as error:
-        save_tokenizer(tokenizer, tmp_path)
-    assert getattr(error.value, "errno", None) == (28 if kind is OSError else None)

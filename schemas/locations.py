@@ -1,0 +1,104 @@
+"""Where data lies: local paths, and object stores through fsspec (`s3://`, `gs://`, `hf://`, ...).
+
+Everything that reads or writes data takes a `Location`. Where a store differs from a disk is dealt with here, in
+`schemas.files` and in `schemas.locks`: object stores have no rename, no directories and no locks, but an object appears
+complete or not at all.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import fsspec
+from pydantic import BeforeValidator, PlainSerializer
+from upath import UPath
+
+from schemas.errors import UserError
+
+Location = Path | UPath
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Extra of this distribution that brings the file system of a protocol."""
+
+
+def locate(name: Any) -> UPath:
+    """The location that a string or path names; local ones are also `pathlib.Path`s.
+
+    Raises:
+        ValueError: a protocol that is unknown or whose package is not installed.
+    """
+    location = UPath(name)
+    if location.protocol in ("file", "local"):
+        return UPath(location.path)
+    if location.protocol:
+        try:
+            fsspec.get_filesystem_class(location.protocol)
+        except (ImportError, ValueError) as error:
+            extra = EXTRAS.get(location.protocol)
+            remedy = f"install 'weighted-mtp[{extra}]'" if extra else "install the package of this file system"
+            raise ValueError(f"{location.protocol}:// cannot be used here ({error}); {remedy}") from error
+    return location
+
+
+LocationSetting = Annotated[UPath, BeforeValidator(locate), PlainSerializer(str, return_type=str)]
+"""A location as the field of a config."""
+
+
+def list_files(directory: Location) -> dict[str, int]:
+    """Name and size in bytes of every file directly in a directory, from one listing; an absent one holds none."""
+    try:
+        if isinstance(directory, Path):
+            with os.scandir(directory) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        directory.fs.invalidate_cache()  # other processes write there
+        found = directory.fs.ls(directory.path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    files = {info["name"].rpartition("/")[2]: info["size"] for info in found if info["type"] == "file"}
+    return {name: size for name, size in files.items() if name}  # some tools keep an empty object as the directory
+
+
+def resolve(location: Location) -> Location:
+    """The location independent of the working directory, for processes that have another one."""
+    return location.resolve() if isinstance(location, Path) else location
+
+
+def remove_tree(directory: Location) -> None:
+    """Remove a directory and everything in it; an absent one is no error."""
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    directory.fs.invalidate_cache()
+    if directory.fs.exists(directory.path):
+        directory.fs.rm(directory.path, recursive=True)
+
+
+def local_copy(directory: Location) -> Path:
+    """The directory itself if it is local, else a copy of its files in the user's cache, made once for each content.
+
+    Raises:
+        UserError: it holds no files.
+    """
+    if isinstance(directory, Path):
+        return directory
+    names = sorted(list_files(directory))
+    if not names:
+        raise UserError(f"{directory}: no such directory, or no files in it; check the address")
+    fs = directory.fs
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
+    content = [str(directory), *(f"{name} {fs.ukey((directory / name).path)}" for name in names)]
+    copy = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
+        try:
+            for name in names:
+                fs.get_file((directory / name).path, str(partial / name))
+            with suppress(OSError):  # another process may have been faster
+                partial.rename(copy)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return copy

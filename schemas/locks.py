@@ -1,0 +1,120 @@
+"""One writer for each output directory."""
+
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from upath import UPath
+
+from schemas.errors import UserError
+from schemas.files import LOCK, MANIFEST, TOKENIZER
+from schemas.locations import Location
+
+RENEWAL_SECONDS = 10.0
+"""A lock in an object store that did not change for three of these belongs to a run that was killed."""
+
+
+@contextmanager
+def exclusive(output: Location) -> Iterator[None]:
+    """Hold the directory `output`, made if need be, for this process alone; an empty one that it made is removed again.
+
+    On a disk the kernel keeps the lock, so it goes with the process. In an object store it is an object that the
+    process renews.
+
+    Raises:
+        UserError: another process holds it, it is a file, or it lies inside a shard set.
+    """
+    parents = output.resolve().parents if isinstance(output, Path) else output.parents
+    if inside := next(filter(is_shard_set, parents), None):
+        raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
+    with _locked_directory(output) if isinstance(output, Path) else _lease(output):
+        yield
+
+
+def is_shard_set(path: Location) -> bool:
+    """Whether a directory holds a shard set, trustworthy or not."""
+    return (path / MANIFEST).exists() and (path / TOKENIZER).is_dir()
+
+
+def _refusal(output: Location, holder: str) -> UserError:
+    return UserError(f"--output {output}: {holder} is writing it; wait or choose another")
+
+
+@contextmanager
+def _locked_directory(output: Path) -> Iterator[None]:
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _refusal(output, "another process") from error
+        yield
+    finally:
+        os.close(descriptor)
+        if new:
+            with suppress(OSError):
+                output.rmdir()
+
+
+@contextmanager
+def _lease(output: UPath) -> Iterator[None]:
+    lock = output / LOCK
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    name = f"{holder} {uuid4().hex}"
+    if not _create(lock, name):
+        found = _content(lock)
+        print(f"{output}: locked by {' '.join(found.split()[:4])}; looking whether it is alive", file=sys.stderr)
+        time.sleep(3 * RENEWAL_SECONDS)
+        if _content(lock) == found:
+            lock.unlink(missing_ok=True)
+        if not _create(lock, name):
+            raise _refusal(output, " ".join(_content(lock).split()[:4]))
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(RENEWAL_SECONDS):
+            with suppress(OSError):  # the store may be away for a while
+                if not _content(lock).startswith(name):
+                    print(f"{output}: another run took the lock from this one, which stops", file=sys.stderr)
+                    interrupt_main()
+                    return
+                lock.write_bytes(f"{name} {time.time()}".encode())
+
+    renewal = threading.Thread(target=renew, daemon=True)
+    renewal.start()
+    try:
+        yield
+    finally:
+        done.set()
+        renewal.join()
+        if _content(lock).startswith(name):
+            lock.unlink(missing_ok=True)
+
+
+def _create(lock: UPath, content: str) -> bool:
+    """Create the lock; False if there is one. Of several that try at once, one succeeds."""
+    try:
+        lock.fs.pipe_file(lock.path, content.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _content(lock: UPath) -> str:
+    try:
+        return lock.read_text()
+    except FileNotFoundError:
+        return ""
