@@ -8,20 +8,22 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import ray
 import torch
 from tqdm import tqdm
 
-from pipelines.score_summary import print_summary
+from pipelines.score_summary import Scored, print_dry_run, print_summary
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
-from schemas.files import TOKENIZER, claim_output, copy_files
+from schemas.files import TOKENIZER, claim_output, copy_files, write_text
 from schemas.locations import Location, resolve
 from schemas.locks import exclusive
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
-from schemas.shard_set import ShardSet, find_finished, finish_shard_set
+from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
+from scoring.cluster import Pool, ray_session
 from scoring.conditions import ScoringPlan, plan_columns, reuse_columns
 from scoring.engines import (
     SPEED_ARGS,
@@ -34,49 +36,41 @@ from scoring.engines import (
     engine_version,
     runs_on_gpu,
 )
-from scoring.job import Workers, check_resources, ray_session, score_shards
+from scoring.job import ScoringJob
 from scoring.models import check_length, check_model
-from scoring.scorer import ScoringTask, merge_parts, read_part
+from scoring.scorer import ScoringTask
+from scoring.units import clear_attempts, find_done, gather
 from scoring.windows import make_window
 
 
-def run(config: ScoreConfig) -> ShardSet:
-    """Score a shard set.
+def run(config: ScoreConfig) -> ShardSet | None:
+    """Score a shard set; with `dry_run`, only say what that would take, and return None.
 
     Raises:
         UserError: the input, a model, the output or the machine is not as it must be.
     """
-    started = time.monotonic()
     source = ShardSet.open(config.input)
     plan = plan_run(config, source)
-    check_length(plan.models, source.manifest.longest)
     engine = choose_engine(config.engine)
     method = plan_method(config, engine, plan)
     with ExitStack() as stack:
-        stack.enter_context(exclusive(config.output))
+        stack.enter_context(nullcontext() if config.dry_run else exclusive(config.output))
         if config.ray_address:
             stack.enter_context(ray_session(config.ray_address))
-        gpus = count_gpus() if runs_on_gpu(engine) else 0
-        workers = Workers.plan(config.workers, gpus, config.tensor_parallel_size)
-        engine_config = EngineConfig(
-            name=engine,
-            method=method,
-            dtype=("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype,
-            batch_tokens=config.batch_tokens,
-            max_length=source.manifest.longest,
-            threads=max(1, count_cpus() // workers.count),
-            on_gpu=gpus > 0,
-            tensor_parallel_size=config.tensor_parallel_size,
-            engine_args=config.engine_args,
-        )
+        pool, engine_config = plan_workers(config, source, engine, method)
         plan = reuse_columns(plan, describe_conditions(plan, engine_config), source.manifest.columns, config.suffix)
+        check_length(plan.models, source.manifest.longest)
         origins: dict[str, Condition | Contrast] = {**describe_conditions(plan, engine_config), **plan.contrasts}
         request = describe_request(source, origins)
         if finished := find_finished(config.output, request):
             held = f"{finished.manifest.tokens:,} tokens, {', '.join(finished.manifest.columns)}"
             print(f"{config.output} is already complete: {held}")
             return finished
+        if config.dry_run:
+            print_dry_run(config.output, source, plan, find_done(config.output, source.manifest.shards))
+            return None
         claim_output(config.output, request)
+        clear_attempts(config.output)
         copy_files(source.tokenizer_path, config.output / TOKENIZER)
         task = ScoringTask(
             source=resolve(config.input),
@@ -85,10 +79,10 @@ def run(config: ScoreConfig) -> ShardSet:
             engine=engine_config,
             bos_token_id=source.manifest.tokenizer.bos_token_id,
         )
-        scored_tokens, resumed = score_missing(task, source.manifest.shards, workers)
-        scored = finish(config.output, source, origins, request)
-    print_summary(scored, scored_tokens, resumed, time.monotonic() - started)
-    return scored
+        scored = score_missing(task, source.manifest.shards, pool)
+        shards = finish(config.output, source, origins, request)
+    print_summary(shards, scored)
+    return shards
 
 
 def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
@@ -127,14 +121,34 @@ def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> E
     return method
 
 
-def count_cpus() -> int:
-    """CPUs of the connected Ray cluster, or those that this process may use."""
-    return int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else len(os.sched_getaffinity(0))
-
-
-def count_gpus() -> int:
-    """GPUs of the connected Ray cluster, or of this machine."""
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
+def plan_workers(
+    config: ScoreConfig, source: ShardSet, engine: EngineName, method: EngineMethod | None
+) -> tuple[Pool, EngineConfig]:
+    """How many workers there will be, and how their engines run, on the connected cluster or on this machine."""
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    gpus = int(resources.get("GPU", 0)) if resources else torch.cuda.device_count()
+    cpus = int(resources.get("CPU", 1)) if resources else len(os.sched_getaffinity(0))
+    gpus = gpus if runs_on_gpu(engine) else 0
+    pool = Pool.plan(
+        config.workers,
+        least=config.min_workers,
+        cpus=config.cpus_per_worker or 1.0,
+        gpus_per_worker=config.gpus_per_worker,
+        gpus=gpus,
+        tensor_parallel_size=config.tensor_parallel_size,
+    )
+    engine_config = EngineConfig(
+        name=engine,
+        method=method,
+        dtype=("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype,
+        batch_tokens=config.batch_tokens,
+        max_length=source.manifest.longest,
+        threads=max(1, int(config.cpus_per_worker or cpus / pool.most)),
+        on_gpu=gpus > 0,
+        tensor_parallel_size=config.tensor_parallel_size,
+        engine_args=config.engine_args,
+    )
+    return pool, engine_config
 
 
 def describe_conditions(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Condition]:
@@ -164,40 +178,45 @@ def describe_request(source: ShardSet, origins: dict[str, Condition | Contrast])
     return json.dumps({"command": "score", "input": source.manifest.digest, "columns": columns}, indent=2)
 
 
-def score_missing(task: ScoringTask, shards: list[ShardEntry], workers: Workers) -> tuple[int, int]:
-    """Score the shards that are not done yet.
-
-    Returns:
-        Tokens scored by this run, and how many shards were done before.
-    """
-    missing = [shard for shard in shards if read_part(task.output, shard.name) is None]
-    tokens, total = sum(shard.tokens for shard in missing), sum(shard.tokens for shard in shards)
-    resumed = done = len(shards) - len(missing)
+def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: Pool) -> Scored:
+    """Score the shards that are not done yet, and say how it went."""
+    done = find_done(task.output, shards)
+    missing = [shard for shard in shards if shard.name not in done]
     if not missing:
-        return 0, resumed
-    workers = Workers(min(workers.count, len(missing)), workers.gpus)
+        return Scored(resumed=len(done))
+    total, tokens = sum(shard.tokens for shard in shards), sum(shard.tokens for shard in missing)
+    pool = pool.for_units(len(missing))
+    started = None
+    incidents = 0
     with tqdm(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
-        bar.set_postfix_str(f"{done}/{len(shards)} shards, loading models")
-        with ray_session(None, workers):
-            check_resources(workers)
-            for scored in score_shards(task, missing, workers):
-                done += 1
-                bar.update(scored)
-                bar.set_postfix_str(f"{done}/{len(shards)} shards")
-    return tokens, resumed
+
+        def report(line: str) -> None:
+            nonlocal incidents
+            incidents += 1
+            bar.write(f"wmtp score: {line}", file=sys.stderr)
+
+        bar.set_postfix_str(f"{len(done)}/{len(shards)} shards, loading models")
+        with ray_session(None, pool):
+            for progress in ScoringJob(task, missing, pool, report).run():
+                if started is None and progress.workers:
+                    started = time.monotonic()
+                    bar.unpause()  # loading models is no scoring
+                bar.n = total - tokens + progress.tokens
+                workers = f"{progress.workers} of {pool.most} workers" if started else "loading models"
+                state = f"{len(done) + progress.units}/{len(shards)} shards, {workers}"
+                bar.set_postfix_str(state + f", {progress.rejects} rejects" * bool(progress.rejects))
+    return Scored(tokens=tokens, resumed=len(done), seconds=time.monotonic() - (started or 0), incidents=incidents)
 
 
 def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
-    """Put the parts together: manifest and statistics of a set whose shards are all there."""
-    names = [shard.name for shard in source.manifest.shards]
-    entries = [entry for name in names if (entry := read_part(output, name))]
-    if len(entries) < len(names):
-        raise UserError(
-            f"--output {output}: {len(names) - len(entries)} shards that workers wrote are not there; "
-            "give a directory on a file system that all nodes of the cluster share"
-        )
-    merged = merge_parts(output, names)
-    counts = source.value_counts() | {name: merged[name] for name in origins}
+    """Put the records together: manifest, statistics and rejects of a set whose shards are all there."""
+    shards = source.manifest.shards
+    found = gather(output, [shard.name for shard in shards])
+    rejects = [*earlier_rejects(source), *(reject.model_dump_json() for reject in found.rejects)]
+    if rejects:
+        write_text(output / REJECTS, "".join(line + "\n" for line in rejects))
+    entries = [replace(new, rejects=new.rejects + old.rejects) for new, old in zip(found.entries, shards, strict=True)]
+    counts = source.value_counts() | {name: found.counts[name] for name in origins}
     new = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
     manifest = Manifest(
         corpus=source.manifest.corpus,
@@ -205,6 +224,13 @@ def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Co
         columns=source.manifest.columns | new,
         shards=entries,
         derived_from=source.manifest.digest,
+        timings=found.timings,
         request=json.loads(request),
     )
     return finish_shard_set(output, manifest, counts)
+
+
+def earlier_rejects(source: ShardSet) -> list[str]:
+    """Lines of the input's own `rejects.jsonl` about sequences that could not be scored under its columns."""
+    rejects = source.path / REJECTS
+    return rejects.read_text().splitlines() if source.manifest.columns and rejects.exists() else []

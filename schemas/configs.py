@@ -91,7 +91,18 @@ class ScoreConfig(Config):
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="engines; 0 is as many as the GPUs hold, or one on a CPU; more than GPUs share them"
     )
+    min_workers: Positive | None = Field(
+        None, description="start when this many fit and use up to --workers as nodes come and go; default all"
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="CPUs that Ray reserves for a worker and its engine uses; default: reserve 1, use its share",
+    )
+    gpus_per_worker: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GPUs of a worker, or a share of one; default follows from --workers"
+    )
     ray_address: str | None = Field(None, description="Ray cluster to use; default starts Ray on this machine")
+    dry_run: bool = Field(False, description="only say what would be computed, what it would cost, and what is there")
 
     @model_validator(mode="after")
     def _check_stride(self) -> "ScoreConfig":

@@ -42,6 +42,25 @@ class ScoringPlan:
         return (*self.measurements, *self.contrasts)
 
     @property
+    def passes(self) -> float:
+        """How many tokens the engines compute for each token of long sequences."""
+        return sum(self.passes_of(model) for model in self.models)
+
+    def passes_of(self, model: ScoringModel) -> float:
+        """The same for one model: one for the full context unless that is stored, size / stride for each short one."""
+        wanted = [of for of in self.measurements.values() if of.model.fingerprint == model.fingerprint]
+        windows = {of.window for of in wanted} - {None}
+        full = 0 if self.stored_losses(model) and all(of.window for of in wanted) else 1
+        return full + sum(window.size / window.stride for window in windows if window)
+
+    def stored_losses(self, model: ScoringModel) -> str | None:
+        """Name of the column that has the losses under a model's full context, if the input has one."""
+        for name, of in self.stored.items():
+            if of == Measurement(of.model) and of.model.fingerprint == model.fingerprint:
+                return name
+        return None
+
+    @property
     def models(self) -> list[ScoringModel]:
         """The distinct models that compute anything; those with the same weights and config are one model."""
         distinct: dict[str, ScoringModel] = {}

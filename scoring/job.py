@@ -1,162 +1,284 @@
-"""The Ray job: shards are work units, workers are actors that hold the engines and write what they score.
+"""The job: units go to workers until all are done, whatever happens to workers, nodes or memory on the way.
 
-Units are fixed and their files deterministic, so doing one twice is harmless and a rerun does only what is missing.
-Only the outcome of a unit travels back to the driver.
+Workers are Ray actors. Only what became of a unit travels between them and the driver; the driver commits it. Every
+worker has up to two units, one in its engines and one being read or written.
 """
 
-import logging
-import os
-import re
-import signal
-import socket
-import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
-import numpy as np
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.exceptions import RayError
 
 from schemas.errors import UserError, first_line
-from schemas.manifest import SHARD_ENTRY, ShardEntry
-from scoring.scorer import ScoringTask, ShardScorer
+from schemas.manifest import ShardEntry
+from scoring.cluster import Pool, describe_nodes
+from scoring.engines import Engine, load_engine
+from scoring.scorer import ScoringTask
+from scoring.units import Attempt, Suspect, commit, read_suspect
+from scoring.worker import Outcome, ScoringWorker, Unit
 
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # on cores shared with anything else, spinning threads cost a factor of five
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers run in this environment however the driver was started
-}
+UNITS_PER_WORKER = 2
+POLL_SECONDS = 1.0
+PLACES_SECONDS = 60.0
+"""How long a job without a place for even one worker waits for nodes to come back."""
+CAREFUL_AFTER = 2
+"""Workers that a unit may take down before its sequences are tried one by one."""
+CONVICTED_AFTER = 2
+"""Workers that a sequence tried alone may take down before it is given up."""
+MOST_DEATHS = 8
+"""Workers that a unit may take down with nobody knowing why, and sequences of it that may be given up like that."""
+MOST_STARTS = 3
+"""Workers that may die in a row while they load their models."""
+LEAST_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Workers:
-    """How many workers a job has and the GPUs that each of them holds: a share of one, several, or 0 on the CPU."""
+class Progress:
+    """Where a job stands: units and tokens done by it, the tokens including an estimate of the units under way."""
 
-    count: int
-    gpus: float
-
-    @classmethod
-    def plan(cls, wanted: int, gpus: int, tensor_parallel_size: int) -> "Workers":
-        """Place `wanted` workers evenly on the GPUs; by default as many as the GPUs hold, or one on the CPU."""
-        if not gpus:
-            return cls(wanted or 1, 0.0)
-        if tensor_parallel_size > 1:
-            return cls(wanted or max(1, gpus // tensor_parallel_size), float(tensor_parallel_size))
-        count = wanted or gpus
-        return cls(count, 1 / -(-count // gpus))
+    units: int
+    tokens: int
+    rejects: int
+    workers: int
 
 
-class UnitScorer:
-    """The Ray actor: scores the units it is given.
+@dataclass
+class Trouble:
+    """What is known about a unit that workers died of."""
 
-    Failures are returned, not raised: Ray would retry them, wrap them, and print pages.
+    deaths: int = 0
+    unexplained: int = 0
+    suspects: Counter[Suspect] = field(default_factory=Counter)
+    given_up: dict[Suspect, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker as the driver sees it."""
+
+    actor: Any
+    batch_tokens: int
+    ready: bool = False
+    units: list[Unit] = field(default_factory=list)
+    computed: int = 0
+    computed_before: int = 0
+    """Tokens that its engines had computed when its last unit was done."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call under way. Without a unit it is the start of a worker, or asks for its progress."""
+
+    worker: Worker
+    unit: Unit | None = None
+    progress: bool = False
+
+
+class ScoringJob:
+    """Scores units on the connected Ray cluster.
+
+    Args:
+        task: what to do with each of them.
+        units: the shards to score.
+        pool: how many workers, and what they take.
+        report: called with one line about anything unusual.
+        load: makes an engine from a model directory and an `EngineConfig`.
     """
 
-    def __init__(self, task: ScoringTask) -> None:
+    def __init__(
+        self,
+        task: ScoringTask,
+        units: list[ShardEntry],
+        pool: Pool,
+        report: Callable[[str], None],
+        load: Callable[..., Engine] = load_engine,
+    ) -> None:
         self.task = task
-        self.scorer: ShardScorer | None = None
+        self.pool = pool
+        self.report = report
+        self.load = load
+        self.pending = deque(units)
+        self.trouble: dict[str, Trouble] = {}
+        self.workers: list[Worker] = []
+        self.calls: dict[Any, Call] = {}
+        self.failed_starts = 0
+        self.done = Progress(0, 0, 0, 0)
+        self.placed_at = time.monotonic()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Score the one shard in `batch` and say what went wrong, if anything did."""
-        shard = SHARD_ENTRY.validate_json(batch["shard"][0])
-        failure: dict[str, Any] = {"error": "", "traceback": ""}
+    def run(self) -> Iterator[Progress]:
+        """Score all units; yield the progress after every change, and every second.
+
+        Raises:
+            UserError: what a worker says the user must put right, or workers that cannot be placed or kept alive.
+            OSError: a unit cannot be read or written.
+        """
+        self.pool.check()
+        actor = ray.remote(ScoringWorker)
         try:
-            self.scorer = self.scorer or ShardScorer(self.task)
-            self.scorer.score(shard)
-        except Exception as error:
-            failure = {"error": describe(error, shard.name), "traceback": traceback.format_exc()}
-        return {name: [value] for name, value in {"tokens": shard.tokens, **failure}.items()}
+            while self.pending or any(worker.units for worker in self.workers):
+                self._start_workers(actor)
+                self._hand_out()
+                ready, _ = ray.wait(list(self.calls), timeout=POLL_SECONDS)
+                for ref in ready:
+                    self._finish(ref)
+                if not ready:
+                    self._look_around()
+                yield self._progress()
+        finally:
+            for worker in list(self.workers):
+                self._drop(worker)
 
+    def _start_workers(self, actor: Any) -> None:
+        unfinished = len(self.pending) + sum(len(worker.units) for worker in self.workers)
+        while len(self.workers) < min(self.pool.most, unfinished):
+            handle = actor.options(
+                num_cpus=self.pool.cpus,
+                num_gpus=self.pool.gpus,
+                max_restarts=0,
+                max_concurrency=UNITS_PER_WORKER + 1,  # and a question about progress
+                scheduling_strategy="SPREAD",
+            ).remote(self.task, self.load)
+            worker = Worker(handle, self.task.engine.batch_tokens)
+            self.workers.append(worker)
+            self.calls[handle.start.remote()] = Call(worker)
 
-def describe(error: Exception, shard: str) -> str:
-    """One line about a failure; what UserError says stays as it is."""
-    if isinstance(error, UserError):
-        return str(error)
-    return f"scoring {shard} failed: {type(error).__name__}: {first_line(error)}"
+    def _hand_out(self) -> None:
+        for worker in self.workers:
+            while worker.ready and self.pending and self._may_have_more(worker):
+                shard = self.pending.popleft()
+                trouble = self.trouble.get(shard.name, Trouble())
+                attempt = Attempt(shard.name, uuid4().hex[:12])
+                unit = Unit(shard, attempt, trouble.deaths >= CAREFUL_AFTER, dict(trouble.given_up))
+                worker.units.append(unit)
+                self.calls[worker.actor.score.remote(unit)] = Call(worker, unit)
 
+    def _may_have_more(self, worker: Worker) -> bool:
+        """A unit that takes down workers has one for itself, so that it takes down no other unit."""
+        trouble = self.trouble.get(self.pending[0].name)
+        alone = any(unit.careful for unit in worker.units) or (trouble and trouble.deaths >= CAREFUL_AFTER)
+        return not worker.units if alone else len(worker.units) < UNITS_PER_WORKER
 
-def score_shards(task: ScoringTask, shards: list[ShardEntry], workers: Workers) -> Iterator[int]:
-    """Score `shards` on the connected Ray cluster; yield the number of tokens of each as it is finished.
-
-    Raises:
-        UserError: what a worker failed with, in one line.
-    """
-    DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # A row for each shard in a block of its own: blocks are what Ray hands to actors.
-    rows = [{"shard": SHARD_ENTRY.dump_json(shard).decode()} for shard in shards]
-    with warnings.catch_warnings(action="ignore"):  # of max_restarts, which has no other place yet
-        outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            UnitScorer,
-            fn_constructor_args=(task,),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=workers.count),
-            num_cpus=1,
-            num_gpus=workers.gpus,
-            max_restarts=0,  # Ray Data's default restarts a worker that dies for ever
-        )
-    try:
-        for outcome in outcomes.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-            for tokens, error, trace in zip(outcome["tokens"], outcome["error"], outcome["traceback"], strict=True):
-                if error:
-                    raise UserError(str(error)) from RuntimeError(str(trace))
-                yield int(tokens)
-    except RayError as error:
-        raise UserError(
-            f"a scoring worker was lost ({type(error).__name__}: {first_line(error)}); if memory ran out, lower "
-            "--batch_tokens or --workers; rerunning the same command continues"
-        ) from error
-
-
-@contextmanager
-def ray_session(address: str | None, workers: Workers | None = None) -> Iterator[None]:
-    """Connect to the Ray cluster at `address`, or run Ray on this machine; shut down at the end what was started.
-
-    Raises:
-        UserError: no cluster at `address`.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.update(ENVIRONMENT | os.environ)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if address:
-            check_reachable(address)
-            ray.init(address=address, **quiet)
+    def _finish(self, ref: Any) -> None:
+        call = self.calls.pop(ref, None)
+        if call is None:  # of a worker that is gone
+            return
+        try:
+            result = ray.get(ref)
+        except RayError as error:
+            if isinstance(error, RayOutOfMemoryError):
+                self._lower_batch(call.worker, "Ray ended a worker")
+            self._lose(call.worker, first_line(error))
+            return
+        if call.progress:
+            call.worker.computed = result
         else:
-            cpus = workers.count + 1 if workers else 2
-            # One CPU more than the workers hold: Ray Data's own tasks need one, or the job waits for ever.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except Exception as error:  # a start that times out raises just that
-        where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
-        where += "; if it asks for a token, set RAY_AUTH_MODE=token" * bool(address)
-        raise UserError(f"{where} ({first_line(error)})") from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which aborts
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            self._judge(call.worker, call.unit, result)
 
-
-def check_reachable(address: str) -> None:
-    """Raise OSError where nothing listens at `host:port`; Ray itself would try for many minutes."""
-    if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
-        socket.create_connection((match[1], int(match[2])), timeout=10).close()
-
-
-def check_resources(workers: Workers) -> None:
-    """Raise UserError where the connected cluster can never place all workers, instead of waiting for ever."""
-    total = ray.cluster_resources()
-    needed = {"CPU": workers.count + 1, "GPU": int(np.ceil(workers.count * workers.gpus))}
-    for resource, amount in needed.items():
-        if total.get(resource, 0) < amount:
-            raise UserError(
-                f"--workers {workers.count}: needs {amount} {resource}s, the Ray cluster has "
-                f"{total.get(resource, 0):g}; lower --workers or --tensor_parallel_size, or add nodes"
+    def _judge(self, worker: Worker, unit: Unit | None, outcome: Outcome) -> None:
+        """Act on how a unit, or the start of a worker, went."""
+        if outcome.kind == "failed":
+            assert outcome.error is not None
+            raise outcome.error from RuntimeError(outcome.trace)
+        if outcome.kind == "out_of_memory":
+            self._lower_batch(worker, outcome.reason)
+            self._requeue(worker)
+        elif outcome.kind == "broken":
+            self._lose(worker, outcome.reason)
+        elif unit is None:
+            worker.ready = True
+        else:
+            commit(self.task.output, unit.attempt)
+            worker.units.remove(unit)
+            worker.computed_before = worker.computed
+            self.trouble.pop(unit.shard.name, None)
+            self.failed_starts = 0
+            done = self.done
+            self.done = replace(
+                done,
+                units=done.units + 1,
+                tokens=done.tokens + unit.shard.tokens,
+                rejects=done.rejects + outcome.rejects,
             )
+
+    def _lower_batch(self, worker: Worker, reason: str) -> None:
+        """Halve the batch of all workers that start from now on, unless that was done since this one started."""
+        if worker.batch_tokens > self.task.engine.batch_tokens:
+            return
+        lower = worker.batch_tokens // 2
+        if lower < LEAST_BATCH:
+            raise UserError(
+                f"out of memory even with {worker.batch_tokens} tokens at once ({reason}); use fewer --workers, "
+                "a smaller --dtype, or a smaller model"
+            )
+        self.report(f"out of memory ({reason}): going on with batches of {lower} tokens")
+        self.task = replace(self.task, engine=self.task.engine.with_batch(lower))
+
+    def _lose(self, worker: Worker, reason: str) -> None:
+        """Deal with a worker that died or is of no use any more."""
+        if not worker.ready:
+            self.failed_starts += 1
+            if self.failed_starts >= MOST_STARTS:
+                raise UserError(
+                    f"{MOST_STARTS} workers in a row died while loading their models ({reason}); if memory ran out, "
+                    "lower --batch_tokens or --workers; rerunning the same command continues"
+                )
+        for unit in worker.units:
+            self._note_death(unit, reason)
+        again = ", ".join(unit.shard.name for unit in worker.units)
+        self.report(f"lost a worker ({reason})" + f"; scoring {again} again" * bool(again))
+        self._requeue(worker)
+
+    def _note_death(self, unit: Unit, reason: str) -> None:
+        trouble = self.trouble.setdefault(unit.shard.name, Trouble())
+        trouble.deaths += 1
+        if not unit.careful:
+            return
+        suspect = read_suspect(self.task.output, unit.shard.name)
+        if suspect is None:
+            trouble.unexplained += 1
+        else:
+            trouble.suspects[suspect] += 1
+            if trouble.suspects[suspect] >= CONVICTED_AFTER:
+                trouble.given_up[suspect] = f"workers died of it: {reason}"
+        if max(trouble.unexplained, len(trouble.given_up)) > MOST_DEATHS:
+            raise UserError(
+                f"{unit.shard.name}: {trouble.deaths} workers died of it ({reason}); if memory ran out, lower "
+                "--batch_tokens or --workers; rerunning the same command continues"
+            )
+
+    def _requeue(self, worker: Worker) -> None:
+        self.pending.extendleft(unit.shard for unit in reversed(worker.units))
+        self._drop(worker)
+
+    def _drop(self, worker: Worker) -> None:
+        ray.kill(worker.actor)
+        self.workers.remove(worker)
+        self.calls = {ref: call for ref, call in self.calls.items() if call.worker is not worker}
+
+    def _look_around(self) -> None:
+        """Ask busy workers how far they are, and see whether there is still a place for one."""
+        asked = {call.worker for call in self.calls.values() if call.progress}
+        for worker in self.workers:
+            if worker.ready and worker not in asked:
+                self.calls[worker.actor.computed_tokens.remote()] = Call(worker, progress=True)
+        if any(worker.ready for worker in self.workers) or self.pool.places():
+            self.placed_at = time.monotonic()
+        elif time.monotonic() - self.placed_at > PLACES_SECONDS:
+            raise UserError(
+                f"no node of the Ray cluster ({describe_nodes()}) can hold a worker any more, which needs "
+                f"{self.pool.needs()}; add nodes and rerun the same command, which continues"
+            )
+
+    def _progress(self) -> Progress:
+        under_way = 0.0
+        for worker in self.workers:
+            computed = (worker.computed - worker.computed_before) / max(1.0, self.task.plan.passes)
+            under_way += min(computed, sum(unit.shard.tokens for unit in worker.units))
+        ready = sum(worker.ready for worker in self.workers)
+        return replace(self.done, tokens=self.done.tokens + int(under_way), workers=ready)

@@ -29,6 +29,7 @@ class ScoringModel:
         max_length: longest sequence the model can read, None where it has no limit.
         revision: commit of a model from the hub.
         recurrent: whether the model keeps a state of its own besides the key-value cache.
+        parameters: how many there are, 0 if they cannot be counted.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ScoringModel:
     max_length: int | None
     revision: str | None = None
     recurrent: bool = False
+    parameters: int = 0
 
 
 def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
@@ -55,7 +57,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     fingerprint = model_fingerprint(directory)
     config = load_config(directory, f"{flag} {name}")
     check_tokenizer(directory, f"{flag} {name}", tokenizer)
-    check_weights(directory, f"{flag} {name}")
+    parameters = check_weights(directory, f"{flag} {name}")
     text_config = config.get_text_config()
     if text_config.vocab_size < tokenizer.vocab_size:
         raise UserError(
@@ -69,6 +71,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
         max_length=getattr(text_config, "max_position_embeddings", None),
         revision=None if local else directory.name,
         recurrent=is_recurrent(config),
+        parameters=parameters,
     )
 
 
@@ -109,22 +112,26 @@ def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
         )
 
 
-def check_weights(directory: Path, name: str) -> None:
-    """Raise UserError unless the checkpoint has every weight of its architecture, by the names alone.
+def check_weights(directory: Path, name: str) -> int:
+    """Check, by the names alone, that the checkpoint has every weight of its architecture; return how many there are.
 
     Engines fill in what is missing with random numbers, or with whatever is in memory. Quantised checkpoints are left
-    to the engine: naming their weights takes the packages that made them.
+    to the engine: naming their weights takes the packages that made them. Of these the number is 0.
+
+    Raises:
+        UserError: a weight is missing, or the files cannot be read.
     """
     if getattr(AutoConfig.from_pretrained(directory), "quantization_config", None):
-        return
+        return 0
     logging.disable_progress_bar()
     try:
-        _, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
     except Exception as error:  # whatever the libraries have to say about a damaged file
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
+    return model.num_parameters()
 
 
 def check_length(models: list[ScoringModel], longest: int) -> None:

@@ -1,33 +1,31 @@
 """Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from textwrap import shorten
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from schemas.errors import UserError, first_line
-from schemas.files import PROGRESS, atomic_write
+from schemas.errors import UserError
 from schemas.locations import Location
-from schemas.manifest import SHARD_ENTRY, ShardEntry, Window
-from schemas.shards import flat_values, list_column, list_lengths, read_shard, write_shard
-from schemas.value_counts import ValueCounts, from_table, to_table
+from schemas.manifest import ShardEntry
+from schemas.shards import flat_values, list_column, list_lengths, read_shard
 from scoring.conditions import Measurement, ScoringPlan
 from scoring.engines import Engine, EngineConfig, Request, load_engine
+from scoring.faults import FLOAT16_MAX, OutOfMemoryError, is_out_of_memory, measure_each, reason_for
+from scoring.models import ScoringModel
+from scoring.units import Attempt, Reject, Suspect, UnitRecord, count_values, write_attempt, write_record
 from scoring.windows import plan_windows, window_ids
 
-ENTRY_KEY = b"entry"
 CONTRAST_STEP = np.float32(2.0**-9)
-ROUNDING = 0.01
-"""Losses and entropies are not negative, but computed ones may be, by a little."""
-FLOAT16_MAX = float(np.finfo(np.float16).max)
+PROBE = Request(np.array([0, 1], dtype=np.int32))
+"""A sequence for every model: does the engine still work?"""
 
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What a worker needs to know to score any shard of a set; both paths are absolute."""
+    """What a worker needs to know to score any shard of a set; both locations are absolute."""
 
     source: Location
     output: Location
@@ -36,53 +34,91 @@ class ScoringTask:
     bos_token_id: int | None
 
 
+@dataclass(frozen=True)
+class Caution:
+    """How to treat a shard that workers died of: sequence by sequence.
+
+    Attributes:
+        given_up: reasons for which sequences are not tried again, by model fingerprint and row.
+        announce: called with model fingerprint and row before each sequence.
+    """
+
+    given_up: Mapping[Suspect, str]
+    announce: Callable[[str, int], None]
+
+
+@dataclass
+class ScoredShard:
+    """A shard with its score columns, not yet written."""
+
+    table: pa.Table
+    rejects: list[Reject]
+    score_seconds: float
+
+
 class ShardScorer:
     """Scores shards with the engines of one worker, each model loaded once."""
 
-    def __init__(self, task: ScoringTask) -> None:
+    def __init__(self, task: ScoringTask, load: Callable[..., Engine] = load_engine) -> None:
         """Load the engines.
+
+        Args:
+            task: what to score.
+            load: makes an engine from a model directory and an `EngineConfig`.
 
         Raises:
             UserError: an engine cannot load its model.
+            OutOfMemoryError: there is not enough memory for it.
         """
         self.task = task
         self.engines: dict[str, Engine] = {}
         for model in task.plan.models:
             try:
-                self.engines[model.fingerprint] = load_engine(model.directory, task.engine)
+                self.engines[model.fingerprint] = load(model.directory, task.engine)
             except UserError:
                 raise
             except Exception as error:  # whatever the engine has to say
-                reason = shorten(f"{type(error).__name__}: {first_line(error)}", 400)
+                if is_out_of_memory(error):
+                    raise OutOfMemoryError(reason_for(error)) from error
                 remedy = "try --engine transformers" if task.engine.name == "vllm" else "check the checkpoint"
                 if task.engine.engine_args:
                     remedy = f"check --engine_args, or {remedy}"
-                raise UserError(f"{model.name}: {task.engine.name} cannot load it ({reason}); {remedy}") from error
+                message = f"{model.name}: {task.engine.name} cannot load it ({reason_for(error)}); {remedy}"
+                raise UserError(message) from error
 
-    def score(self, shard: ShardEntry) -> None:
-        """Write the scored shard under the name of its source, then its part record.
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the engines have computed so far."""
+        return sum(engine.computed_tokens for engine in self.engines.values())
 
-        The record is what makes a shard count as done, and it comes last: a run that is killed at any moment leaves
-        nothing that a rerun would trust wrongly.
+    def score(self, shard: str, table: pa.Table, caution: Caution | None = None) -> ScoredShard:
+        """Append the score columns to the rows of a shard.
+
+        Args:
+            shard: its name.
+            table: its content.
+            caution: how to go about it if workers died of this shard.
 
         Raises:
-            UserError: a damaged source shard, or a model that gives a token no finite loss.
+            UserError: not one sequence of the shard can be scored.
+            OutOfMemoryError: an engine ran out of memory.
+            BrokenEngineError: an engine does not work any more.
         """
-        table = self._score_rows(read_shard(self.task.source / shard.name))
-        entry = write_shard(self.task.output / shard.name, table)
-        counts = {name: ValueCounts() for name in self.task.plan.columns}
-        for name, column_counts in counts.items():
-            column_counts.add(flat_values(table[name]))
-        write_part(self.task.output, entry, counts)
-
-    def _score_rows(self, table: pa.Table) -> pa.Table:
-        """Append the score columns to the rows of a shard."""
+        started = time.monotonic()
         lengths = list_lengths(table["input_ids"])
         sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
-        scores = self._measure(sequences, table)
-        for name, values in scores.items():
-            model = self.task.plan.measurements[name].model.name
-            check_scores(values, lengths, model, table["document_id"])
+        scores: dict[str, np.ndarray] = {}
+        rejects: list[Reject] = []
+        for model in self.task.plan.models:
+            reasons = self._score_model(model, sequences, table, caution, scores)
+            if len(reasons) == len(sequences):
+                raise UserError(
+                    f"{model.name}: no sequence of {shard} can be scored ({reasons[0]}); check the checkpoint, "
+                    "or try --dtype float32 with a new --output"
+                )
+            for row, reason in sorted(reasons.items()):
+                of_row = {name: table[name][row].as_py() for name in ("document_id", "start")}
+                rejects.append(Reject(shard=shard, row=row, **of_row, model=model.name, reason=reason))
         for name, contrast in self.task.plan.contrasts.items():
             minuend, subtrahend = (
                 scores[side] if side in scores else stored_scores(table, side)
@@ -91,23 +127,66 @@ class ShardScorer:
             scores[name] = round_contrast(minuend - subtrahend)
         for name in self.task.plan.columns:
             table = table.append_column(name, list_column(scores[name].astype(np.float16), lengths))
-        return table
+        return ScoredShard(table, rejects, time.monotonic() - started)
 
-    def _measure(self, sequences: list[np.ndarray], table: pa.Table) -> dict[str, np.ndarray]:
-        """Every measured column, float32, the sequences one after the other. One engine call for each model."""
-        plan = self.task.plan
-        scores: dict[str, np.ndarray] = {}
-        for fingerprint, engine in self.engines.items():
-            of_model = {
-                name: measurement
-                for name, measurement in plan.measurements.items()
-                if measurement.model.fingerprint == fingerprint
-            }
-            # Short contexts leave the first tokens their full context: where that is stored, it is not computed again.
-            full = (name for name, of in plan.stored.items() if of == Measurement(of.model))
-            known = (stored_scores(table, name) for name in full if plan.stored[name].model.fingerprint == fingerprint)
-            scores |= measure(engine, sequences, of_model, self.task.bos_token_id, next(known, None))
-        return {name: scores[name] for name in plan.measurements}
+    def _score_model(
+        self,
+        model: ScoringModel,
+        sequences: list[np.ndarray],
+        table: pa.Table,
+        caution: Caution | None,
+        scores: dict[str, np.ndarray],
+    ) -> dict[int, str]:
+        """Add the columns that a model measures to `scores`; return why sequences have none, by their number."""
+        plan, engine = self.task.plan, self.engines[model.fingerprint]
+        wanted = {name: of for name, of in plan.measurements.items() if of.model.fingerprint == model.fingerprint}
+        known = None
+        if column := plan.stored_losses(model):
+            known = np.split(stored_scores(table, column), np.cumsum([len(ids) for ids in sequences])[:-1])
+
+        def measure_rows(rows: list[int]) -> list[np.ndarray]:
+            if caution:
+                caution.announce(model.fingerprint, rows[0])
+            known_losses = [known[row] for row in rows] if known else None
+            some = [sequences[row] for row in rows]
+            return measure(engine, some, list(wanted.values()), self.task.bos_token_id, known_losses)
+
+        known_faults = caution.given_up if caution else {}
+        given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
+        rows = [row for row in range(len(sequences)) if row not in given_up]
+        found: dict[int, np.ndarray] = {}
+        for some in [[row] for row in rows] if caution else [rows]:
+            measured, reasons = measure_each(measure_rows, some, lambda: engine.score([PROBE]))
+            found |= measured
+            given_up |= reasons
+        missing = {row: np.full((len(wanted), len(sequences[row])), np.nan, np.float32) for row in given_up}
+        lines = np.concatenate([(found | missing)[row] for row in range(len(sequences))], axis=1)
+        scores |= dict(zip(wanted, lines, strict=True))
+        return given_up
+
+
+def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_seconds: float) -> None:
+    """Write a scored shard and its record under the names of an attempt."""
+    started = time.monotonic()
+    entry = write_attempt(task.output, attempt, scored.table, len({reject.row for reject in scored.rejects}))
+    counts = count_values(scored.table, task.plan.columns)
+    record = UnitRecord(
+        entry=entry,
+        rejects=scored.rejects,
+        read_seconds=round(read_seconds, 3),
+        score_seconds=round(scored.score_seconds, 3),
+        write_seconds=round(time.monotonic() - started, 3),
+    )
+    write_record(task.output, attempt, record, counts)
+
+
+def read_unit(task: ScoringTask, shard: ShardEntry) -> pa.Table:
+    """Read a shard of the source.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return read_shard(task.source / shard.name)
 
 
 def stored_scores(table: pa.Table, column: str) -> np.ndarray:
@@ -118,10 +197,10 @@ def stored_scores(table: pa.Table, column: str) -> np.ndarray:
 def measure(
     engine: Engine,
     sequences: list[np.ndarray],
-    measurements: dict[str, Measurement],
+    measurements: list[Measurement],
     bos_token_id: int | None,
-    known_losses: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
+    known_losses: list[np.ndarray] | None = None,
+) -> list[np.ndarray]:
     """All measurements of one model.
 
     Full sequences and windows go to the engine together, so that it can fill its batches.
@@ -129,36 +208,33 @@ def measure(
     Args:
         engine: the model.
         sequences: token ids, int32.
-        measurements: what is wanted, by name.
+        measurements: what is wanted.
         bos_token_id: the token that starts a window where it starts the sequence.
-        known_losses: float32 losses under the full context, where short contexts are all that is left to compute.
+        known_losses: float32 losses of each sequence under the full context, where they are stored. Short contexts
+            leave the first tokens their full context: it is not computed again for them alone.
 
     Returns:
-        For each measurement a float32 array with the numbers of all sequences, one after the other.
+        For each sequence a float32 array [measurements, tokens].
     """
-    entropy = any(measurement.quantity == "entropy" for measurement in measurements.values())
-    windows = {measurement.window for measurement in measurements.values()} - {None}
-    windows_only = known_losses is not None and all(of.window for of in measurements.values())
-    requests = [] if windows_only else [Request(ids, entropy=entropy) for ids in sequences]
+    full_is_known = known_losses is not None and all(of.window for of in measurements)
+    entropy = any(of.quantity == "entropy" for of in measurements)
+    requests = [] if full_is_known else [Request(ids, entropy=entropy) for ids in sequences]
     whole = len(requests)
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in sequences])]).tolist()
-    # Where in the concatenation of all sequences the result of each further request belongs.
-    places: list[tuple[Window, int]] = []
-    for window in windows:
-        assert window is not None
-        for ids, offset in zip(sequences, offsets, strict=False):
+    places: list[tuple[int, int, int]] = []  # sequence, measurement and first token of each further request
+    for line, window in enumerate(of.window for of in measurements):
+        if window is None:
+            continue
+        for number, ids in enumerate(sequences):
             for span in plan_windows(len(ids), window.size, window.stride):
                 requests.append(Request(window_ids(ids, span, bos_token_id), span.first_scored - span.start))
-                places.append((window, offset + span.first_scored))
+                places.append((number, line, span.first_scored))
     results = engine.score(requests)
-    full = np.concatenate(results[:whole], axis=1) if known_losses is None or whole else known_losses[None]
-    losses = {window: full[0].copy() for window in windows} | {None: full[0]}
-    for (window, place), result in zip(places, results[whole:], strict=True):
-        losses[window][place : place + result.shape[1]] = result[0]
-    return {
-        name: full[1] if measurement.quantity == "entropy" else losses[measurement.window]
-        for name, measurement in measurements.items()
-    }
+    full = [losses[None] for losses in known_losses or []] if full_is_known else results[:whole]
+    lines = [int(of.quantity == "entropy") for of in measurements]
+    scores = [of_sequence[lines] for of_sequence in full]
+    for (number, line, first), result in zip(places, results[whole:], strict=True):
+        scores[number][line, first : first + result.shape[1]] = result[0]
+    return scores
 
 
 def round_contrast(contrast: np.ndarray) -> np.ndarray:
@@ -169,47 +245,3 @@ def round_contrast(contrast: np.ndarray) -> np.ndarray:
     """
     rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # the sum turns -0 into 0
     return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)
-
-
-def check_scores(scores: np.ndarray, lengths: np.ndarray, model: str, document_ids: pa.ChunkedArray) -> None:
-    """Raise UserError if a token that has something before it has no number, or one that no loss or entropy can be."""
-    ends = np.cumsum(lengths)
-    bad = ~((scores >= -ROUNDING) & (scores <= FLOAT16_MAX))
-    bad[ends - lengths] = False
-    if bad.any():
-        position = int(np.argmax(bad))
-        row = int(np.searchsorted(ends, position, side="right"))
-        raise UserError(
-            f"{model}: gives token {position - int(ends[row] - lengths[row])} of a sequence of document "
-            f"'{document_ids[row].as_py()}' the score {scores[position]}; check the checkpoint, or try --dtype float32 "
-            "with a new --output"
-        )
-
-
-def part_path(output: Location, name: str) -> Location:
-    """Where the part record of shard `name` lies while the run is in progress."""
-    return output / PROGRESS / name
-
-
-def write_part(output: Location, entry: ShardEntry, counts: dict[str, ValueCounts]) -> None:
-    """Record that a shard is complete: its manifest entry and its value counts, as one Parquet file."""
-    table = to_table(counts).replace_schema_metadata({ENTRY_KEY: SHARD_ENTRY.dump_json(entry)})
-    with atomic_write(part_path(output, entry.name)) as file:
-        pq.write_table(table, file, compression="zstd")
-
-
-def read_part(output: Location, name: str) -> ShardEntry | None:
-    """The entry of a part record; None unless it is there and the shard has the recorded size."""
-    path = part_path(output, name)
-    if not path.exists():
-        return None
-    entry = SHARD_ENTRY.validate_json(pq.read_schema(path).metadata[ENTRY_KEY])
-    shard = output / name
-    return entry if shard.exists() and shard.stat().st_size == entry.bytes else None
-
-
-def merge_parts(output: Location, names: list[str]) -> dict[str, ValueCounts]:
-    """Value counts of the whole set: the sums over the part records of the shards `names`."""
-    parts = pl.scan_parquet([str(part_path(output, name)) for name in names])
-    counts = parts.group_by("column", "value").agg(pl.col("count").sum()).collect()
-    return from_table(counts.to_arrow())

@@ -4,7 +4,7 @@ This is the only place where an engine is chosen.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -70,7 +70,13 @@ class Request:
 
 
 class Engine(Protocol):
-    """A frozen causal language model."""
+    """A frozen causal language model.
+
+    Attributes:
+        computed_tokens: how many tokens it has computed so far.
+    """
+
+    computed_tokens: int
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         """Score the tokens of each sequence given those before them.
@@ -108,6 +114,11 @@ class EngineConfig:
     on_gpu: bool = False
     tensor_parallel_size: int = 1
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_batch(self, batch_tokens: int) -> "EngineConfig":
+        """The same with at most `batch_tokens` tokens at once."""
+        arguments = {name: value for name, value in self.engine_args.items() if name != "max_num_batched_tokens"}
+        return replace(self, batch_tokens=batch_tokens, engine_args=arguments)
 
 
 def load_engine(model: Path, config: EngineConfig) -> Engine:

@@ -28,6 +28,7 @@ class TransformersEngine:
         logging.disable_progress_bar()
         torch.set_num_threads(config.threads)
         self.batch_tokens = config.batch_tokens
+        self.computed_tokens = 0
         self.device = torch.device("cuda" if config.on_gpu else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
         self.model = loaded.to(self.device).eval()
@@ -42,6 +43,7 @@ class TransformersEngine:
                 quantities, length = results[row].shape
                 end = len(requests[row].input_ids)
                 results[row][:] = scores[:quantities, end - length : end]
+                self.computed_tokens += end
         return results
 
     def _score_batch(self, requests: list[Request]) -> np.ndarray:

@@ -45,6 +45,7 @@ class VllmEngine:
         else:
             self.make_params, self.read = sampling_params, prompt_losses
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(model, config)))
+        self.computed_tokens = 0
         self.in_flight = 2 * self.engine.vllm_config.scheduler_config.max_num_seqs
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
@@ -54,20 +55,26 @@ class VllmEngine:
         results = [request.missing() for request in requests]
         waiting = [number for number, request in enumerate(requests) if len(request.input_ids) > 1]
         waiting.reverse()
-        running = 0
-        while waiting or running:
-            # The scheduler always has enough to choose from, and ids exist as Python lists only for so long.
-            while waiting and running < self.in_flight:
-                request = requests[waiting[-1]]
-                prompt = tokens_input(request.input_ids.tolist())
-                self.engine.add_request(str(waiting.pop()), prompt, self.make_params(request))
-                running += 1
-            for output in self.engine.step():
-                scores = self.read(output)
-                result = results[int(output.request_id)]
-                known = min(result.shape[1], scores.shape[1])  # all but the first position of a sequence
-                result[:, result.shape[1] - known :] = scores[:, scores.shape[1] - known :]
-                running -= 1
+        running: set[str] = set()
+        try:
+            while waiting or running:
+                # The scheduler always has enough to choose from, and ids exist as Python lists only for so long.
+                while waiting and len(running) < self.in_flight:
+                    request = requests[waiting[-1]]
+                    prompt = tokens_input(request.input_ids.tolist())
+                    self.engine.add_request(str(waiting[-1]), prompt, self.make_params(request))
+                    running.add(str(waiting.pop()))
+                for output in self.engine.step():
+                    scores = self.read(output)
+                    number = int(output.request_id)
+                    result = results[number]
+                    known = min(result.shape[1], scores.shape[1])  # all but the first position of a sequence
+                    result[:, result.shape[1] - known :] = scores[:, scores.shape[1] - known :]
+                    self.computed_tokens += len(requests[number].input_ids)
+                    running.remove(output.request_id)
+        except BaseException:
+            self.engine.abort_request(list(running))  # the engine may be asked again
+            raise
         return results
 
 

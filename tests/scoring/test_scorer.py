@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import scoring.scorer
 from schemas.errors import UserError
 from schemas.files import PROGRESS
 from schemas.manifest import Column, Condition, Contrast, Window
@@ -16,15 +14,8 @@ from schemas.value_counts import ValueCounts
 from scoring.conditions import Measurement, plan_columns, reuse_columns
 from scoring.engines import EngineConfig, Request
 from scoring.models import ScoringModel
-from scoring.scorer import (
-    ScoringTask,
-    ShardScorer,
-    check_scores,
-    measure,
-    merge_parts,
-    read_part,
-    round_contrast,
-)
+from scoring.scorer import ScoringTask, ShardScorer, measure, read_unit, round_contrast, write_unit
+from scoring.units import Attempt, commit, find_done, gather
 from scoring.windows import plan_windows
 
 CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
@@ -40,11 +31,11 @@ class FakeEngine:
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
         self.calls = 0
-        self.tokens = 0
+        self.computed_tokens = 0
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         self.calls += 1
-        self.tokens += sum(len(request.input_ids) for request in requests)
+        self.computed_tokens += sum(len(request.input_ids) for request in requests)
         return [self.scores(request.input_ids, request.entropy)[:, request.first_scored :] for request in requests]
 
     def scores(self, ids: np.ndarray, entropy: bool) -> np.ndarray:
@@ -77,13 +68,22 @@ def sequences() -> list[np.ndarray]:
     return sequences
 
 
+def measured(
+    engine: FakeEngine, sequences: list[np.ndarray], wanted: dict[str, Measurement], known: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Columns by name, the sequences one after the other."""
+    of_sequences = None if known is None else np.split(known, np.cumsum([len(ids) for ids in sequences])[:-1])
+    scores = measure(engine, sequences, list(wanted.values()), BOS, of_sequences)
+    return dict(zip(wanted, np.concatenate(scores, axis=1), strict=True))
+
+
 def test_short_context_losses_equal_a_search_for_each_token(sequences, models):
     model = models[0]
     windows = {"a": Window(size=8, stride=6), "b": Window(size=5, stride=1)}
     measurements = {name: Measurement(model, window) for name, window in windows.items()}
     measurements |= {"full": Measurement(model), "entropy": Measurement(model, quantity="entropy")}
     engine = FakeEngine()
-    scores = measure(engine, sequences, measurements, BOS)
+    scores = measured(engine, sequences, measurements)
     assert engine.calls == 1, "one call, so that the engine can fill its batches"
     full = FakeEngine().losses(sequences)
     np.testing.assert_array_equal(scores["full"], full)
@@ -99,12 +99,12 @@ def test_stored_losses_of_the_full_context_are_not_computed_again(sequences, mod
     short = {"short": Measurement(models[0], window)}
     stored = FakeEngine().losses(sequences)
     engine = FakeEngine()
-    scores = measure(engine, sequences, short, BOS, stored)
-    np.testing.assert_array_equal(scores["short"], measure(FakeEngine(), sequences, short, BOS)["short"])
+    scores = measured(engine, sequences, short, stored)
+    np.testing.assert_array_equal(scores["short"], measured(FakeEngine(), sequences, short)["short"])
     windows = [span for ids in sequences for span in plan_windows(len(ids), window.size, window.stride)]
-    assert engine.tokens == sum(span.end - span.start for span in windows)
+    assert engine.computed_tokens == sum(span.end - span.start for span in windows)
     entropy = {"entropy": Measurement(models[0], quantity="entropy")}
-    scores = measure(FakeEngine(), sequences, short | entropy, BOS, stored)
+    scores = measured(FakeEngine(), sequences, short | entropy, stored)
     np.testing.assert_array_equal(scores["entropy"], stored + 100)
 
 
@@ -116,14 +116,17 @@ def models() -> tuple[ScoringModel, ScoringModel]:
 @pytest.fixture
 def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardScorer:
     engines = {"ref": FakeEngine(1.0), "base": FakeEngine(1.001)}
-    monkeypatch.setattr(scoring.scorer, "load_engine", lambda directory, config: engines[directory.name])
     monkeypatch.setattr("schemas.shards.ROW_GROUP_TOKENS", 35)
     source = make_shard_set([ids.tolist() for ids in sequences], rows_per_shard=6)
     output = tmp_path / "output"
     (output / PROGRESS).mkdir(parents=True)
     plan = plan_columns(*models, Window(size=8, stride=6))
-    scorer = ShardScorer(ScoringTask(source.path, output, plan, CONFIG, BOS))
-    scorer.score(source.manifest.shards[0])
+    task = ScoringTask(source.path, output, plan, CONFIG, BOS)
+    scorer = ShardScorer(task, lambda directory, config: engines[directory.name])
+    (shard,) = source.manifest.shards
+    attempt = Attempt(shard.name, "1")
+    write_unit(task, attempt, scorer.score(shard.name, read_unit(task, shard)), 0.0)
+    commit(output, attempt)
     return scorer
 
 
@@ -153,41 +156,33 @@ def test_contrasts_are_subtracted_before_rounding(scorer, sequences):
     assert not np.array_equal(excess, rounded_first, equal_nan=True)
 
 
-def test_part_record_describes_the_shard(scorer):
+def test_record_describes_the_shard(scorer):
     name = "shard-00000-of-00001.parquet"
-    entry, counts = read_part(scorer.task.output, name), merge_parts(scorer.task.output, [name])
+    found = gather(scorer.task.output, [name])
+    (entry,) = found.entries
     assert entry.name == name
     assert entry.bytes == (scorer.task.output / name).stat().st_size
-    assert (entry.rows, entry.tokens, entry.row_groups) == (6, 100, 2)
-    assert set(counts) == {"loss_reference", "loss_base", "loss_short", "excess_loss", "long_short"}
+    assert (entry.rows, entry.tokens, entry.row_groups, entry.longest, entry.rejects) == (6, 100, 2, 50, 0)
+    assert set(found.counts) == {"loss_reference", "loss_base", "loss_short", "excess_loss", "long_short"}
     expected = ValueCounts()
     expected.add(flat_values(read_shard(scorer.task.output / name)["long_short"]))
-    np.testing.assert_array_equal(counts["long_short"].counts, expected.counts)
+    np.testing.assert_array_equal(found.counts["long_short"].counts, expected.counts)
 
 
-def test_a_shard_counts_as_done_only_with_record_and_size(scorer):
-    name = "shard-00000-of-00001.parquet"
-    shard = scorer.task.output / name
+def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_size(scorer):
+    name, output = "shard-00000-of-00001.parquet", scorer.task.output
+    units = gather(output, [name]).entries
+    assert find_done(output, units) == {name}
+    shard = output / name
     content = shard.read_bytes()
-    shard.write_bytes(content[:-1])
-    assert read_part(scorer.task.output, name) is None
     shard.unlink()
-    assert read_part(scorer.task.output, name) is None
+    assert find_done(output, units) == set()
+    shard.write_bytes(content[:-1])
+    assert find_done(output, units) == {name}
+    with pytest.raises(UserError, match=f"{name}: is not as it was written; rerun"):
+        gather(output, [name])
     shard.write_bytes(content)
-    assert read_part(scorer.task.output, name) is not None
-    (scorer.task.output / PROGRESS / name).unlink()
-    assert read_part(scorer.task.output, name) is None
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 70000.0, -0.5])
-def test_loss_that_is_no_number_names_model_and_document(value):
-    lengths = np.array([3, 1, 2])
-    documents = pa.chunked_array([["a", "b", "c"]])
-    losses = np.array([np.nan, 1, 2, np.nan, np.nan, 1], np.float32)
-    check_scores(losses, lengths, "small-model", documents)
-    losses[5] = value
-    with pytest.raises(UserError, match=f"small-model: gives token 1 of a sequence of document 'c' the score {value}"):
-        check_scores(losses, lengths, "small-model", documents)
+    assert find_done(output, units) == set(), "it will be scored again"
 
 
 def test_models_with_the_same_weights_are_loaded_once(models):

@@ -1,0 +1,182 @@
+"""The state of a scoring run on disk: which units are done, and what they gave.
+
+A unit is a shard. A worker writes what it scored under names of its own into `.progress/`. The driver, which alone
+holds the output, moves the shard to its final name and then its record to where records count. So a unit counts once
+however many workers had it, and one that was thought dead and goes on writing changes nothing that counts.
+"""
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import UserError
+from schemas.files import PROGRESS, atomic_write, move
+from schemas.locations import Location, list_files
+from schemas.manifest import Record, ShardEntry, Timings
+from schemas.shards import flat_values, write_shard
+from schemas.value_counts import ValueCounts, from_table, to_table
+
+RECORD_KEY = b"record"
+READERS = 32
+"""Records read at once: object stores answer slowly, but many at a time."""
+RECORDS_PER_MERGE = 64
+Suspect = tuple[str, int]
+"""A sequence that may have taken down a worker: the fingerprint of a model, and the row."""
+
+
+class Reject(Record):
+    """A sequence that a model could not score; its scores under that model are NaN."""
+
+    shard: str
+    row: int
+    document_id: str
+    start: int
+    model: str
+    reason: str
+
+
+class UnitRecord(Record):
+    """What a scored unit gave besides its value counts. Seconds of reading, of the engines, of writing."""
+
+    entry: ShardEntry
+    rejects: list[Reject]
+    read_seconds: float
+    score_seconds: float
+    write_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One worker's try at a unit: the unit's shard name, and a name that no other try has."""
+
+    unit: str
+    name: str
+
+    def shard(self, output: Location) -> Location:
+        """Where the scored shard waits for the driver."""
+        return output / PROGRESS / f"{self.unit}.{self.name}"
+
+    def record(self, output: Location) -> Location:
+        """Where the record waits for the driver."""
+        return output / PROGRESS / f"{self.unit}.{self.name}.record"
+
+
+def write_attempt(output: Location, attempt: Attempt, table: pa.Table, rejects: int) -> ShardEntry:
+    """Write a scored shard where the driver finds it; return its entry. `write_record` must follow."""
+    return replace(write_shard(attempt.shard(output), table), name=attempt.unit, rejects=rejects)
+
+
+def write_record(output: Location, attempt: Attempt, record: UnitRecord, counts: dict[str, ValueCounts]) -> None:
+    """Write the record of a scored shard: one Parquet file with the value counts and, as metadata, the rest."""
+    table = to_table(counts).replace_schema_metadata({RECORD_KEY: record.model_dump_json()})
+    with atomic_write(attempt.record(output)) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def count_values(table: pa.Table, columns: tuple[str, ...]) -> dict[str, ValueCounts]:
+    """Value counts of score columns."""
+    counts = {name: ValueCounts() for name in columns}
+    for name, of_column in counts.items():
+        of_column.add(flat_values(table[name]))
+    return counts
+
+
+def commit(output: Location, attempt: Attempt) -> None:
+    """Make an attempt count: the shard gets its name, then the record, which is what makes the unit done."""
+    move(attempt.shard(output), output / attempt.unit)
+    move(attempt.record(output), output / PROGRESS / attempt.unit)
+
+
+def find_done(output: Location, units: list[ShardEntry]) -> set[str]:
+    """Names of the units that are done."""
+    done = list_files(output / PROGRESS).keys() & list_files(output).keys()
+    return {unit.name for unit in units} & done
+
+
+def note_suspect(output: Location, unit: str, model: str, row: int) -> None:
+    """Note which sequence of a unit is tried next: if the worker dies now, it is a suspect."""
+    suspect_note(output, unit).write_text(f"{model} {row}")
+
+
+def read_suspect(output: Location, unit: str) -> Suspect | None:
+    """The sequence that was noted last, and forget the note."""
+    note = suspect_note(output, unit)
+    if not note.exists():
+        return None
+    model, row = note.read_text().split()
+    note.unlink()
+    return model, int(row)
+
+
+def suspect_note(output: Location, unit: str) -> Location:
+    """Where a worker notes what it tries next."""
+    return output / PROGRESS / f"{unit}.suspect"
+
+
+def clear_attempts(output: Location) -> None:
+    """Remove what workers of earlier, killed runs left."""
+    for name in list_files(output / PROGRESS):
+        if ".parquet." in name:
+            (output / PROGRESS / name).unlink(missing_ok=True)
+
+
+@dataclass
+class Gathered:
+    """What all units of a run gave: their entries and rejects in order, their timings, and value counts by column."""
+
+    entries: list[ShardEntry]
+    rejects: list[Reject]
+    timings: Timings
+    counts: dict[str, ValueCounts]
+
+
+def gather(output: Location, units: list[str]) -> Gathered:
+    """Put the records of all units together.
+
+    Raises:
+        UserError: a shard is not as it was written; it will be scored again.
+    """
+    sizes = list_files(output)
+    gathered = Gathered([], [], Timings(read_seconds=[], score_seconds=[], write_seconds=[]), {})
+    for first in range(0, len(units), RECORDS_PER_MERGE):
+        tables = []
+        for record, table in read_records(output, units[first : first + RECORDS_PER_MERGE]):
+            entry = record.entry
+            if sizes.get(entry.name) != entry.bytes:
+                (output / PROGRESS / entry.name).unlink(missing_ok=True)
+                raise UserError(
+                    f"{output / entry.name}: is not as it was written; rerun the same command, which scores it again"
+                )
+            gathered.entries.append(entry)
+            gathered.rejects.extend(record.rejects)
+            gathered.timings.read_seconds.append(record.read_seconds)
+            gathered.timings.score_seconds.append(record.score_seconds)
+            gathered.timings.write_seconds.append(record.write_seconds)
+            tables.append(table)
+        merge_counts(gathered.counts, tables)
+    return gathered
+
+
+def read_records(output: Location, units: list[str]) -> Iterator[tuple[UnitRecord, pa.Table]]:
+    """Records of units that are done, in order, each with its table of value counts."""
+
+    def read(unit: str) -> tuple[UnitRecord, pa.Table]:
+        table = pq.read_table(io.BytesIO((output / PROGRESS / unit).read_bytes()))
+        return UnitRecord.model_validate_json(table.schema.metadata[RECORD_KEY]), table.replace_schema_metadata(None)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(read, units)
+
+
+def merge_counts(merged: dict[str, ValueCounts], tables: list[pa.Table]) -> None:
+    """Add the value counts of some units to `merged`."""
+    summed = pl.from_arrow(pa.concat_tables(tables))
+    assert isinstance(summed, pl.DataFrame)
+    summed = summed.group_by("column", "value").agg(pl.col("count").sum())
+    for name, counts in from_table(summed.to_arrow()).items():
+        merged.setdefault(name, ValueCounts()).merge(counts)
