@@ -183,7 +183,7 @@ class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
     input: ShardSets = Field(
-        description="shard set to train on, or several of one corpus with commas between them, whose columns are zipped"
+        description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
     )
     model: str = Field(description="Hugging Face decoder-only model: directory or id")
     output: LocationSetting = Field(description="directory of the run")
