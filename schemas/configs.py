@@ -22,7 +22,7 @@ def split_paths(value: Any) -> Any:
         value = [part.strip() for part in value.split(",")]
         if not all(value):
             raise ValueError("should have a path on both sides of every comma")
-    return [value] if isinstance(value, str | Path) else value
+    return value if isinstance(value, list | tuple) else [value]
 
 
 Positive = Annotated[int, Field(gt=0)]
