@@ -9,6 +9,7 @@ from rich.table import Table
 from schemas.configs import EvaluateConfig
 from schemas.files import read_json
 from schemas.shard_set import ShardSet
+from schemas.zipped import ZippedSets
 from training.evaluation import HeadLoss, evaluate_model
 from training.model import load_model
 from training.trainer import check_model, check_tokenizer, make_accelerator
@@ -27,7 +28,7 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     losses = evaluate_model(
         accelerator,
         accelerator.prepare(model),
-        shards,
+        ZippedSets((shards,)),
         sequence_length=sequence_length,
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,

@@ -3,17 +3,33 @@
 Field names are the command line's flags and the keys of a YAML file; descriptions are its help.
 """
 
+import os.path
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from schemas.locations import LocationSetting
+
+
+def split_paths(value: Any) -> Any:
+    """One path, or several as a list or with commas between them, as a list. A directory may have a comma in its name.
+
+    Raises:
+        ValueError: a comma without a path before and after it.
+    """
+    if isinstance(value, str) and "," in value and not os.path.isdir(value):
+        value = [part.strip() for part in value.split(",")]
+        if not all(value):
+            raise ValueError("should have a path on both sides of every comma")
+    return value if isinstance(value, list | tuple) else [value]
+
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeValidator(split_paths)]
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -177,7 +193,9 @@ class OptimizerConfig(Config):
 class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
-    input: LocationSetting = Field(description="shard set to train on")
+    input: ShardSets = Field(
+        description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
+    )
     model: str = Field(description="Hugging Face decoder-only model: directory or id")
     output: LocationSetting = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
@@ -199,7 +217,7 @@ class TrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
-    eval_input: LocationSetting | None = Field(None, description="held-out shard set")
+    eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
     checkpoint_every: Positive | None = Field(

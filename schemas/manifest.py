@@ -73,6 +73,13 @@ class Contrast(Record):
         return f"{self.minuend} - {self.subtrahend}"
 
 
+def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
+    """Whether two origins give the same numbers: what a model is called and where it was found does not matter."""
+    if isinstance(one, Condition) and isinstance(other, Condition):
+        return one.model_copy(update={"model": other.model, "revision": other.revision}) == other
+    return one == other
+
+
 class Column(Record):
     """A float16 score column: where it comes from and what its values look like."""
 

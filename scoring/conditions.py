@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from schemas.errors import UserError
 from schemas.files import differences
-from schemas.manifest import Column, Condition, Contrast, Quantity, Window
+from schemas.manifest import Column, Condition, Contrast, Quantity, Window, same_origin
 from scoring.models import ScoringModel
 
 
@@ -110,7 +110,7 @@ def reuse_columns(
     names: dict[str, str] = {}
     left = ScoringPlan({}, {})
     for name, measurement in plan.measurements.items():
-        same = (column for column, of in held.items() if same_condition(of.origin, conditions[name]))
+        same = (column for column, of in held.items() if same_origin(of.origin, conditions[name]))
         if stored := next(same, None):
             left.stored[stored] = measurement
         else:
@@ -125,12 +125,6 @@ def reuse_columns(
     if not left.columns:
         raise UserError(f"--input has all of these columns already ({', '.join(names.values())}); ask for others")
     return left
-
-
-def same_condition(one: Condition | Contrast, other: Condition) -> bool:
-    """Whether two conditions give the same numbers: what a model is called and where it was found does not matter."""
-    named = {"model": other.model, "revision": other.revision}
-    return isinstance(one, Condition) and one.model_copy(update=named) == other
 
 
 def check_name(name: str, held: Mapping[str, Column], origin: Condition | Contrast) -> None:

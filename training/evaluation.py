@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from schemas.configs import WeightsConfig
-from schemas.shard_set import ShardSet
+from schemas.zipped import ZippedSets
 from training.loader import RowLoader, Rows
 from training.model import MTPModel
 from training.weights import make_weighting
@@ -32,7 +32,7 @@ def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Ten
 def evaluate_model(
     accelerator: Accelerator,
     model: nn.Module,
-    shards: ShardSet,
+    shards: ZippedSets,
     *,
     sequence_length: int,
     batch_size: int,
@@ -48,7 +48,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     bar = tqdm(
-        total=min(shards.manifest.tokens, max_tokens or shards.manifest.tokens),
+        total=min(shards.first.manifest.tokens, max_tokens or shards.first.manifest.tokens),
         desc="evaluate",
         unit="token",
         unit_scale=True,

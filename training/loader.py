@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from schemas.errors import UserError
-from schemas.shard_set import ShardSet
 from schemas.shards import ROW_GROUP_TOKENS, flat_values, list_lengths
+from schemas.zipped import ZippedSets
 from training.packing import pack
 from training.weights import Weighting
 
@@ -47,10 +47,10 @@ class LoaderState(BaseModel):
 
 
 class RowLoader:
-    """Packed rows of a shard set, epoch after epoch.
+    """Packed rows of a shard set, or of several zipped, epoch after epoch.
 
     Args:
-        shards: the set to read.
+        shards: the set to read, or sets of the same rows.
         weighting: turns its score column into weights.
         sequence_length: tokens per packed row.
         seed: seed of the order and of random controls.
@@ -58,7 +58,7 @@ class RowLoader:
     """
 
     def __init__(
-        self, shards: ShardSet, weighting: Weighting, sequence_length: int, *, seed: int = 0, shuffle: bool = True
+        self, shards: ZippedSets, weighting: Weighting, sequence_length: int, *, seed: int = 0, shuffle: bool = True
     ) -> None:
         self.shards = shards
         self.weighting = weighting
@@ -67,13 +67,14 @@ class RowLoader:
         self.shuffle = shuffle
         self.state = LoaderState()
         self.groups = np.array(
-            [(i, g) for i, shard in enumerate(shards.manifest.shards) for g in range(shard.row_groups)], dtype=np.int32
+            [(i, g) for i, shard in enumerate(shards.first.manifest.shards) for g in range(shard.row_groups)],
+            dtype=np.int32,
         )
         self._order: tuple[int, np.ndarray] = (-1, self.groups)
         self.groups_per_block = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length) // ROW_GROUP_TOKENS
-        if shards.manifest.tokens == shards.manifest.rows:
+        if shards.first.manifest.tokens == shards.first.manifest.rows:
             raise UserError(
-                f"{shards.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
+                f"{shards.first.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
             )
 
     def batches(self, rows: int) -> Iterator[Rows]:
@@ -100,7 +101,7 @@ class RowLoader:
     def rows_per_epoch(self) -> float:
         """How many rows the set gives, extrapolated from how well its first block packs (exact for a single block)."""
         block = self._load(0, 0)
-        return len(block.tokens) / float(block.tokens.sum()) * self.shards.manifest.tokens
+        return len(block.tokens) / float(block.tokens.sum()) * self.shards.first.manifest.tokens
 
     def _blocks(self) -> Iterator[tuple[Rows, LoaderState]]:
         """Yield every block with the state at which it is entered, preparing one ahead in a thread."""
@@ -134,7 +135,7 @@ class RowLoader:
     def _read(self, shard: int, row_group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Flat ids, flat weights and sequence lengths of one row group."""
         column = self.weighting.column
-        table = self.shards.read(shard, ["input_ids"] + ([column] if column else []), row_group)
+        table = self.shards.read(shard, column, row_group)
         lengths = list_lengths(table["input_ids"])
         ids = flat_values(table["input_ids"])
         scores = flat_values(table[column]) if column else np.zeros(len(ids), dtype=np.float16)

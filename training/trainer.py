@@ -20,6 +20,7 @@ from schemas.files import copy_files, fsync, fsync_tree, sha256_file, write_text
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
 from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
+from schemas.zipped import ZippedSets
 from training.evaluation import evaluate_model
 from training.loader import RowLoader
 from training.loop import TrainingLoop
@@ -40,15 +41,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    shards = ShardSet.open(config.input)
-    held_out = ShardSet.open(config.eval_input) if config.eval_input else None
-    check_tokenizer(config.model, shards)
+    shards = ZippedSets.open(config.input)
+    held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
+    check_tokenizer(config.model, shards.first)
     if held_out:
-        check_same_tokenizer(shards, held_out)
-    sequence_length = config.sequence_length or shards.manifest.corpus.max_length
+        check_same_tokenizer(shards.first, held_out.first)
+    sequence_length = config.sequence_length or shards.first.manifest.corpus.max_length
     config = config.model_copy(update={"sequence_length": sequence_length})
     check_settings(config, sequence_length, accelerator.num_processes)
-    run = RunDirectory(config, {"input": shards.manifest.digest, "model": model_identity(config)})
+    run = RunDirectory(config, {"input": shards.digest, "model": model_identity(config)})
     run.check()
     if (finished := run.summary()) is not None:
         return finished | {"already_complete": True}
@@ -56,7 +57,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     set_seed(config.seed)
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch)
     for data in filter(None, (shards, held_out)):
-        check_model(mtp_model, config.model, data, sequence_length)
+        check_model(mtp_model, config.model, data.first, sequence_length)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = RowLoader(shards, make_weighting(config.weights, shards), sequence_length, seed=config.seed)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
@@ -106,7 +107,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     }
     accelerator.log(evaluation, step=loop.step)
     if accelerator.is_main_process:
-        save_model(mtp_model, shards, run.path)
+        save_model(mtp_model, shards.first, run.path)
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")

@@ -15,7 +15,7 @@ import numpy as np
 
 from schemas.configs import WeightsConfig
 from schemas.errors import UserError
-from schemas.shard_set import ShardSet
+from schemas.zipped import ZippedSets
 
 DEFAULT_COLUMNS = {
     "rho1-static": "excess_loss",
@@ -53,19 +53,19 @@ class Weighting:
         return result
 
 
-def make_weighting(config: WeightsConfig, shards: ShardSet) -> Weighting:
+def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting:
     """Prepare the scheme of `config` for `shards`, scaled so that scored tokens have mean weight 1 over the corpus.
 
     Raises:
-        UserError: the set lacks the score column or its statistics, or no token would have weight.
+        UserError: no set has the score column, its statistics are missing, or no token would have weight.
     """
     if config.preset == "uniform":
         return Weighting(None, lambda scores, lengths: np.ones(len(scores), dtype=np.float32))
     column = config.column or DEFAULT_COLUMNS[config.preset]
-    shards.require_column(column)
-    counts = shards.value_counts()[column]
+    holder = shards.holder(column)
+    counts = holder.value_counts()[column]
     if not np.abs(counts.distinct()[0]).any():
-        raise UserError(f"{shards.path}: column '{column}' has no value but 0; choose another --weights.column")
+        raise UserError(f"{holder.path}: column '{column}' has no value but 0; choose another --weights.column")
     if config.preset == "dense":
         return Weighting(column, partial(dense, lam=config.lam), config.control)
     if config.preset == "sparse":
@@ -77,7 +77,7 @@ def make_weighting(config: WeightsConfig, shards: ShardSet) -> Weighting:
     )
     mean = counts.mean_of(weigh)
     if mean == 0:
-        raise UserError(f"{shards.path}: column '{column}' is positive nowhere; choose another --weights.preset")
+        raise UserError(f"{holder.path}: column '{column}' is positive nowhere; choose another --weights.preset")
     return Weighting(column, lambda scores, lengths: weigh(scores) * np.float32(1 / mean), config.control)
 
 

@@ -81,7 +81,7 @@ def test_flags_override_the_file(configured: Callable[[list[str]], Config], tmp_
     assert config.weights.preset == "sparse"
     assert config.weights.fraction == 0.2
     assert config.heads.offsets == (1, 3)
-    assert config.input == Path("a")
+    assert config.input == (Path("a"),)
 
 
 def test_print_config_gives_a_file_with_the_same_settings(
@@ -95,6 +95,30 @@ def test_print_config_gives_a_file_with_the_same_settings(
     file.write_text(capsys.readouterr().out)
     assert yaml.safe_load(file.read_text())["max_steps"] == 7
     assert configured(["train", "--config", str(file)]) == configured(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"), [("a,b/c", ["a", "b/c"]), ("[a,b/c]", ["a", "b/c"]), ("x,y", ["x,y"]), ("a", ["a"])]
+)
+def test_several_sets_are_named_with_commas_or_as_a_list(
+    argument: str,
+    expected: list[str],
+    configured: Callable[[list[str]], Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A directory with a comma in its name is one set. What is written down no longer depends on what is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x,y").mkdir()
+    arguments = ["train", "--input", argument, "--eval_input", argument, "--output", "o", "--model", "m"]
+    config = configured(arguments)
+    assert isinstance(config, TrainConfig)
+    assert config.input == config.eval_input == tuple(map(Path, expected))
+    dump = config.model_dump(mode="json")
+    assert dump["input"] == expected
+    (tmp_path / "x,y").rmdir()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(dump))
+    assert configured(["train", "--config", "run.yaml"]) == config
 
 
 @pytest.mark.parametrize("name", ["inspect", "verify"])
@@ -120,6 +144,7 @@ def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Conf
         ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
         ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),
         ([*TRAIN, "--heads.offsets", "[1,0]"], "--heads.offsets: should be greater than 0"),
+        ([*TRAIN, "--input", "a,"], "--input: should have a path on both sides of every comma, not 'a,'"),
         ([*TRAIN, "--seed", "x"], "--seed: should be a valid integer"),
         (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
     ],

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from schemas.configs import WeightsConfig
+from schemas.errors import UserError
 from schemas.shard_set import ShardSet
 from schemas.shards import flat_values
+from schemas.zipped import ZippedSets
 from training import loader as loader_module
 from training.loader import LoaderState, RowLoader, Rows
 from training.weights import make_weighting
@@ -17,14 +19,19 @@ LENGTHS = np.random.default_rng(0).integers(1, 90, 150).tolist()
 
 
 @pytest.fixture
-def rows(scored_set: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> Callable[..., RowLoader]:
-    """`rows(preset)` makes a loader over several small row groups and blocks."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a small set have several row groups and blocks."""
     monkeypatch.setattr("schemas.shards.ROW_GROUP_TOKENS", 500)
     monkeypatch.setattr(loader_module, "ROW_GROUP_TOKENS", 500)
     monkeypatch.setattr(loader_module, "BLOCK_TOKENS", 1000)
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 1)
-    shards = scored_set(LENGTHS, shards=3)
-    assert sum(shard.row_groups for shard in shards.manifest.shards) > 10
+
+
+@pytest.fixture
+def rows(scored_set: Callable[..., ShardSet], small_blocks: None) -> Callable[..., RowLoader]:
+    """`rows(preset)` makes a loader over several small row groups and blocks."""
+    shards = ZippedSets((scored_set(LENGTHS, shards=3),))
+    assert sum(shard.row_groups for shard in shards.first.manifest.shards) > 10
 
     def build(preset: str = "uniform", **kwargs: object) -> RowLoader:
         return RowLoader(shards, make_weighting(WeightsConfig(preset=preset), shards), 64, **kwargs)
@@ -44,7 +51,7 @@ def tokens(parts: list[Rows]) -> list[int]:
 
 def test_an_epoch_holds_every_token_once(rows: Callable[..., RowLoader]) -> None:
     loader = rows(shuffle=False)
-    expected = [flat_values(loader.shards.read(i)["input_ids"]) for i in range(3)]
+    expected = [flat_values(loader.shards.first.read(i)["input_ids"]) for i in range(3)]
     assert tokens(list(loader.once(8))) == sorted(np.concatenate(expected).tolist())
 
 
@@ -87,3 +94,40 @@ def test_weights_stay_with_their_tokens(rows: Callable[..., RowLoader]) -> None:
     kept = batch.weights > 0
     inner = batch.position_ids > 0
     assert batch.input_ids[kept].min() > batch.input_ids[inner & ~kept].max()
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled", "random"])
+@pytest.mark.parametrize("preset", ["rho1-static", "dense"])
+def test_a_zipped_column_gives_the_rows_of_one_set_with_both(
+    preset: str, control: str, make_shard_set: Callable[..., ShardSet], small_blocks: None
+) -> None:
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 256, length).tolist() for length in LENGTHS]
+    columns = {name: [[np.nan, *rng.normal(size=n - 1)] for n in LENGTHS] for name in ("loss_a", "loss_b")}
+    both = make_shard_set(sequences, columns, "both", 50)
+    one, other = (make_shard_set(sequences, {name: columns[name]}, name, 50) for name in columns)
+    config = WeightsConfig(preset=preset, column="loss_b", control=control)
+
+    def first_epoch(*sets: ShardSet) -> list[Rows]:
+        shards = ZippedSets(sets)
+        loader = RowLoader(shards, make_weighting(config, shards), 64, seed=5)
+        return list(islice(loader.batches(4), int(loader.rows_per_epoch()) // 4))
+
+    zipped, expected = first_epoch(one, other), first_epoch(both)
+    assert len(zipped) > 10
+    for own, batch in zip(zipped, expected, strict=True):
+        for values, wanted in zip(own, batch, strict=True):
+            np.testing.assert_array_equal(values, wanted)
+
+
+def test_other_ids_end_the_stream(scored_set: Callable[..., ShardSet], make_shard_set: Callable[..., ShardSet]) -> None:
+    """The row group is read in a thread; the error reaches who asks for the rows."""
+    shards = scored_set([20, 30], name="scored")
+    sequences = [list(range(20)), list(range(30))]
+    other = make_shard_set(sequences, {"loss_b": [[1.0] * 20, [1.0] * 30]}, "other", rows_per_shard=1)
+    zipped = ZippedSets((shards, other))
+    loader = RowLoader(zipped, make_weighting(WeightsConfig(preset="sparse", column="loss_b"), zipped), 64)
+    with pytest.raises(
+        UserError, match=r"other/shard-0000\d-of-00002.parquet: other input_ids than in .*/scored/shard"
+    ):
+        next(loader.batches(1))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -278,3 +279,52 @@ def test_rows_are_as_long_as_the_longest_sequences_by_default(config: Callable[.
     run = config("run", sequence_length=None, max_steps=1)
     train(run)
     assert json.loads((run.output / "run.json").read_text())["config"]["sequence_length"] == max(LENGTHS)
+
+
+@pytest.fixture
+def add_column(make_shard_set: Callable[..., ShardSet]) -> Callable[..., ShardSet]:
+    """`add_column(shards, name)` writes a set of the same rows with one column: `excess_loss` with the other sign.
+
+    With `keep` it holds `excess_loss` itself, too.
+    """
+
+    def add(shards: ShardSet, name: str, column: str = "loss_b", keep: bool = False) -> ShardSet:
+        rows = [row for shard in range(len(shards.manifest.shards)) for row in shards.read(shard).to_pylist()]
+        columns = {"excess_loss": [row["excess_loss"] for row in rows]} if keep else {}
+        columns[column] = [[-score for score in row["excess_loss"]] for row in rows]
+        return make_shard_set([row["input_ids"] for row in rows], columns, name, shards.manifest.shards[0].rows)
+
+    return add
+
+
+def test_a_second_set_changes_nothing_but_what_its_column_weighs(
+    config: Callable[..., TrainConfig], add_column: Callable[..., ShardSet]
+) -> None:
+    """Uniform weights give the same losses with it; its column gives those of a set that holds the column itself."""
+    one = config("one", max_steps=4, weights={"preset": "uniform"})
+    first = ShardSet.open(one.input[0])
+    second, both = add_column(first, "second"), add_column(first, "both", keep=True)
+    two = config("two", max_steps=4, weights={"preset": "uniform"}, input=f"{first.path},{second.path}")
+    weights = {"preset": "rho1-static", "column": "loss_b", "fraction": 0.3}
+    zipped = config("zipped", max_steps=4, weights=weights, input=(first.path, second.path))
+    whole = config("whole", max_steps=4, weights=weights, input=both.path)
+    for run in (one, two, zipped, whole):
+        train(run)
+    assert metrics(one) == metrics(two)
+    assert metrics(zipped) == metrics(whole)
+    assert metrics(zipped) != metrics(one)
+
+
+def test_a_run_continues_only_with_the_same_sets(
+    config: Callable[..., TrainConfig], add_column: Callable[..., ShardSet]
+) -> None:
+    first = ShardSet.open(config("run").input[0])
+    second, third = add_column(first, "second"), add_column(first, "third", column="loss_c")
+    run = config("run", input=(first.path, second.path), max_steps=4)
+    train(run)
+    written = yaml.safe_load((run.output / "config.yaml").read_text())
+    assert written["input"] == [str(first.path), str(second.path)]
+    assert train(TrainConfig.model_validate(written))["already_complete"]
+    for sets in [(first, third), (first, second, third), (first,), (second, first)]:
+        with pytest.raises(UserError, match=r"other settings \(inputs.input\)"):
+            train(config("run", input=tuple(shards.path for shards in sets), max_steps=4))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from schemas.configs import WeightsConfig
 from schemas.errors import UserError
 from schemas.shard_set import ShardSet
+from schemas.zipped import ZippedSets
 from training.weights import (
     Weighting,
     dense,
@@ -66,7 +67,7 @@ def test_limits_are_plain_cross_entropy() -> None:
 @pytest.mark.parametrize("preset", ["rho1-static", "soft-threshold"])
 def test_corpus_wide_schemes_have_corpus_mean_one(preset: str, scored_set: Callable[..., ShardSet]) -> None:
     shards = scored_set([50, 1, 200, 30, 7, 400])
-    weighting = make_weighting(WeightsConfig(preset=preset, fraction=0.3), shards)
+    weighting = make_weighting(WeightsConfig(preset=preset, fraction=0.3), ZippedSets((shards,)))
     scores, weights = [], []
     for shard in range(2):
         table = shards.read(shard)
@@ -83,7 +84,8 @@ def test_corpus_wide_schemes_have_corpus_mean_one(preset: str, scored_set: Calla
 
 
 def test_fraction_one_of_rho1_is_uniform(scored_set: Callable[..., ShardSet]) -> None:
-    weighting = make_weighting(WeightsConfig(preset="rho1-static", fraction=1.0), scored_set([50, 60]))
+    shards = ZippedSets((scored_set([50, 60]),))
+    weighting = make_weighting(WeightsConfig(preset="rho1-static", fraction=1.0), shards)
     np.testing.assert_array_equal(
         weighting(np.array([np.nan, -1.5, 0, 1], np.float16), np.array([4]), RNG), [0, 1, 1, 1]
     )
@@ -114,8 +116,9 @@ def test_random_control_has_equal_moments() -> None:
 
 
 def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., ShardSet]) -> None:
-    with pytest.raises(UserError, match=r"no column 'loss_x' \(score columns: excess_loss, long_short\)"):
-        make_weighting(WeightsConfig(preset="dense", column="loss_x"), scored_set([20, 20]))
+    shards = ZippedSets((scored_set([20, 20]),))
+    with pytest.raises(UserError, match=r"no column 'loss_x' in .*/set \(score columns: excess_loss, long_short\)"):
+        make_weighting(WeightsConfig(preset="dense", column="loss_x"), shards)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +126,10 @@ def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., Shard
 )
 def test_scores_without_signal_are_refused(preset: str, message: str, make_shard_set: Callable[..., ShardSet]) -> None:
     value = 0.0 if preset == "sparse" else -1.0
-    scores = {"excess_loss": [[np.nan, value, value]]}
-    with pytest.raises(UserError, match=message):
-        make_weighting(WeightsConfig(preset=preset, column="excess_loss"), make_shard_set([[1, 2, 3]], scores))
+    corpus = make_shard_set([[1, 2, 3]], name="corpus")
+    scored = make_shard_set([[1, 2, 3]], {"excess_loss": [[np.nan, value, value]]}, name="scored")
+    with pytest.raises(UserError, match=f"/scored: column 'excess_loss' .*{message}"):
+        make_weighting(WeightsConfig(preset=preset, column="excess_loss"), ZippedSets((corpus, scored)))
 
 
 def test_control_of_uniform_weights_is_refused() -> None:
