@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -146,13 +146,22 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
         ArgumentError: not a command line that `wmtp` understands, or settings that contradict each other.
         SystemExit: after the output of --help, --version or --print_config.
     """
-    namespace = build_parser().parse_args(arguments)
+    namespace = build_parser().parse_args(list(spell_out_switches(arguments)))
     values = namespace[namespace.command].as_dict()
     values.pop("config")
     try:
         return namespace.command, COMMANDS[namespace.command].model_validate(values)
     except ValidationError as error:
         raise ArgumentError(None, reason_of(error)) from error
+
+
+def spell_out_switches(arguments: Sequence[str]) -> Iterator[str]:
+    """Give `--flag` the value true where it is a yes or no and no value follows."""
+    fields = [field for config in COMMANDS.values() for field in config.model_fields.items()]
+    switches = {f"--{name}" for name, field in fields if field.annotation is bool}
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        alone = argument in switches and following.startswith("--")
+        yield f"{argument}=true" if alone else argument
 
 
 def build_parser() -> ArgumentParser:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipelines.score_summary import Scored, print_dry_run, print_summary
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
-from schemas.files import TOKENIZER, claim_output, copy_files, write_text
+from schemas.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
 from schemas.locations import Location, resolve
 from schemas.locks import exclusive
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
@@ -67,6 +67,7 @@ def run(config: ScoreConfig) -> ShardSet | None:
             print(f"{config.output} is already complete: {held}")
             return finished
         if config.dry_run:
+            check_claim(config.output, request)
             print_dry_run(config.output, source, plan, find_done(config.output, source.manifest.shards))
             return None
         claim_output(config.output, request)

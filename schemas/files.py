@@ -24,6 +24,9 @@ TOKENIZER = "tokenizer"
 PROGRESS = ".progress"
 """Folder inside an output directory that holds a run in progress; it is gone once the manifest is written."""
 
+CLAIM = "request.json"
+"""File in there that says what the run was asked for."""
+
 LOCK = ".lock"
 """Object that keeps a second run out of an output in an object store (see `schemas.locks`)."""
 
@@ -135,21 +138,27 @@ def claim_output(output: Location, request: str) -> bool:
     Raises:
         UserError: `output` holds anything else, or a run with another request; what differs is named.
     """
+    if check_claim(output, request):
+        return True
+    (output / PROGRESS).mkdir(exist_ok=True)
+    write_text(output / PROGRESS / CLAIM, request)
+    return False
+
+
+def check_claim(output: Location, request: str) -> bool:
+    """What `claim_output` does before it writes anything."""
     progress = output / PROGRESS
-    claim = progress / "request.json"
-    if claim.exists():
-        changed = differences(read_json(claim), json.loads(request))
+    if (progress / CLAIM).exists():
+        changed = differences(read_json(progress / CLAIM), json.loads(request))
         if not changed:
             return True
-        if any(path.name != claim.name for path in progress.iterdir()):
+        if any(progress.glob("*.parquet")):
             raise UserError(
                 f"{output}: holds an unfinished run with other settings ({', '.join(changed)}); "
                 "repeat that command, remove the directory, or choose another --output"
             )
     elif output.exists() and any(path.name not in (PROGRESS, LOCK) for path in output.iterdir()):
         raise UserError(f"{output}: already holds something else; choose another --output or remove it")
-    progress.mkdir(exist_ok=True)
-    write_text(claim, request)
     return False
 
 
