@@ -34,6 +34,8 @@ def locate(name: Any) -> UPath:
     if location.protocol in ("file", "local"):
         return UPath(location.path)
     if location.protocol:
+        # What other processes wrote must be seen at once.
+        location = UPath(location, use_listings_cache=False)
         try:
             fsspec.get_filesystem_class(location.protocol)
         except (ImportError, ValueError) as error:
@@ -53,7 +55,7 @@ def list_files(directory: Location) -> dict[str, int]:
         if isinstance(directory, Path):
             with os.scandir(directory) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        directory.fs.invalidate_cache()  # other processes write there
+        directory.fs.invalidate_cache()  # of file systems that keep listings in any case
         found = directory.fs.ls(directory.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
