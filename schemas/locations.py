@@ -11,10 +11,10 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import fsspec
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 from upath import UPath
 
 from schemas.errors import UserError
@@ -45,8 +45,45 @@ def locate(name: Any) -> UPath:
     return location
 
 
-LocationSetting = Annotated[UPath, BeforeValidator(locate), PlainSerializer(str, return_type=str)]
+LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, return_type=str)]
 """A location as the field of a config."""
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name that may also be a path, or an id on the Hugging Face hub, is an address such as `s3://...`."""
+    return "://" in name and not isinstance(locate(name), Path)
+
+
+def _check_name(name: str) -> str:
+    is_remote(name)
+    return name
+
+
+NameSetting = Annotated[str, AfterValidator(_check_name)]
+"""A path, an address, or an id on the Hugging Face hub as the field of a config."""
+
+
+def kind_of(location: Location) -> Literal["file", "directory"] | None:
+    """What lies there, None if nothing does; unlike `is_file`, a store that does not answer is an error."""
+    if isinstance(location, Path):
+        return "file" if location.is_file() else "directory" if location.is_dir() else None
+    try:
+        return location.fs.info(location.path)["type"]
+    except FileNotFoundError:
+        return None
+
+
+def walk(directory: Location) -> dict[str, int]:
+    """Relative name and size in bytes of every file below a directory."""
+    if isinstance(directory, Path):
+        return {
+            path.relative_to(directory).as_posix(): path.stat().st_size
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
+    found = directory.fs.find(directory.path, detail=True)
+    start = directory.path.rstrip("/") + "/"
+    return {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}
 
 
 def list_files(directory: Location) -> dict[str, int]:
@@ -104,3 +141,8 @@ def local_copy(directory: Location) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return copy
+
+
+def local_name(name: str) -> str:
+    """What to give to libraries that know only disks and the hub: a copy of a remote directory, else `name` itself."""
+    return str(local_copy(locate(name))) if is_remote(name) else name
