@@ -30,7 +30,10 @@ def locate(name: Any) -> UPath:
     Raises:
         ValueError: a protocol that is unknown or whose package is not installed.
     """
-    location = UPath(name)
+    try:
+        location = UPath(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; give a path, or an address such as s3://, gs:// or hf://") from error
     if location.protocol in ("file", "local"):
         return UPath(location.path)
     if location.protocol:
@@ -41,7 +44,7 @@ def locate(name: Any) -> UPath:
         except (ImportError, ValueError) as error:
             extra = EXTRAS.get(location.protocol)
             remedy = f"install 'weighted-mtp[{extra}]'" if extra else "install the package of this file system"
-            raise ValueError(f"{location.protocol}:// cannot be used here ({error}); {remedy}") from error
+            raise ValueError(f"{location.protocol}:// cannot be used yet ({error}); {remedy}") from error
     return location
 
 
@@ -49,13 +52,14 @@ LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, 
 """A location as the field of a config."""
 
 
-def is_remote(name: str) -> bool:
+def is_address(name: str) -> bool:
     """Whether a name that may also be a path, or an id on the Hugging Face hub, is an address such as `s3://...`."""
-    return "://" in name and not isinstance(locate(name), Path)
+    return "://" in name
 
 
 def _check_name(name: str) -> str:
-    is_remote(name)
+    if is_address(name):
+        locate(name)
     return name
 
 
@@ -145,4 +149,4 @@ def local_copy(directory: Location) -> Path:
 
 def local_name(name: str) -> str:
     """What to give to libraries that know only disks and the hub: a copy of a remote directory, else `name` itself."""
-    return str(local_copy(locate(name))) if is_remote(name) else name
+    return str(local_copy(locate(name))) if is_address(name) else name

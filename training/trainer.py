@@ -18,6 +18,7 @@ from schemas.configs import OptimizerConfig, TrainConfig
 from schemas.errors import UserError, first_line
 from schemas.files import copy_files, fsync, fsync_tree, sha256_file, write_text
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
+from schemas.locations import local_name
 from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
 from training.evaluation import evaluate_model
@@ -154,10 +155,11 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
     Raises:
         UserError: the fingerprints differ, or the tokenizer cannot be loaded.
     """
-    if Path(model).is_dir() and not any(Path(model).glob("tokenizer*.json")):
+    source = local_name(model)
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*.json")):
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); restore it") from error
     expected = shards.manifest.tokenizer
@@ -197,7 +199,7 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
 
 def model_identity(config: TrainConfig) -> str:
     """What a continued run must find under --model: a fingerprint of a directory, else the hub id."""
-    directory = Path(config.model)
+    directory = Path(local_name(config.model))
     if not directory.is_dir():
         return config.model
     if config.from_scratch and (directory / "config.json").exists():
