@@ -119,6 +119,11 @@ def remove_tree(directory: Location) -> None:
         directory.fs.rm(directory.path, recursive=True)
 
 
+def cache_directory() -> Path:
+    """Where this machine keeps what it can get again from a store."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
+
+
 def local_copy(directory: Location) -> Path:
     """The directory itself if it is local, else a copy of its files in the user's cache, made once for each content.
 
@@ -131,7 +136,7 @@ def local_copy(directory: Location) -> Path:
     if not names:
         raise UserError(f"{directory}: no such directory, or no files in it; check the address")
     fs = directory.fs
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
+    cache = cache_directory()
     content = [str(directory), *(f"{name} {fs.ukey((directory / name).path)}" for name in names)]
     copy = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()
     if not copy.exists():

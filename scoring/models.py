@@ -60,7 +60,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     from_hub = not is_address(name) and not location.is_dir()
     source = download(name, flag) if from_hub else resolve(location)
     directory = local_copy(source)
-    fingerprint = model_fingerprint(directory)
+    fingerprint = model_fingerprint(directory, source)
     config = load_config(directory, f"{flag} {name}")
     check_tokenizer(directory, f"{flag} {name}", tokenizer)
     check_weights(directory, f"{flag} {name}")
