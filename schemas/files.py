@@ -54,7 +54,8 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        if error.errno is not None:  # a full disk does not say which file it was
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -156,8 +157,8 @@ def claim_output(output: Location, request: str) -> bool:
 
 
 def clear_directory(directory: Location) -> None:
-    """Remove everything in `directory` but a lock, and not itself."""
-    for path in directory.iterdir():
+    """Remove everything in `directory` but a lock, and not itself; an absent one is no error."""
+    for path in directory.iterdir() if directory.exists() else ():
         if path.is_dir() and not path.is_symlink():
             remove_tree(path)
         elif path.name != LOCK:

@@ -44,7 +44,7 @@ def locate(name: Any) -> UPath:
         except (ImportError, ValueError) as error:
             extra = EXTRAS.get(location.protocol)
             remedy = f"install 'weighted-mtp[{extra}]'" if extra else "install the package of this file system"
-            raise ValueError(f"{location.protocol}:// cannot be used yet ({error}); {remedy}") from error
+            raise ValueError(f"{location.protocol}:// cannot be used here ({error}); {remedy}") from error
     return location
 
 

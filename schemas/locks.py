@@ -90,7 +90,7 @@ def _lease(output: UPath) -> Iterator[None]:
         while not done.wait(RENEWAL_SECONDS):
             with suppress(Exception):  # the store may be away for a while, and each has exceptions of its own
                 if not _content(lock).startswith(name):
-                    print(f"{output}: another run took the lock from this one, which stops", file=sys.stderr)
+                    print(f"{output}: the lock of this run is gone, or another's by now; it stops", file=sys.stderr)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends a wait, too
                     return
                 lock.write_bytes(f"{name} {time.time()}".encode())

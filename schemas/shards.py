@@ -160,6 +160,8 @@ def _open(path: Location) -> Any:
 def _damage_reported(path: Location) -> Iterator[None]:
     try:
         yield
+    except PermissionError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
     except (pa.ArrowException, OSError) as error:

@@ -49,7 +49,7 @@ def test_names_become_locations(tmp_path: Path) -> None:
 
 def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match=r"gs:// cannot be used yet .*; install 'weighted-mtp\[gcs\]'"):
+    with pytest.raises(ValueError, match=r"gs:// cannot be used here .*; install 'weighted-mtp\[gcs\]'"):
         locate("gs://bucket/a")
     with pytest.raises(ValueError, match="nowhere"):
         locate("nowhere://bucket/a")

@@ -105,7 +105,7 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
     with pytest.raises(KeyboardInterrupt):
         lose_it()
     assert time.monotonic() - started < 10
-    assert "another run took the lock" in capsys.readouterr().err
+    assert "the lock of this run is gone" in capsys.readouterr().err
     assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
 
 
