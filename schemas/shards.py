@@ -160,9 +160,9 @@ def _open(path: Location) -> Any:
 def _damage_reported(path: Location) -> Iterator[None]:
     try:
         yield
-    except PermissionError:
-        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, PermissionError) or error.__cause__:  # a store's own: the shard may be as it should
+            raise
         raise UserError(f"{path}: shard is damaged ({first_line(error)}); restore it or rewrite the set") from error

@@ -94,6 +94,18 @@ def test_wrong_credentials_are_one_line(
     assert "; check the credentials and what they may do" in line
 
 
+def test_a_shard_that_the_store_refuses_is_not_called_damaged(
+    make_shard_set: Callable[..., ShardSet], s3: UPath
+) -> None:
+    shards = make_shard_set(SEQUENCES, parent=s3)
+    check_access_after("0")
+    try:
+        with pytest.raises(PermissionError):
+            shards.read(0)
+    finally:
+        check_access_after("inf")
+
+
 @pytest.mark.parametrize("arguments", ["list"], indirect=True)
 def test_an_endpoint_that_does_not_answer_is_one_line(
     arguments: list[str], changed_store: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
