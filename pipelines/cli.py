@@ -22,6 +22,7 @@ from jsonargparse.typing import register_type
 from pydantic import ValidationError
 from upath import UPath
 
+from pipelines.store_errors import is_store_error, store_sentence
 from pipelines.usage import POSITIONALS, one_line, reason_of, usage_sentence
 from schemas.configs import (
     Config,
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if argument in COMMANDS), None)
     name = f"wmtp {command}" if command else "wmtp"
+    config: Config | None = None
     if sys.stdout is None:  # closed by the shell
         sys.stdout = io.StringIO()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -110,10 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debugging():
             raise
         status, sentence = 2, usage_sentence(error, command, COMMANDS)
-    except (UserError, OSError) as error:
-        if debugging():
+    except Exception as error:
+        if debugging() or not (isinstance(error, (UserError, OSError)) or is_store_error(error)):
             raise
-        status, sentence = 1, describe(error)
+        status, sentence = 1, describe(error, config)
     print(f"{name}: error: {sentence}", file=sys.stderr)
     return status
 
@@ -130,8 +132,10 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def describe(error: Exception) -> str:
+def describe(error: Exception, config: Config | None) -> str:
     """One line that says what is wrong and what to do about it."""
+    if not isinstance(error, UserError) and is_store_error(error):
+        return store_sentence(error, config)
     if not isinstance(error, OSError) or error.errno is None:
         return one_line(str(error)) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""

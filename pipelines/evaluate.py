@@ -1,13 +1,13 @@
 """`wmtp evaluate`: held-out loss of every head of a trained model."""
 
 import math
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from schemas.configs import EvaluateConfig
 from schemas.files import read_json
+from schemas.locations import Location, locate
 from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.evaluation import HeadLoss, evaluate_model
@@ -18,10 +18,11 @@ from training.trainer import check_model, check_tokenizer, make_accelerator
 def run(config: EvaluateConfig) -> list[HeadLoss]:
     """Evaluate, print a table, and return the loss of every head."""
     shards = ShardSet.open(config.input)
-    trunk = Path(config.model) / "model"
+    place = locate(config.model)
+    trunk = place / "model"
     check_tokenizer(str(trunk) if trunk.is_dir() else config.model, shards)
     model = load_model(config.model)
-    trained = trained_sequence_length(Path(config.model))
+    trained = trained_sequence_length(place)
     sequence_length = config.sequence_length or trained or shards.manifest.corpus.max_length
     check_model(model, config.model, shards, sequence_length)
     accelerator = make_accelerator(config.dtype)
@@ -41,7 +42,7 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     return losses
 
 
-def trained_sequence_length(run_directory: Path) -> int | None:
+def trained_sequence_length(run_directory: Location) -> int | None:
     """Row length of a training run; None for a model that is not one."""
     record = run_directory / "run.json"
     if not record.exists():

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from schemas.configs import InspectConfig
 from schemas.errors import UserError
 from schemas.files import write_text
+from schemas.locations import local_copy
 from schemas.manifest import Column, Contrast, Manifest
 from schemas.shard_set import ShardSet
 from schemas.shards import flat_values, list_lengths
@@ -65,7 +66,7 @@ def build_report(shard_set: ShardSet, column: str | None, samples: int) -> Rende
         shard_set.require_column(column)
     column = column or default_column(manifest)
     if samples and manifest.rows:
-        tokenizer = AutoTokenizer.from_pretrained(shard_set.tokenizer_path)
+        tokenizer = AutoTokenizer.from_pretrained(local_copy(shard_set.tokenizer_path))
         if column is None:
             parts.append(sequences_table(shard_set, tokenizer, samples))
         else:

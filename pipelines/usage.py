@@ -44,6 +44,8 @@ def value_sentence(message: str, error: ArgumentError) -> str:
     but_got = f", not '{given[1]}'" if given else ""
     for cause in causes(error):
         if isinstance(cause, ValidationError):
+            if cause.errors()[0]["type"] == "value_error":
+                return reason_of(cause)  # a sentence of this project
             return reason_of(cause).replace("Input should", "should") + but_got
     if choices := re.search(r"Literal\[(.*?)\]", message):
         return f"should be one of {choices[1]}{but_got}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from schemas.locations import LocationSetting
+from schemas.locations import LocationSetting, NameSetting
 
 
 def split_paths(value: Any) -> Any:
@@ -45,8 +45,10 @@ class Config(BaseModel):
 class PrepareConfig(Config):
     """Turn a corpus into token shards."""
 
-    input: Annotated[str, Field(min_length=1)] = Field(description="file, directory, glob, or Hugging Face dataset id")
-    tokenizer: str = Field(description="Hugging Face tokenizer: directory or id")
+    input: Annotated[NameSetting, Field(min_length=1)] = Field(
+        description="file, directory, glob, or Hugging Face dataset id"
+    )
+    tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
     output: LocationSetting = Field(description="directory of the new shard set")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
         "auto", description="format of the files; auto goes by the file name"
@@ -74,10 +76,12 @@ class ScoreConfig(Config):
         description="shard set to score; columns that it has already are kept and not computed again"
     )
     output: LocationSetting = Field(description="directory of the new shard set")
-    reference: str = Field(
+    reference: NameSetting = Field(
         description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
     )
-    base: str | None = Field(None, description="base model; writes loss_base and excess_loss = base - reference")
+    base: NameSetting | None = Field(
+        None, description="base model; writes loss_base and excess_loss = base - reference"
+    )
     entropy: bool = Field(False, description="write entropy_reference too, the entropy of the reference's predictions")
     short_context: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens of context; writes loss_short and long_short = short - reference"
@@ -196,7 +200,7 @@ class TrainConfig(Config):
     input: ShardSets = Field(
         description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
     )
-    model: str = Field(description="Hugging Face decoder-only model: directory or id")
+    model: NameSetting = Field(description="Hugging Face decoder-only model: directory or id")
     output: LocationSetting = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
@@ -237,7 +241,7 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """Measure the held-out loss of each head of a trained model."""
 
-    model: str = Field(description="directory of a run, or a Hugging Face model: directory or id")
+    model: NameSetting = Field(description="directory of a run, or a Hugging Face model: directory or id")
     input: LocationSetting = Field(description="held-out shard set")
     sequence_length: RowLength | None = Field(
         None, description="tokens in a packed row; default as in training, else the max_length of the shard set"

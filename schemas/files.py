@@ -57,7 +57,8 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        if error.errno is not None:  # a full disk does not say which file it was
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -68,7 +69,9 @@ def move(source: Location, target: Location) -> None:
         fsync(target.parent)
     else:
         assert isinstance(source, UPath)
-        source.fs.mv(source.path, str(target))
+        assert isinstance(target, UPath)
+        source.fs.cp_file(source.path, target.path)
+        source.fs.rm_file(source.path)
 
 
 def write_text(path: Location, text: str) -> None:
@@ -163,8 +166,8 @@ def check_claim(output: Location, request: str) -> bool:
 
 
 def clear_directory(directory: Location) -> None:
-    """Remove everything in `directory` but a lock, and not itself."""
-    for path in directory.iterdir():
+    """Remove everything in `directory` but a lock, and not itself; an absent one is no error."""
+    for path in directory.iterdir() if directory.exists() else ():
         if path.is_dir() and not path.is_symlink():
             remove_tree(path)
         elif path.name != LOCK:

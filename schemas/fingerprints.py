@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from schemas.errors import UserError
@@ -34,8 +35,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest_json({k: v for k, v in content.items() if k not in ("padding", "truncation", "post_processor")})
 
 
-def model_fingerprint(directory: Location) -> str:
+def model_fingerprint(directory: Path, source: Location | None = None) -> str:
     """Fingerprint of a Hugging Face checkpoint directory: its config and its weight files.
+
+    Args:
+        directory: its files.
+        source: where they were copied from, if they were.
 
     Raises:
         UserError: the directory has no `config.json` or no weight files.
@@ -44,7 +49,8 @@ def model_fingerprint(directory: Location) -> str:
     config = directory / "config.json"
     if not config.exists() or not weights:
         missing = "weight files" if config.exists() else "config.json"
-        trained = directory / "model"
+        source = source or directory
+        trained = source / "model"
         remedy = trained if (trained / "config.json").exists() else "a directory written by save_pretrained"
-        raise UserError(f"{directory}: no {missing}; give {remedy}")
+        raise UserError(f"{source}: no {missing}; give {remedy}")
     return digest_json({file.name: sha256_file(file) for file in [config, *weights]})

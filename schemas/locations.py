@@ -11,10 +11,10 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import fsspec
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 from upath import UPath
 
 from schemas.errors import UserError
@@ -30,10 +30,15 @@ def locate(name: Any) -> UPath:
     Raises:
         ValueError: a protocol that is unknown or whose package is not installed.
     """
-    location = UPath(name)
+    try:
+        location = UPath(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; give a path, or an address such as s3://, gs:// or hf://") from error
     if location.protocol in ("file", "local"):
         return UPath(location.path)
     if location.protocol:
+        # What other processes wrote must be seen at once.
+        location = UPath(location, use_listings_cache=False)
         try:
             fsspec.get_filesystem_class(location.protocol)
         except (ImportError, ValueError) as error:
@@ -43,8 +48,46 @@ def locate(name: Any) -> UPath:
     return location
 
 
-LocationSetting = Annotated[UPath, BeforeValidator(locate), PlainSerializer(str, return_type=str)]
+LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, return_type=str)]
 """A location as the field of a config."""
+
+
+def is_address(name: str) -> bool:
+    """Whether a name that may also be a path, or an id on the Hugging Face hub, is an address such as `s3://...`."""
+    return "://" in name
+
+
+def _check_name(name: str) -> str:
+    if is_address(name):
+        locate(name)
+    return name
+
+
+NameSetting = Annotated[str, AfterValidator(_check_name)]
+"""A path, an address, or an id on the Hugging Face hub as the field of a config."""
+
+
+def kind_of(location: Location) -> Literal["file", "directory"] | None:
+    """What lies there, None if nothing does; unlike `is_file`, a store that does not answer is an error."""
+    if isinstance(location, Path):
+        return "file" if location.is_file() else "directory" if location.is_dir() else None
+    try:
+        return location.fs.info(location.path)["type"]
+    except FileNotFoundError:
+        return None
+
+
+def walk(directory: Location) -> dict[str, int]:
+    """Relative name and size in bytes of every file below a directory."""
+    if isinstance(directory, Path):
+        return {
+            path.relative_to(directory).as_posix(): path.stat().st_size
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
+    found = directory.fs.find(directory.path, detail=True)
+    start = directory.path.rstrip("/") + "/"
+    return {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}
 
 
 def list_files(directory: Location) -> dict[str, int]:
@@ -53,7 +96,7 @@ def list_files(directory: Location) -> dict[str, int]:
         if isinstance(directory, Path):
             with os.scandir(directory) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        directory.fs.invalidate_cache()  # other processes write there
+        directory.fs.invalidate_cache()  # of file systems that keep listings in any case
         found = directory.fs.ls(directory.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -76,6 +119,11 @@ def remove_tree(directory: Location) -> None:
         directory.fs.rm(directory.path, recursive=True)
 
 
+def cache_directory() -> Path:
+    """Where this machine keeps what it can get again from a store."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
+
+
 def local_copy(directory: Location) -> Path:
     """The directory itself if it is local, else a copy of its files in the user's cache, made once for each content.
 
@@ -88,7 +136,7 @@ def local_copy(directory: Location) -> Path:
     if not names:
         raise UserError(f"{directory}: no such directory, or no files in it; check the address")
     fs = directory.fs
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
+    cache = cache_directory()
     content = [str(directory), *(f"{name} {fs.ukey((directory / name).path)}" for name in names)]
     copy = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()
     if not copy.exists():
@@ -102,3 +150,8 @@ def local_copy(directory: Location) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return copy
+
+
+def local_name(name: str) -> str:
+    """What to give to libraries that know only disks and the hub: a copy of a remote directory, else `name` itself."""
+    return str(local_copy(locate(name))) if is_address(name) else name

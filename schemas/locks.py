@@ -2,11 +2,11 @@
 
 import fcntl
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,16 +80,18 @@ def _lease(output: UPath) -> Iterator[None]:
         time.sleep(3 * RENEWAL_SECONDS)
         if _content(lock) == found:
             lock.unlink(missing_ok=True)
-        if not _create(lock, name):
+        created = _create(lock, name)
+        time.sleep(RENEWAL_SECONDS / 10)  # another that looked too may have removed this lock for the old one
+        if not created or not _content(lock).startswith(name):
             raise _refusal(output, " ".join(_content(lock).split()[:4]))
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(RENEWAL_SECONDS):
-            with suppress(OSError):  # the store may be away for a while
+            with suppress(Exception):  # the store may be away for a while, and each has exceptions of its own
                 if not _content(lock).startswith(name):
-                    print(f"{output}: another run took the lock from this one, which stops", file=sys.stderr)
-                    interrupt_main()
+                    print(f"{output}: the lock of this run is gone, or another's by now; it stops", file=sys.stderr)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends a wait, too
                     return
                 lock.write_bytes(f"{name} {time.time()}".encode())
 
@@ -100,8 +102,9 @@ def _lease(output: UPath) -> Iterator[None]:
     finally:
         done.set()
         renewal.join()
-        if _content(lock).startswith(name):
-            lock.unlink(missing_ok=True)
+        with suppress(Exception):  # what is left of it will look dead
+            if _content(lock).startswith(name):
+                lock.unlink(missing_ok=True)
 
 
 def _create(lock: UPath, content: str) -> bool:

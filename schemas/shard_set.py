@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import MANIFEST, TOKENIZER, atomic_write, differences, fsync_tree, release_output, sha256_file
 from schemas.fingerprints import directory_digest
 from schemas.locations import Location, list_files, locate
@@ -125,7 +125,7 @@ def check_content(file: Location, sha256: str) -> str | None:
     except FileNotFoundError:
         return f"{file}: missing"
     except OSError as error:
-        return f"{file}: cannot be read ({error.strerror})"
+        return f"{file}: cannot be read ({error.strerror or first_line(error)})"
 
 
 def finish_shard_set(output: Location, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:

@@ -9,13 +9,13 @@ import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Buffer
-from upath import UPath
 
 from schemas.errors import UserError, first_line
 from schemas.files import atomic_write
@@ -153,7 +153,7 @@ def read_footer(path: Location) -> pq.FileMetaData:
 
 def _open(path: Location) -> Any:
     # Arrow asks for the ranges that it needs: reading ahead would fetch much more from a store.
-    return path.open("rb", cache_type="none") if isinstance(path, UPath) else pa.OSFile(str(path))
+    return pa.OSFile(str(path)) if isinstance(path, Path) else path.open("rb", cache_type="none")
 
 
 @contextmanager
@@ -163,4 +163,6 @@ def _damage_reported(path: Location) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, PermissionError) or error.__cause__:  # a store's own: the shard may be as it should
+            raise
         raise UserError(f"{path}: shard is damaged ({first_line(error)}); restore it or rewrite the set") from error

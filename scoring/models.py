@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from schemas.errors import UserError, first_line
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
+from schemas.locations import Location, is_address, local_copy, locate, resolve
 from schemas.manifest import TokenizerInfo
 from scoring.engines import architectures, is_recurrent
 
@@ -24,7 +25,7 @@ class ScoringModel:
 
     Attributes:
         name: what the user called it.
-        directory: absolute path of the files.
+        source: where its files lie, as an address or an absolute path.
         fingerprint: identity of weights and config.
         max_length: longest sequence the model can read, None where it has no limit.
         revision: commit of a model from the hub.
@@ -33,28 +34,35 @@ class ScoringModel:
     """
 
     name: str
-    directory: Path
+    source: Location
     fingerprint: str
     max_length: int | None
     revision: str | None = None
     recurrent: bool = False
     parameters: int = 0
 
+    @property
+    def directory(self) -> Path:
+        """Its files on the machine that asks, which downloads them from a store if it does not have them yet."""
+        return local_copy(self.source)
+
 
 def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
-    """Resolve a directory or Hugging Face id and check it against the corpus's tokenizer; downloads if need be.
+    """Find a model and check it against the corpus's tokenizer; downloads if need be.
 
     Args:
-        name: directory or id, `id@revision` for a branch, tag or commit.
+        name: directory, address or id, `id@revision` for a branch, tag or commit.
         flag: the command line's flag for this model, for messages.
 
     Raises:
         UserError: not found, not a causal language model, no weights, or another tokenizer than the corpus.
     """
     logging.set_verbosity_error()
-    local = Path(name).is_dir()
-    directory = Path(name).resolve() if local else download(name, flag)
-    fingerprint = model_fingerprint(directory)
+    location = locate(name)
+    from_hub = not is_address(name) and not location.is_dir()
+    source = download(name, flag) if from_hub else resolve(location)
+    directory = local_copy(source)
+    fingerprint = model_fingerprint(directory, source)
     config = load_config(directory, f"{flag} {name}")
     check_tokenizer(directory, f"{flag} {name}", tokenizer)
     parameters = check_weights(directory, f"{flag} {name}")
@@ -66,10 +74,10 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
         )
     return ScoringModel(
         name=name,
-        directory=directory,
+        source=source,
         fingerprint=fingerprint,
         max_length=getattr(text_config, "max_position_embeddings", None),
-        revision=None if local else directory.name,
+        revision=directory.name if from_hub else None,
         recurrent=is_recurrent(config),
         parameters=parameters,
     )

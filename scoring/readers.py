@@ -14,6 +14,7 @@ import json
 import lzma
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from datasets.exceptions import DatasetsError
 
 from schemas.configs import PrepareConfig
 from schemas.errors import UserError, first_line
+from schemas.locations import Location
 from scoring.corpus import CorpusFile, HubSplit, Source, data_suffix
 from scoring.documents import Batch, Malformed, Row
 
@@ -77,15 +79,20 @@ def read_rows(source: Source, config: PrepareConfig) -> Iterator[tuple[int, Row]
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
 
-def open_stream(path: Path) -> io.BufferedReader | lzma.LZMAFile:
+def openable(path: Location) -> Any:
+    """What pyarrow and lzma open: the name of a local file, or an open file in a store, which they close."""
+    return str(path) if isinstance(path, Path) else path.open("rb")
+
+
+def open_stream(path: Location) -> io.BufferedReader | lzma.LZMAFile:
     """Open a file for buffered binary reading, decompressed according to its name."""
     if path.suffix.lower() == ".xz":
-        return lzma.open(path)
+        return lzma.open(openable(path))
     compression = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix.lower())
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
+    return io.BufferedReader(pa.input_stream(openable(path), compression=compression), 1 << 20)
 
 
-def read_json(path: Path) -> Iterator[tuple[int, Row]]:
+def read_json(path: Location) -> Iterator[tuple[int, Row]]:
     """Lines of JSON, or the elements of a file that is one JSON array."""
     with open_stream(path) as stream:
         if data_suffix(path) == ".json" and stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -98,7 +105,7 @@ def read_json(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, line
 
 
-def read_text(path: Path, config: PrepareConfig) -> Iterator[tuple[int, Row]]:
+def read_text(path: Location, config: PrepareConfig) -> Iterator[tuple[int, Row]]:
     """Documents of a text file: the whole file, its lines, or its paragraphs, which blank lines separate."""
     with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as stream:
         if config.sample_by == "document":
@@ -125,7 +132,7 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(held).rstrip("\r\n")
 
 
-def read_csv(path: Path) -> Iterator[Row]:
+def read_csv(path: Location) -> Iterator[Row]:
     """Records of a CSV or TSV file with a header. All values are strings; no value is taken to mean "missing"."""
     csv.field_size_limit(sys.maxsize)
     with (
@@ -148,17 +155,20 @@ def read_csv(path: Path) -> Iterator[Row]:
                 yield Malformed(f"invalid CSV: {len(values)} values for {len(header)} columns")
 
 
-def read_parquet(path: Path, fields: list[str]) -> Iterator[Row]:
-    """Records of a Parquet file."""
-    with pq.ParquetFile(path) as file:
+def read_parquet(path: Location, fields: list[str]) -> Iterator[Row]:
+    """Records of a Parquet file; of a remote one only the columns wanted are fetched."""
+    with (
+        nullcontext(path) if isinstance(path, Path) else path.open("rb", cache_type="none") as source,
+        pq.ParquetFile(source) as file,
+    ):
         complete = set(fields) <= set(file.schema_arrow.names)
         for batch in file.iter_batches(ARROW_ROWS, columns=fields if complete else None):
             yield from records(batch, fields)
 
 
-def read_arrow(path: Path, fields: list[str]) -> Iterator[Row]:
+def read_arrow(path: Location, fields: list[str]) -> Iterator[Row]:
     """Records of an Arrow file, in the stream format that `datasets` writes or in the file format."""
-    with pa.memory_map(str(path)) as file:
+    with pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb"), "r") as file:
         try:
             batches = iter(pa.ipc.open_stream(file))
         except pa.ArrowInvalid:

@@ -9,20 +9,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from schemas.errors import UserError, first_line
 from schemas.files import copy_files
 from schemas.fingerprints import directory_digest, tokenizer_fingerprint
-from schemas.locations import Location
+from schemas.locations import Location, local_name
 from schemas.manifest import TokenizerInfo
 
 PROBE = "probe"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a Hugging Face tokenizer from a directory or by its id.
+    """Load a Hugging Face tokenizer from a directory, which may be remote, or by its id.
 
     Raises:
         UserError: there is no such tokenizer, or it needs code of its own.
     """
+    source = local_name(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(source)
     # What fails in there is up to the files: any of a dozen exception types, from OSError to KeyError.
     except Exception as error:
         raise UserError(

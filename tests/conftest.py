@@ -1,20 +1,26 @@
 """Fixtures shared by all tests. Everything is built here: no downloads."""
 
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import s3fs
 import torch
+from moto.server import ThreadedMotoServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from upath import UPath
 
-from schemas.files import TOKENIZER
+from schemas.files import TOKENIZER, copy_files
 from schemas.fingerprints import directory_digest, tokenizer_fingerprint
+from schemas.locations import Location, locate
 from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, TokenizerInfo
 from schemas.shard_set import ShardSet, finish_shard_set
 from schemas.shards import list_column, shard_name, write_shard
@@ -53,9 +59,10 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         columns: dict[str, list[list[float]]] | None = None,
         name: str = "set",
         rows_per_shard: int = 2,
+        parent: Location = tmp_path,
     ) -> ShardSet:
-        path = tmp_path / name
-        shutil.copytree(tokenizer_dir, path / TOKENIZER)
+        path = parent / name
+        copy_files(tokenizer_dir, path / TOKENIZER)
         scores = {column: [np.array(row, np.float16) for row in rows] for column, rows in (columns or {}).items()}
         counts = {column: ValueCounts() for column in scores}
         starts = range(0, len(sequences), rows_per_shard)
@@ -139,3 +146,33 @@ def vllm_installed() -> None:
     if find_spec("vllm") is None:
         assert not os.environ.get("CI"), "CI must run with vLLM: install weighted-mtp[cpu]"
         pytest.skip("vLLM is not installed")
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """Address of a bucket on an S3 server of our own, which this process and those it starts will use."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "name",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def s3(bucket: str) -> UPath:
+    """A directory in an object store in which nothing is yet."""
+    return locate(f"{bucket}/{uuid4().hex}")

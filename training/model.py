@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.configs import HeadsConfig
 from schemas.errors import UserError, first_line
 from schemas.files import write_text
+from schemas.locations import local_copy, local_name, locate
 from training.heads import ResidualHead, decoder_parts, recorded_call, run_layer
 from training.losses import weighted_linear_cross_entropy
 from training.targets import weighted_rows
@@ -132,27 +133,28 @@ def build_model(name: str, heads: HeadsConfig, *, from_scratch: bool) -> MTPMode
 
 def load_model(path: str) -> MTPModel:
     """Load a trained run (its `model/` and `heads/`) or any Hugging Face causal language model, in float32."""
-    run = Path(path)
+    run = locate(path)
     heads_directory = run / "heads"
     if not (heads_directory / HEADS_CONFIG).exists():
         return build_model(path, HeadsConfig(offsets=(1,)), from_scratch=False)
     try:
         heads = HeadsConfig.model_validate_json((heads_directory / HEADS_CONFIG).read_text())
         model = build_model(str(run / "model"), heads, from_scratch=False)
-        model.heads.load_state_dict(load_file(heads_directory / HEADS_WEIGHTS))
+        model.heads.load_state_dict(load_file(local_copy(heads_directory) / HEADS_WEIGHTS))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{heads_directory}: cannot be loaded ({first_line(error)}); train the run again") from error
     return model
 
 
 def _load_trunk(name: str, *, from_scratch: bool) -> Any:
+    source = local_name(name)
     try:
         if from_scratch:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         hint = "give the directory or id of a causal language model"
-        if Path(name).is_dir() and not from_scratch:
+        if Path(source).is_dir() and not from_scratch:
             hint += ", or --from_scratch true to use its config only"
         raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
 

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError, first_line
-from schemas.files import differences, fsync, fsync_tree, read_json, write_text
+from schemas.files import LOCK, differences, fsync, fsync_tree, read_json, write_text
+from training.mirror import CHECKPOINTS, Mirror
 
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
@@ -26,30 +27,50 @@ OPERATIONAL = {
 }  # fmt: skip
 """Settings that may change when a stopped run is continued: they do not touch what is trained."""
 
+TRACKING = "wmtp"
+"""Project name of the trackers; those that write files make a directory of this name."""
+
 LOCATIONS = {"input", "model"}
 """Settings that a continued run compares by content."""
 
 
 class RunDirectory:
-    """Files of one training run; only the main process writes."""
+    """Files of one training run; only the main process writes, and in `path`, whose content `publish` passes on."""
 
-    def __init__(self, config: TrainConfig, inputs: dict[str, str]) -> None:
+    def __init__(self, config: TrainConfig, inputs: dict[str, str], mirror: Mirror | None) -> None:
         """Describe a run.
 
         Args:
             config: its settings.
             inputs: digests of what it reads.
+            mirror: where it works if its output is in an object store.
         """
-        self.path = path = Path(str(config.output))
+        self.output = config.output
+        self.mirror = mirror
+        self.path = path = mirror.path if mirror else Path(str(config.output))
         self.config = config
         self.identity = {
             "config": config.model_dump(mode="json", exclude=OPERATIONAL | LOCATIONS),
             "inputs": inputs,
         }
         self.record = path / "run.json"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.summary_file = path / "summary.json"
         self.metrics_file = path / "metrics.jsonl"
+
+    def fetch(self, accelerator: Accelerator) -> None:
+        """Bring what an object store holds of the run to every machine."""
+        if self.mirror:
+            accelerator.wait_for_everyone()  # until the main process has the run to itself
+            if accelerator.is_local_main_process:
+                self.mirror.download()
+            accelerator.wait_for_everyone()
+
+    def publish(self, *names: str) -> None:
+        """Bring files and directories of the run to where its output belongs, if that is an object store."""
+        if self.mirror:
+            for name in names:
+                self.mirror.upload(self.path / name, name)
 
     def check(self) -> None:
         """Check that the directory is empty, or holds this run, or one that never came to a checkpoint.
@@ -61,11 +82,11 @@ class RunDirectory:
             changed = [name.removeprefix("config.") for name in differences(read_json(self.record), self.identity)]
             if changed and (self.latest_checkpoint() or self.summary_file.exists()):
                 raise UserError(
-                    f"{self.path}: holds a run with other settings ({', '.join(changed)}); "
+                    f"{self.output}: holds a run with other settings ({', '.join(changed)}); "
                     "repeat its settings to continue it, or choose another --output"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"{self.path}: already holds something else; choose another --output or remove it")
+        elif self.output.exists() and any(path.name != LOCK for path in self.output.iterdir()):
+            raise UserError(f"{self.output}: already holds something else; choose another --output or remove it")
 
     def claim(self, step: int) -> None:
         """Write down what runs here, and drop metrics of steps later than `step`, which will be logged again."""
@@ -77,10 +98,19 @@ class RunDirectory:
             lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.metrics_file, "".join(line + "\n" for line in kept))
+        self.publish("run.json", "config.yaml", "metrics.jsonl")
+        if self.mirror:
+            self.mirror.remove_checkpoints(self.config.keep_checkpoints)
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
         return read_json(self.summary_file) if self.summary_file.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary of a run whose model is saved."""
+        self.publish("model", "heads", "metrics.jsonl", TRACKING)
+        write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+        self.publish("summary.json")
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -103,10 +133,11 @@ class RunDirectory:
         try:
             accelerator.load_state(str(checkpoint))
         except Exception as error:  # accelerate, torch and safetensors have their own for damaged files
+            where = self.output / CHECKPOINTS / checkpoint.name
             raise UserError(
-                f"{checkpoint}: cannot be loaded ({first_line(error)}); remove it to continue from the one before"
+                f"{where}: cannot be loaded ({first_line(error)}); remove it to continue from the one before"
             ) from error
-        accelerator.print(f"{self.path}: continuing from {checkpoint.name}")
+        accelerator.print(f"{self.output}: continuing from {checkpoint.name}")
 
     def save_checkpoint(self, accelerator: Accelerator, step: int) -> None:
         """Save the full training state; it gets its name only when it is complete, then old ones go.
@@ -122,7 +153,14 @@ class RunDirectory:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{final}: cannot be written ({first_line(error)}); free some space and rerun") from error
         accelerator.wait_for_everyone()
+        if self.mirror:
+            if accelerator.is_local_main_process:  # other machines have the random states of their processes
+                self.mirror.upload(partial, f"{CHECKPOINTS}/{final.name}")
+            accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if self.mirror:
+                self.mirror.complete_checkpoint(final.name, self.config.keep_checkpoints)
+                self.publish("metrics.jsonl", TRACKING)
             fsync_tree(partial)
             partial.replace(final)
             fsync(self.checkpoints)
@@ -130,4 +168,6 @@ class RunDirectory:
                 shutil.rmtree(old)
             for leftover in self.checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover)
+        elif self.mirror and accelerator.is_local_main_process:
+            shutil.rmtree(partial)
         accelerator.wait_for_everyone()

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from transformers import AutoTokenizer, get_scheduler
 
 from schemas.configs import OptimizerConfig, TrainConfig
 from schemas.errors import UserError, first_line
-from schemas.files import copy_files, fsync, fsync_tree, sha256_file, write_text
+from schemas.files import copy_files, fsync, fsync_tree, sha256_file
 from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
+from schemas.locations import local_name, locate
 from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.evaluation import evaluate_model
 from training.loader import RowLoader
 from training.loop import TrainingLoop
+from training.mirror import Mirror
 from training.model import MTPModel, build_model
-from training.run import RunDirectory
+from training.run import TRACKING, RunDirectory
 from training.weights import make_weighting
 
 
@@ -35,12 +37,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: input, model, settings and output directory do not fit together, or training diverges.
     """
-    accelerator = make_accelerator(config.dtype, log_with=list(config.trackers) or None, project_dir=str(config.output))
-    with exclusive(config.output) if accelerator.is_main_process else nullcontext():
-        return _train(config, accelerator)
+    mirror = None if isinstance(config.output, Path) else Mirror(config.output)
+    path = mirror.path if mirror else config.output
+    accelerator = make_accelerator(config.dtype, log_with=list(config.trackers) or None, project_dir=str(path))
+    with (
+        exclusive(config.output) if accelerator.is_main_process else nullcontext(),
+        closing(mirror) if mirror and accelerator.is_local_main_process else nullcontext(),
+    ):
+        return _train(config, accelerator, mirror)
 
 
-def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None) -> dict[str, Any]:
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
     check_tokenizer(config.model, shards.first)
@@ -49,7 +56,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     sequence_length = config.sequence_length or shards.first.manifest.corpus.max_length
     config = config.model_copy(update={"sequence_length": sequence_length})
     check_settings(config, sequence_length, accelerator.num_processes)
-    run = RunDirectory(config, {"input": shards.digest, "model": model_identity(config)})
+    run = RunDirectory(config, {"input": shards.digest, "model": model_identity(config)}, mirror)
+    run.fetch(accelerator)
     run.check()
     if (finished := run.summary()) is not None:
         return finished | {"already_complete": True}
@@ -68,7 +76,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     run.load_checkpoint(accelerator)
     if accelerator.is_main_process:
         run.claim(loop.step)
-    accelerator.init_trackers("wmtp", config={"config": json.dumps(config.model_dump(mode="json"))})
+    accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
 
     def evaluate() -> dict[str, float]:
         if held_out is None:
@@ -110,7 +118,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         save_model(mtp_model, shards.first, run.path)
         if evaluation:
             run.log({"step": loop.step} | evaluation)
-        write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")
+        run.finish(summary)
     accelerator.wait_for_everyone()  # a process that leaves early takes the group down under the others
     accelerator.end_training()
     return summary
@@ -155,10 +163,11 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
     Raises:
         UserError: the fingerprints differ, or the tokenizer cannot be loaded.
     """
-    if Path(model).is_dir() and not any(Path(model).glob("tokenizer*.json")):
+    source = local_name(model)
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*.json")):
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); restore it") from error
     expected = shards.manifest.tokenizer
@@ -198,12 +207,12 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
 
 def model_identity(config: TrainConfig) -> str:
     """What a continued run must find under --model: a fingerprint of a directory, else the hub id."""
-    directory = Path(config.model)
+    directory = Path(local_name(config.model))
     if not directory.is_dir():
         return config.model
     if config.from_scratch and (directory / "config.json").exists():
         return sha256_file(directory / "config.json")
-    return model_fingerprint(directory)
+    return model_fingerprint(directory, locate(config.model))
 
 
 def save_model(model: MTPModel, shards: ShardSet, output: Path) -> None:

@@ -1,15 +1,27 @@
+import bz2
 import errno
+import gzip
 import json
+import lzma
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
 import pytest
+import s3fs
+from upath import UPath
 
 from pipelines.prepare import run
+from schemas import locks
 from schemas.configs import PrepareConfig
 from schemas.errors import UserError
-from schemas.files import MANIFEST, PROGRESS
+from schemas.files import MANIFEST, PROGRESS, atomic_write, copy_files, write_text
+from schemas.locations import Location, list_files
 from schemas.shard_set import REJECTS, ShardSet, verify
 from scoring import prepare
 
@@ -25,7 +37,11 @@ def corpus(tmp_path: Path) -> Path:
     return root
 
 
-def config(corpus: Path, tokenizer: Path, output: Path, **settings: object) -> PrepareConfig:
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+def config(corpus: Path | str, tokenizer: Path | str, output: Location, **settings: object) -> PrepareConfig:
     defaults = {"max_length": 16, "shard_tokens": 50_000, "workers": 1}
     return PrepareConfig(input=str(corpus), tokenizer=str(tokenizer), output=output, **{**defaults, **settings})
 
@@ -91,6 +107,133 @@ def test_corpus_elsewhere_gives_the_same_bytes(
     monkeypatch.chdir(tmp_path / "elsewhere")
     run(config(Path("corpus"), tokenizer_dir, Path("out")))
     assert contents(tmp_path / "out") == contents(tmp_path / "elsewhere" / "out")
+
+
+COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A corpus in every format and compression, with files beside it that are none of it."""
+    root = tmp_path / "mixed"
+    for name in ("a/deep", ".hidden", "_temporary"):
+        (root / name).mkdir(parents=True)
+    lines = "".join(json.dumps({"text": f"document {row}"}) + "\n" for row in range(300)).encode()
+    for suffix, compress in COMPRESSED.items():
+        (root / "a" / f"lines.jsonl{suffix}").write_bytes(compress(lines))
+    (root / "a" / "deep" / "note[1] #2 ä.txt").write_text("a note\n\nand another")
+    (root / "table.csv").write_text("text,other\nfirst,1\n,2\n")
+    table = pa.table({"other": [1, 2, 3], "text": ["one", "two", None]})
+    pq.write_table(table, root / "table.parquet", row_group_size=2)
+    for name, create in {"stream.arrow": pa.ipc.new_stream, "file.arrow": pa.ipc.new_file}.items():
+        with create(str(root / name), table.schema) as writer:
+            writer.write_table(table)
+    for name in ("README.md", "state.json", ".hidden/x.txt", "_temporary/x.txt", "a/.x.txt"):
+        (root / name).write_text("not of the corpus")
+    return root
+
+
+def shards(directory: Location) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in list_files(directory) if name != MANIFEST}
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/**/*.jsonl*", "/*/*.gz", "/a/deep/note[[]1] #2 ä.txt", "/table.parquet", "/a/*[s].jsonl.?z"]
+)
+def test_a_remote_corpus_gives_the_bytes_of_a_local_one(
+    pattern: str, mixed: Path, tokenizer_dir: Path, tmp_path: Path, s3: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same documents under the same names, from directories, globs and files; the tokenizer and output remote, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    s3.fs.put(f"{mixed}/", f"{s3.path}/corpus/", recursive=True)
+    copy_files(tokenizer_dir, s3 / "tokenizer")
+    local = run(config(f"{mixed}{pattern}", tokenizer_dir, tmp_path / "out"))
+    remote = run(config(f"{s3}/corpus{pattern}", str(s3 / "tokenizer"), s3 / "out"))
+    assert shards(local.path) == shards(remote.path)
+    assert local.manifest.corpus.documents > 0
+    assert local.manifest.tokenizer.fingerprint == remote.manifest.tokenizer.fingerprint
+    assert [path.name for path in (s3 / "out").iterdir() if path.name.startswith(".")] == []
+    assert run(config(f"{s3}/corpus{pattern}", str(s3 / "tokenizer"), s3 / "out")).manifest == remote.manifest
+    with pytest.raises(UserError, match=r"other inputs or settings \(max_length\)"):
+        run(config(f"{s3}/corpus{pattern}", str(s3 / "tokenizer"), s3 / "out", max_length=8))
+
+
+def test_a_remote_parquet_file_is_read_by_column(
+    tokenizer_dir: Path, tmp_path: Path, s3: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = [os.urandom(1 << 16) for _ in range(64)]
+    with atomic_write(s3 / "a.parquet") as file:
+        pq.write_table(pa.table({"noise": noise, "text": [f"row {row}" for row in range(64)]}), file)
+    received: list[int] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def count(self: s3fs.S3FileSystem, method: str, *args: object, **kwargs: object) -> dict:
+        answer = await call(self, method, *args, **kwargs)
+        received.append(answer["ContentLength"] if method == "get_object" else 0)
+        return answer
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
+    assert run(config(str(s3 / "a.parquet"), tokenizer_dir, tmp_path / "out")).manifest.corpus.documents == 64
+    assert 0 < sum(received) < 1 << 18
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.jsonl", "no such file or directory"),
+        ("corpus/*.nothing", "matches no file"),
+        ("empty", "no such file or directory"),
+        ("corpus/odd.xyz", "give --format"),
+        ("odd", "holds no file to read"),
+        ("corpus/cut.jsonl.gz", r"cut.jsonl.gz: cannot be read as json"),
+    ],
+)
+def test_a_remote_corpus_that_is_none_leaves_nothing(name: str, message: str, tokenizer_dir: Path, s3: UPath) -> None:
+    for path in ("corpus/odd.xyz", "odd/odd.xyz"):
+        write_text(s3 / path, "x")
+    (s3 / "corpus" / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "document"}\n' * 1000)[:-20])
+    with pytest.raises(UserError, match=message) as error:
+        run(config(str(s3 / name), tokenizer_dir, s3 / "out"))
+    assert str(s3 / name) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (s3 / "out").exists()
+
+
+def test_a_remote_output_lies_outside_the_input(tokenizer_dir: Path, s3: UPath) -> None:
+    write_text(s3 / "corpus" / "a.txt", "text")
+    with pytest.raises(UserError, match="lies inside --input"):
+        run(config(str(s3 / "corpus"), tokenizer_dir, s3 / "corpus" / "out"))
+    write_text(s3 / "out" / "thesis.tex", "years of work")
+    with pytest.raises(UserError, match="already holds something else"):
+        run(config(str(s3 / "corpus"), tokenizer_dir, s3 / "out"))
+    assert list(list_files(s3 / "out")) == ["thesis.tex"]
+
+
+def test_a_killed_run_in_a_store_starts_over(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, s3: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pipelines.prepare import run\n"
+        "from schemas.configs import PrepareConfig\n"
+        "from scoring import prepare\n"
+        "write = prepare.write_shard\n"
+        "def write_and_die(path, table):\n"
+        "    if path.name == 'shard-00002.parquet': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(path, table)\n"
+        "prepare.write_shard = write_and_die\n"
+        "run(PrepareConfig.model_validate_json(sys.argv[1]))\n"
+    )
+    settings = config(corpus, tokenizer_dir, s3 / "out")
+    killed = subprocess.run([sys.executable, "-c", script, settings.model_dump_json()], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert set(list_files(s3 / "out" / PROGRESS)) >= {"shard-00000.parquet", "shard-00001.parquet"}
+    assert not (s3 / "out" / MANIFEST).exists()
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+    run(settings)
+    local = run(config(corpus, tokenizer_dir, tmp_path / "out"))
+    assert shards(s3 / "out") == shards(local.path)
+    assert list_files(s3 / "out" / PROGRESS) == {}
 
 
 def test_no_rejects_no_file(tokenizer_dir: Path, tmp_path: Path) -> None:

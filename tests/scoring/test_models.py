@@ -1,0 +1,43 @@
+"""Scoring models in an object store."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+from schemas.errors import UserError
+from schemas.files import copy_files
+from schemas.shard_set import ShardSet
+from scoring.models import check_model
+
+
+def test_a_remote_model_is_the_local_one_on_every_machine(
+    make_model: Callable[..., Path],
+    make_shard_set: Callable[..., ShardSet],
+    s3: UPath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    directory = make_model()
+    copy_files(directory, s3 / "model")
+    tokenizer = make_shard_set([[1, 2]]).manifest.tokenizer
+    local = check_model(str(directory), "--reference", tokenizer)
+    remote = check_model(str(s3 / "model"), "--reference", tokenizer)
+    assert local.directory == directory
+    assert remote.directory.is_relative_to(tmp_path / "here")
+    assert (remote.fingerprint, remote.max_length, remote.revision) == (local.fingerprint, local.max_length, None)
+
+    script = "import pickle, sys\nprint(pickle.load(sys.stdin.buffer).directory)\n"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    answer = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(remote), capture_output=True, check=True)
+    there = Path(answer.stdout.decode().strip())
+    assert there.is_relative_to(tmp_path / "there")
+    assert (there / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+
+    with pytest.raises(UserError, match=f"{s3}/nothing: no such directory"):
+        check_model(str(s3 / "nothing"), "--reference", tokenizer)

@@ -1,0 +1,237 @@
+"""Training from an object store, and into one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor
+from upath import UPath
+
+from pipelines.evaluate import run as evaluate
+from schemas import locks
+from schemas.configs import EvaluateConfig, TrainConfig
+from schemas.errors import UserError
+from schemas.files import copy_files, write_text
+from schemas.locations import Location, walk
+from schemas.shard_set import ShardSet
+from training import run as run_module
+from training.mirror import COMPLETE
+from training.trainer import train
+
+LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 2
+SETTINGS: dict[str, Any] = {
+    "weights": {"preset": "dense"},
+    "heads": {"offsets": (1, 2)},
+    "optimizer": {"learning_rate": 1e-2},
+    "sequence_length": 64,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "max_steps": 6,
+    "checkpoint_every": 2,
+    "log_every": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weighted-mtp"
+
+
+@pytest.fixture
+def config(
+    s3: UPath, tmp_path: Path, model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
+) -> Callable[..., TrainConfig]:
+    """`config(output, place, **changes)` are the settings of a short run that reads everything from `place`."""
+    shards = scored_set(LENGTHS)
+    model = model_dir()
+    for name, source in {"set": shards.path, "set/tokenizer": shards.tokenizer_path, "model": model}.items():
+        copy_files(source, s3 / name)
+    places: dict[str, tuple[Location, Location]] = {"disk": (shards.path, model), "store": (s3 / "set", s3 / "model")}
+
+    def build(output: Location, place: str = "disk", **changes: Any) -> TrainConfig:
+        given, trunk = places[place]
+        return TrainConfig(**(SETTINGS | {"input": given, "model": str(trunk), "output": output} | changes))
+
+    return build
+
+
+def trained(output: Location) -> dict[str, Tensor]:
+    """All parameters of a finished run."""
+    files = (output / "model" / "model.safetensors", output / "heads" / "heads.safetensors")
+    return {name: value for file in files for name, value in load(file.read_bytes()).items()}
+
+
+def metrics(output: Location) -> list[dict[str, float]]:
+    """Logged metrics without those that measure time."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def assert_same(one: Location, other: Location) -> None:
+    assert metrics(one) == metrics(other)
+    for name, value in trained(one).items():
+        assert torch.equal(value, trained(other)[name]), name
+
+
+def test_a_remote_set_and_model_train_as_local_ones_do(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    local = config(tmp_path / "local")
+    remote = config(tmp_path / "remote", "store")
+    assert train(local)["loss"] == train(remote)["loss"]
+    assert train(local.model_copy(update={"input": remote.input, "model": remote.model}))["already_complete"]
+    assert evaluate(EvaluateConfig(model=remote.model, input=remote.input))[0].loss == pytest.approx(
+        evaluate(EvaluateConfig(model=local.model, input=local.input))[0].loss
+    )
+
+
+def test_a_run_in_a_store_is_the_run_on_disk(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, cache: Path
+) -> None:
+    local, remote = config(tmp_path / "run", trackers=["tensorboard"]), config(s3 / "run", trackers=["tensorboard"])
+    train(local)
+    train(remote)
+    assert_same(local.output, remote.output)
+    expected = {name for name in walk(local.output) if not name.startswith("wmtp/")}
+    found = {name for name in walk(remote.output) if not name.startswith("wmtp/")}
+    assert found - expected == {f"checkpoints/step-0000000{step}/{COMPLETE}" for step in (4, 6)}
+    assert expected < found
+    assert any("events" in name for name in walk(remote.output / "wmtp"))
+    assert not list((cache / "runs").iterdir())
+    assert train(remote)["already_complete"]
+    losses = [evaluate(EvaluateConfig(model=str(run.output), input=run.input)) for run in (local, remote)]
+    assert losses[0] == losses[1]
+    assert len(losses[1]) == 2  # of its own heads, at its own row length
+    with pytest.raises(UserError, match=rf"{remote.output}: holds a run with other settings \(seed\)"):
+        train(config(s3 / "run", seed=1))
+    assert not list((cache / "runs").iterdir())
+
+
+def test_a_stopped_run_goes_on_on_another_machine(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = config(tmp_path / "whole"), config(s3 / "broken")
+    train(whole)
+    save = run_module.RunDirectory.save_checkpoint
+
+    def stop_after_saving(self: Any, accelerator: Any, step: int) -> None:
+        save(self, accelerator, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RunDirectory, "save_checkpoint", stop_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    train(broken)
+    assert_same(whole.output, broken.output)
+
+
+KILLED = (
+    "import os, signal, sys\n"
+    "from schemas.configs import TrainConfig\n"
+    "from training.mirror import Mirror\n"
+    "from training.trainer import train\n"
+    "complete = Mirror.complete_checkpoint\n"
+    "def die(self, name, keep):\n"
+    "    if name == 'step-00000004': os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    complete(self, name, keep)\n"
+    "Mirror.complete_checkpoint = die\n"
+    "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
+)
+
+
+def test_a_checkpoint_without_its_last_object_does_not_count(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is killed with SIGKILL when all files of the second checkpoint are there but not their list."""
+    whole, broken = config(tmp_path / "whole"), config(s3 / "broken", keep_checkpoints=1)
+    train(whole)
+    killed = subprocess.run([sys.executable, "-c", KILLED, broken.model_dump_json()], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    files = set(walk(broken.output / "checkpoints"))
+    assert "step-00000004/model.safetensors" in files
+    assert [name for name in files if name.endswith(COMPLETE)] == [f"step-00000002/{COMPLETE}"]
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+    continued: list[int] = []
+    claim = run_module.RunDirectory.claim
+
+    def record(self: Any, step: int) -> None:
+        claim(self, step)
+        continued.append(step)
+        assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000002"}
+
+    monkeypatch.setattr(run_module.RunDirectory, "claim", record)
+    train(broken)
+    assert continued == [2]
+    assert_same(whole.output, broken.output)
+    assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000006"}
+
+
+def test_a_checkpoint_that_lost_a_file_does_not_count(config: Callable[..., TrainConfig], s3: UPath) -> None:
+    run = config(s3 / "run")
+    train(run)
+    (run.output / "summary.json").unlink()
+    (run.output / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"cut")
+    assert train(run)["steps"] == 6
+    (run.output / "summary.json").unlink()
+    damaged = run.output / "checkpoints" / "step-00000006" / "model.safetensors"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.raises(UserError, match=f"{run.output}/checkpoints/step-00000006: cannot be loaded"):
+        train(run)
+
+
+def test_a_store_that_holds_something_else_is_left_alone(
+    config: Callable[..., TrainConfig], s3: UPath, cache: Path
+) -> None:
+    run = config(s3 / "run")
+    write_text(run.output / "thesis.tex", "years of work")
+    with pytest.raises(UserError, match=f"{run.output}: already holds something else"):
+        train(run)
+    assert list(walk(run.output)) == ["thesis.tex"]
+    assert not list((cache / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_two_ranks_share_one_mirror(config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path) -> None:
+    """Two gloo processes of one machine, stopped and continued with another cache."""
+    one, two = config(tmp_path / "one"), config(s3 / "two")
+    train(one)
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        "import os, sys\n"
+        "from schemas.configs import TrainConfig\n"
+        "from schemas import locks\n"
+        "from training.run import RunDirectory\n"
+        "from training.trainer import train\n"
+        "locks.RENEWAL_SECONDS = 0.3\n"
+        "save = RunDirectory.save_checkpoint\n"
+        "def save_and_stop(self, accelerator, step):\n"
+        "    save(self, accelerator, step)\n"
+        "    if str(step) == os.environ.get('STOP_AT'): os._exit(0)\n"
+        "RunDirectory.save_checkpoint = save_and_stop\n"
+        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for machine, stop in enumerate(({"STOP_AT": "4"}, {})):
+        settings["XDG_CACHE_HOME"] = str(tmp_path / f"machine {machine}")
+        done = subprocess.run(
+            [*launch, str(runner), two.model_dump_json()], capture_output=True, env=os.environ | settings | stop
+        )
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        found = walk(two.output)
+        assert {f"checkpoints/step-00000004/random_states_{rank}.pkl" for rank in (0, 1)} < set(found)
+        assert ("summary.json" in found) == (not stop)
+    for a, b in zip(metrics(one.output), metrics(two.output), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for name, value in trained(one.output).items():
+        torch.testing.assert_close(trained(two.output)[name], value, rtol=1e-3, atol=1e-4)
