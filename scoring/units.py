@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import UserError
-from schemas.files import PROGRESS, atomic_write, move
+from schemas.files import PROGRESS, atomic_write, move, write_text
 from schemas.locations import Location, list_files
 from schemas.manifest import Record, ShardEntry, Timings
 from schemas.shards import flat_values, write_shard
@@ -100,13 +100,13 @@ def find_done(output: Location, units: list[ShardEntry]) -> set[str]:
 
 def note_suspect(output: Location, unit: str, model: str, row: int) -> None:
     """Note which sequence of a unit is tried next: if the worker dies now, it is a suspect."""
-    suspect_note(output, unit).write_text(f"{model} {row}")
+    write_text(suspect_note(output, unit), f"{model} {row}")
 
 
 def read_suspect(output: Location, unit: str) -> Suspect | None:
     """The sequence that was noted last, and forget the note."""
     note = suspect_note(output, unit)
-    if not note.exists():
+    if note.name not in list_files(note.parent):  # a store's own answer may be one from before the note
         return None
     model, row = note.read_text().split()
     note.unlink()
