@@ -17,7 +17,7 @@ from schemas.errors import UserError
 from schemas.files import write_text
 from schemas.locations import local_copy
 from schemas.manifest import Column, Contrast, Manifest
-from schemas.shard_set import ShardSet
+from schemas.shard_set import FOOTERS, ShardSet
 from schemas.shards import flat_values, list_lengths
 
 TOKENS_BEFORE = 24
@@ -114,7 +114,8 @@ def columns_table(shard_set: ShardSet) -> Table:
     table.add_column("origin", overflow="fold")
     for name in ("B/token", "missing", "mean", "std", "1 %", "50 %", "99 %"):
         table.add_column(name, justify="right")
-    cost = {name: f"{size / max(manifest.tokens, 1):.2f}" for name, size in shard_set.column_bytes().items()}
+    about = "~" * (len(manifest.shards) > FOOTERS)
+    cost = {name: f"{about}{size:.2f}" for name, size in shard_set.bytes_per_token().items()}
     table.add_row("input_ids", "the corpus", cost["input_ids"])
     for name, column in manifest.columns.items():
         table.add_row(name, Text(column.origin.describe()), cost[name], *describe_statistics(column))

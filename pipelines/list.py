@@ -1,13 +1,26 @@
 """`wmtp list`: the catalogue of shard sets."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from schemas.configs import ListConfig
 from schemas.errors import UserError
 from schemas.files import MANIFEST
 from schemas.locations import Location
 from schemas.locks import is_shard_set
-from schemas.manifest import Manifest, read_manifest
+from schemas.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What the catalogue says about a shard set, which is little: manifests of large sets take memory."""
+
+    digest: str
+    derived_from: str | None
+    corpus: str
+    tokens: int
+    bytes: int
+    columns: dict[str, str]
 
 
 def run(config: ListConfig) -> None:
@@ -16,7 +29,7 @@ def run(config: ListConfig) -> None:
     Raises:
         UserError: a directory does not exist, or there is no shard set.
     """
-    found: dict[Location, Manifest | UserError] = {}
+    found: dict[Location, Listed | UserError] = {}
     for directory in config.directories:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; check the path")
@@ -30,23 +43,31 @@ def run(config: ListConfig) -> None:
         print(line)
 
 
-def read(path: Location) -> Manifest | UserError:
-    """The manifest of a shard set, or what is wrong with it."""
+def read(path: Location) -> Listed | UserError:
+    """What the manifest of a shard set says, or what is wrong with it."""
     try:
-        return read_manifest(path)
+        manifest = read_manifest(path)
     except UserError as error:
         return error
+    return Listed(
+        digest=manifest.digest,
+        derived_from=manifest.derived_from,
+        corpus=manifest.corpus.input,
+        tokens=manifest.tokens,
+        bytes=manifest.bytes,
+        columns={name: column.origin.describe() for name, column in manifest.columns.items()},
+    )
 
 
-def catalogue(found: dict[Location, Manifest | UserError]) -> Iterator[str]:
+def catalogue(found: dict[Location, Listed | UserError]) -> Iterator[str]:
     """Lines: a shard set, then its columns."""
-    paths = {manifest.digest: path for path, manifest in found.items() if isinstance(manifest, Manifest)}
-    for path, manifest in found.items():
-        if isinstance(manifest, UserError):
-            yield str(manifest)
+    paths = {listed.digest: path for path, listed in found.items() if isinstance(listed, Listed)}
+    for path, listed in found.items():
+        if isinstance(listed, UserError):
+            yield str(listed)
             continue
-        source = manifest.derived_from
-        origin = manifest.corpus.input if source is None else str(paths.get(source, f"a set not found, {source[:12]}"))
-        yield f"{path}: {manifest.tokens:,} tokens, {manifest.bytes:,} bytes, from {origin}"
-        width = max(map(len, manifest.columns), default=0)
-        yield from (f"    {name:<{width}}  {column.origin.describe()}" for name, column in manifest.columns.items())
+        source = listed.derived_from
+        origin = listed.corpus if source is None else str(paths.get(source, f"a set not found, {source[:12]}"))
+        yield f"{path}: {listed.tokens:,} tokens, {listed.bytes:,} bytes, from {origin}"
+        width = max(map(len, listed.columns), default=0)
+        yield from (f"    {name:<{width}}  {described}" for name, described in listed.columns.items())

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schemas.locations import Location
-from schemas.shard_set import REJECTS, ShardSet
+from schemas.shard_set import FOOTERS, REJECTS, ShardSet
 from scoring.conditions import ScoringPlan
 from scoring.units import read_records
 
@@ -34,13 +34,13 @@ class Scored:
 def print_summary(shards: ShardSet, scored: Scored) -> None:
     """Print what the columns hold, how fast it went, and the next command."""
     manifest = shards.manifest
-    sizes = shards.column_bytes()
+    sizes, about = shards.bytes_per_token(), "~" * (len(manifest.shards) > FOOTERS)
     table = Table("column", *[f"{name:>6}" for name in ("mean", "std", "1%", "50%", "99%", "B/token")])
     for name, column in manifest.columns.items():
         of = column.statistics
         quantiles = [of.quantiles.get(q) for q in ("0.01", "0.5", "0.99")]
         numbers = ["-" if value is None else f"{value:.3f}" for value in (of.mean, of.std, *quantiles)]
-        table.add_row(name, *numbers, f"{sizes[name] / max(1, manifest.tokens):.2f}")
+        table.add_row(name, *numbers, f"{about}{sizes[name]:.2f}")
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     facts = [f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shards"]

@@ -70,7 +70,7 @@ def move(source: Location, target: Location) -> None:
     else:
         assert isinstance(source, UPath)
         assert isinstance(target, UPath)
-        source.fs.cp_file(source.path, target.path)
+        source.fs.cp_file(source.path, target.path)  # `mv` would look for folders of these names, with more requests
         source.fs.rm_file(source.path)
 
 

@@ -12,9 +12,17 @@ from schemas.locations import Location, list_files
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and without spaces."""
+    return CANONICAL.encode(value).encode()
+
+
 def digest_json(value: Any) -> str:
-    """Hexadecimal SHA-256 of `value` as canonical JSON (sorted keys, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Hexadecimal SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def directory_digest(directory: Location) -> str:

@@ -1,6 +1,8 @@
 """`manifest.json`: what the columns of a shard set are and can be trusted for."""
 
+import hashlib
 import json
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Final, Literal
 
@@ -8,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from schemas.errors import UserError, first_line
-from schemas.files import MANIFEST, write_text
-from schemas.fingerprints import digest_json
+from schemas.files import MANIFEST, atomic_write
+from schemas.fingerprints import canonical_json
 from schemas.locations import Location
 from schemas.value_counts import ColumnStatistics
 
@@ -128,6 +130,9 @@ class ShardEntry:
 
 
 SHARD_ENTRY = TypeAdapter(ShardEntry)
+SHARD_ENTRIES = TypeAdapter(list[ShardEntry])
+SHARDS_AT_ONCE = 1000
+"""Shards turned into JSON at once: all of them together would take several times the memory of the manifest."""
 
 
 class Timings(Record):
@@ -160,7 +165,10 @@ class Manifest(Record):
     @property
     def digest(self) -> str:
         """Identity of the shard set: SHA-256 over the canonical JSON of the manifest, timings left out."""
-        return digest_json(self.model_dump(mode="json", exclude={"timings"}))
+        sha256 = hashlib.sha256()
+        for piece in canonical_pieces(self):
+            sha256.update(piece)
+        return sha256.hexdigest()
 
     @property
     def tokens(self) -> int:
@@ -183,10 +191,32 @@ class Manifest(Record):
         return max((shard.longest for shard in self.shards), default=0)
 
 
+def canonical_pieces(manifest: Manifest) -> Iterator[bytes]:
+    """The canonical JSON of a manifest, timings left out, piece by piece."""
+    content = manifest.model_dump(mode="json", exclude={"timings", "shards"})
+    before = canonical_json({name: value for name, value in content.items() if name < "shards"})
+    after = canonical_json({name: value for name, value in content.items() if name > "shards"})
+    yield before.removesuffix(b"}") + b',"shards":['
+    for first in range(0, len(manifest.shards), SHARDS_AT_ONCE):
+        some = SHARD_ENTRIES.dump_python(manifest.shards[first : first + SHARDS_AT_ONCE])
+        yield b"," * bool(first) + canonical_json(some)[1:-1]
+    yield b"]," + after.removeprefix(b"{")
+
+
 def write_manifest(directory: Location, manifest: Manifest) -> None:
-    """Write `manifest.json` with its digest, atomically. This is what turns a directory into a shard set."""
-    content = manifest.model_dump(mode="json") | {"digest": manifest.digest}
-    write_text(directory / MANIFEST, json.dumps(content, indent=2) + "\n")
+    """Write `manifest.json` with its digest, atomically, a line for each shard.
+
+    This is what turns a directory into a shard set.
+    """
+    content = manifest.model_dump(mode="json", exclude={"shards", "timings"}) | {"digest": manifest.digest}
+    timings = manifest.timings.model_dump_json() if manifest.timings else "null"
+    with atomic_write(directory / MANIFEST) as file:
+        file.write(json.dumps(content, indent=2).removesuffix("\n}").encode())
+        file.write(f',\n  "timings": {timings},\n  "shards": ['.encode())
+        for index, shard in enumerate(manifest.shards):
+            file.write(b",\n    " if index else b"\n    ")
+            file.write(SHARD_ENTRY.dump_json(shard))
+        file.write(b"\n  ]\n}\n")
 
 
 def read_manifest(directory: Location) -> Manifest:

@@ -102,11 +102,12 @@ def to_table(columns: dict[str, ValueCounts]) -> pa.Table:
 def from_table(table: pa.Table) -> dict[str, ValueCounts]:
     """Inverse of `to_table`."""
     columns: dict[str, ValueCounts] = {}
-    names = np.asarray(table["column"].to_pylist(), dtype=object)
-    bits = table["value"].to_numpy().astype(np.float16).view(np.uint16)
+    names = table["column"].combine_chunks().dictionary_encode()
+    indices = names.indices.to_numpy()
+    bits = table["value"].to_numpy().view(np.uint16)
     counts = table["count"].to_numpy()
-    for name in dict.fromkeys(names):
-        of_column = names == name
+    for index, name in enumerate(names.dictionary.to_pylist()):
+        of_column = indices == index
         columns[name] = ValueCounts()
         columns[name].counts[bits[of_column]] = counts[of_column]
     return columns

@@ -66,11 +66,9 @@ class RowLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.state = LoaderState()
-        self.groups = np.array(
-            [(i, g) for i, shard in enumerate(shards.first.manifest.shards) for g in range(shard.row_groups)],
-            dtype=np.int32,
-        )
-        self._order: tuple[int, np.ndarray] = (-1, self.groups)
+        self.group_ends = np.cumsum([shard.row_groups for shard in shards.first.manifest.shards], dtype=np.int64)
+        """Row groups of each shard and all before it: of row groups, numbered through, only the order is kept."""
+        self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
         self.groups_per_block = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length) // ROW_GROUP_TOKENS
         if shards.first.manifest.tokens == shards.first.manifest.rows:
             raise UserError(
@@ -117,14 +115,15 @@ class RowLoader:
                 at = after
 
     def _blocks_per_epoch(self) -> int:
-        return -(-len(self.groups) // self.groups_per_block)
+        return -(-int(self.group_ends[-1]) // self.groups_per_block)
 
     def _load(self, epoch: int, block: int) -> Rows:
         """Read, weigh, pack and shuffle one block."""
         if self.shuffle and self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.groups)
-        chosen = self._order[1][block * self.groups_per_block : (block + 1) * self.groups_per_block]
-        parts = [self._read(int(shard), int(row_group)) for shard, row_group in chosen]
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(int(self.group_ends[-1]))
+        first = block * self.groups_per_block
+        chosen = np.arange(first, min(first + self.groups_per_block, int(self.group_ends[-1])))
+        parts = [self._read(group) for group in (self._order[1][chosen] if self.shuffle else chosen).tolist()]
         ids, weights, lengths = (np.concatenate(values) for values in zip(*parts, strict=True))
         rows = Rows(*pack(ids, weights, lengths, self.sequence_length))
         if not self.shuffle:
@@ -132,8 +131,10 @@ class RowLoader:
         order = np.random.default_rng([self.seed, epoch, block]).permutation(len(rows.input_ids))
         return rows.take(order)
 
-    def _read(self, shard: int, row_group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Flat ids, flat weights and sequence lengths of one row group."""
+    def _read(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Flat ids, flat weights and sequence lengths of one row group of the set."""
+        shard = int(np.searchsorted(self.group_ends, group, side="right"))
+        row_group = group - int(self.group_ends[shard]) + self.shards.first.manifest.shards[shard].row_groups
         column = self.weighting.column
         table = self.shards.read(shard, column, row_group)
         lengths = list_lengths(table["input_ids"])

@@ -66,12 +66,19 @@ def test_the_default_column_is_the_first_contrast(make_shard_set: MakeShardSet, 
     assert default_column(make_shard_set(sequences, name="none").manifest) is None
 
 
-def test_column_bytes_are_within_the_files(make_shard_set: MakeShardSet, sequences: list[list[int]]) -> None:
+def test_bytes_per_token_are_those_of_the_files(
+    make_shard_set: MakeShardSet, sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shard_set = make_shard_set(sequences, {"excess_loss": scores_of(sequences)})
-    sizes = shard_set.column_bytes()
+    sizes = shard_set.bytes_per_token()
     assert set(sizes) == {"document_id", "start", "input_ids", "excess_loss"}
     assert all(size > 0 for size in sizes.values())
-    assert sum(sizes.values()) < sum(shard.bytes for shard in shard_set.manifest.shards)
+    assert sum(sizes.values()) < shard_set.manifest.bytes / shard_set.manifest.tokens
+    monkeypatch.setattr("schemas.shard_set.FOOTERS", 1)
+    (shard_set.path / shard_set.manifest.shards[-1].name).unlink()
+    first = shard_set.manifest.shards[0]
+    assert len(shard_set.manifest.shards) > 1
+    assert 0 < sum(shard_set.bytes_per_token().values()) < first.bytes / first.tokens
 
 
 def test_the_report_of_a_scored_set(
