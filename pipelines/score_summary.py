@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import polars as pl
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ H100_FLOPS = 989e12
 UTILISATION = 0.4
 """Dense bfloat16 FLOP/s of an H100 or H200, and the share of it that scoring is assumed to reach."""
 SAMPLED_RECORDS = 64
+FREQUENT_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,17 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
     console.print("; ".join(facts))
     if rejects := sum(shard.rejects for shard in manifest.shards):
         console.print(f"{rejects:,} sequences could not be scored, see {shards.path / REJECTS}")
+        for line in frequent_reasons(shards.path / REJECTS):
+            console.print(f"    {line}")
     preset = next((PRESETS[name] for name in manifest.columns if name in PRESETS), "uniform")
     console.print(f"next: wmtp train --input {shards.path} --model MODEL --output RUN --weights.preset {preset}")
+
+
+def frequent_reasons(rejects: Location) -> list[str]:
+    """The most frequent reasons in a `rejects.jsonl` of scoring, with numbers in them left out."""
+    reason = pl.col("reason").str.replace_all(r"\d+", "N")
+    found = pl.read_ndjson(rejects.read_bytes()).group_by("model", reason).len().sort("len", descending=True)
+    return [f"{count:,} x {model}: {why}" for model, why, count in found.head(FREQUENT_REASONS).iter_rows()]
 
 
 def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: set[str]) -> None:
