@@ -29,6 +29,8 @@ PLACES_SECONDS = 60.0
 """How long a job without a place for even one worker waits for nodes to come back."""
 HEAD_SECONDS = 30.0
 """How long a job goes on while the head of the cluster does not answer; after 60 Ray would end the driver."""
+STALLED_SECONDS = 1800.0
+"""How long a worker with units may compute nothing before it counts as dead: processes hang, too."""
 CAREFUL_AFTER = 2
 """Workers that a unit may take down before its sequences are tried one by one."""
 CONVICTED_AFTER = 2
@@ -71,6 +73,8 @@ class Worker:
     computed: int = 0
     computed_before: int = 0
     """Tokens that its engines had computed when its last unit was done."""
+    moved_at: float = 0.0
+    """When it was last seen to get on with its units."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ class ScoringJob:
                 trouble = self.trouble.get(shard.name, Trouble())
                 attempt = Attempt(shard.name, uuid4().hex[:12])
                 unit = Unit(shard, attempt, trouble.deaths >= CAREFUL_AFTER, dict(trouble.given_up))
+                worker.moved_at = time.monotonic() if not worker.units else worker.moved_at
                 worker.units.append(unit)
                 self.calls[worker.actor.score.remote(unit)] = Call(worker, unit)
 
@@ -178,6 +183,8 @@ class ScoringJob:
             self._lose(call.worker, cause_of_death(error))
             return
         if call.progress:
+            if result != call.worker.computed:
+                call.worker.moved_at = time.monotonic()
             call.worker.computed = result
         else:
             self._judge(call.worker, call.unit, result)
@@ -198,6 +205,7 @@ class ScoringJob:
             commit(self.task.output, unit.attempt)
             worker.units.remove(unit)
             worker.computed_before = worker.computed
+            worker.moved_at = time.monotonic()
             self.trouble.pop(unit.shard.name, None)
             self.failed_starts = 0
             done = self.done
@@ -275,6 +283,9 @@ class ScoringJob:
             )
         else:
             return
+        for worker in list(self.workers):
+            if worker.units and now - worker.moved_at > STALLED_SECONDS:
+                self._lose(worker, f"it computed nothing for {STALLED_SECONDS:g} seconds")
         asked = {call.worker for call in self.calls.values() if call.progress}
         for worker in self.workers:
             if worker.ready and worker not in asked:
