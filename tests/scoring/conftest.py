@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,12 @@ class Nodes:
         raylet.wait()
         self.cluster.worker_nodes.discard(node)
 
+    def wait_until_alone(self) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while len(self.cluster.global_state._live_node_ids()) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
     def kill_gcs(self) -> None:
         gcs = self.cluster.head_node.all_processes["gcs_server"][0].process
         gcs.kill()
@@ -80,10 +86,11 @@ def cluster() -> Iterator[Nodes]:
 
 @pytest.fixture
 def nodes(cluster: Nodes) -> Iterator[Nodes]:
-    """The cluster without nodes but its head."""
+    """The cluster without nodes but its head, which takes 15 seconds to notice that a node was killed."""
+    cluster.wait_until_alone()
     yield cluster
     for node in list(cluster.cluster.worker_nodes):
-        cluster.kill(node)
+        cluster.cluster.remove_node(node)
 
 
 def is_worker(process: int) -> bool:
@@ -95,7 +102,7 @@ def is_worker(process: int) -> bool:
 
 @dataclass
 class Scoring:
-    """A `wmtp score` in a process of its own whose engines log which shards they score."""
+    """A `wmtp score` in a process of its own whose engines log which rows they score."""
 
     arguments: list[str]
     output: Path
@@ -154,10 +161,17 @@ class Scoring:
         assert self.process is not None
         return self.process.wait(seconds)
 
-    def scored(self) -> list[tuple[str, int]]:
-        """Shard, by its first token ids, and process of each time that a shard was given to an engine."""
-        lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        return [(shard, int(process)) for shard, process in lines]
+    def scored(self) -> list[tuple[int, int]]:
+        """Number of the row in the corpus, and process, of each time that a row was given to an engine."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [(int(row), int(process)) for row, process in map(str.split, lines)]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No engine gets done meanwhile."""
+        self.log.with_suffix(".hold").touch()
+        yield
+        self.log.with_suffix(".hold").unlink()
 
     def workers(self) -> set[int]:
         """Processes of workers that are alive."""
@@ -175,12 +189,12 @@ class Scoring:
 
 @pytest.fixture
 def many_tokens(make_shard_set: Callable[..., ShardSet]) -> Callable[[int], ShardSet]:
-    """Make shards that are known by the first two token ids of their first sequence."""
+    """Make shards of four rows whose first two tokens are the number of the row in base 250."""
 
     def make(shards: int) -> ShardSet:
         rng = np.random.default_rng(0)
         sequences = rng.integers(0, 256, (4 * shards, 64))
-        sequences[::4, :2] = np.stack(np.divmod(np.arange(shards), 250), axis=1)
+        sequences[:, :2] = np.stack(np.divmod(np.arange(4 * shards), 250), axis=1)
         return make_shard_set(sequences.tolist(), name="many", rows_per_shard=4)
 
     return make

@@ -1,6 +1,7 @@
-"""`wmtp` with engines that log each shard they score: run as a script, so that Ray sends what is defined here by value.
+"""`wmtp` with engines that log each row they score, known by its first two tokens.
 
-Arguments: the log, seconds that each shard takes at least, constants of `scoring.job` as JSON, the arguments of `wmtp`.
+Run as a script, so that Ray sends what is defined here by value. Arguments: the log, seconds that a shard takes at
+least, constants of `scoring.job` as JSON, the arguments of `wmtp`. Engines wait while the log has a sibling `.hold`.
 """
 
 import json
@@ -30,10 +31,12 @@ class LoggedEngine:
         return self.engine.computed_tokens
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
-        first = "-".join(map(str, requests[0].input_ids[:2]))
+        rows = [int(request.input_ids[0]) * 250 + int(request.input_ids[1]) for request in requests]
         with open(self.log, "ab", buffering=0) as file:
-            file.write(f"{first} {os.getpid()}\n".encode())
+            file.write("".join(f"{row} {os.getpid()}\n" for row in rows).encode())
         time.sleep(self.seconds)
+        while self.log.with_suffix(".hold").exists():
+            time.sleep(0.05)
         return self.engine.score(requests)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from schemas.shard_set import ShardSet
 
-SHARDS = 400
+SHARDS = 160
+ROWS = 4
 KILLS = {"worker": 8, "node": 6, "driver": 6}
 UNITS_LOST = {"worker": 2, "node": 2, "driver": 4}
 """A worker has two units under way, and a driver two workers."""
@@ -48,7 +49,7 @@ def test_twenty_kills_change_no_byte(nodes, scoring, many_tokens: Callable[[int]
     assert {file.name for file in run.output.iterdir()} == {file.name for file in whole.output.iterdir()}
     for file in whole.output.glob("*.parquet"):
         assert (run.output / file.name).read_bytes() == file.read_bytes()
-    times = Counter(shard for shard, _ in run.scored())
-    assert len(times) == SHARDS
+    times = Counter(row for row, _ in run.scored())
+    assert len(times) == SHARDS * ROWS
     assert max(times.values()) <= 1 + sum(KILLS.values())
-    assert times.total() <= SHARDS + sum(UNITS_LOST[kind] * kills for kind, kills in KILLS.items())
+    assert times.total() <= ROWS * (SHARDS + sum(UNITS_LOST[kind] * kills for kind, kills in KILLS.items()))

@@ -1,5 +1,6 @@
 """The Ray that `wmtp score` starts on this machine: where it listens, and what is left of it when anything dies."""
 
+import os
 import signal
 import time
 
@@ -13,7 +14,9 @@ ORPHAN_SECONDS = 20.0
 
 @pytest.fixture
 def run(scoring, many_tokens):
-    return scoring(many_tokens(40), seconds=0.5, constants={"HEAD_SECONDS": 2.0, "PLACES_SECONDS": 2.0})
+    return scoring(
+        many_tokens(40), seconds=0.5, constants={"HEAD_SECONDS": 2.0, "PLACES_SECONDS": 2.0, "STALLED_SECONDS": 10.0}
+    )
 
 
 def finish(run) -> None:
@@ -64,6 +67,18 @@ def test_ray_is_killed(run, victim, message):
     assert run.lines()[-1].startswith(f"wmtp score: error: {message}")
     wait_for_end_of(processes)
     finish(run)
+
+
+@pytest.mark.slow
+def test_worker_hangs(run):
+    run.start()
+    run.wait_until(lambda: run.done() > 0)
+    (worker,) = run.workers()
+    os.kill(worker, signal.SIGSTOP)
+    assert run.wait() == 0, run.lines()
+    assert not psutil.pid_exists(worker)
+    assert any("lost a worker (it computed nothing for 10 seconds)" in line for line in run.lines())
+    assert len(run.scored()) <= 4 * (40 + 2), "it had two shards"
 
 
 @pytest.mark.slow
