@@ -6,12 +6,15 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from textwrap import shorten
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services, worker
+from ray.exceptions import RayError, RayTaskError
 
 from schemas.errors import UserError, first_line
 
@@ -123,10 +126,13 @@ def ray_session(address: str | None, pool: Pool | None = None) -> Iterator[None]
     os.environ.update(ENVIRONMENT | os.environ)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    worker.listen_error_messages = lambda *_: None  # pages about dead nodes, on stdout; the job says it in a line
     try:
         if address:
-            check_reachable(address)
-            ray.init(address=address, **quiet)
+            check_reachable(services.canonicalize_bootstrap_address(address))
+            ray_constants.NUM_REDIS_GET_RETRIES = 1  # of 40 seconds each
+            with silent_stderr():
+                ray.init(address=address, **quiet)
         else:
             os.environ[ON_LOOPBACK] = "0"
             ray_constants.ENABLE_RAY_CLUSTER = False  # the same for this process, which has read it already
@@ -135,12 +141,51 @@ def ray_session(address: str | None, pool: Pool | None = None) -> Iterator[None]
     except Exception as error:  # a start that times out raises just that
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         where += "; if it asks for a token, set RAY_AUTH_MODE=token" * bool(address)
-        raise UserError(f"{where} ({first_line(error)})") from error
+        raise UserError(f"{where} ({last_reason(error)})") from error
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which aborts
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Keep from the terminal what the parts of Ray that are not Python write there while they connect."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def last_reason(error: BaseException) -> str:
+    """The reason at the root of an exception, in one line; Ray hides it behind others or below a traceback."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else first_line(error)
+
+
+def cause_of_death(error: RayError) -> str:
+    """Why a worker did not answer, in one line: Ray says it below its first line and the details of the actor."""
+    if isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False):
+        return last_reason(error)
+    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
+    return shorten(lines[min(1, len(lines) - 1)], 200, placeholder="...") if lines else type(error).__name__
+
+
+def head_answers() -> bool:
+    """Whether the head of the connected cluster takes connections; without it, Ray ends this process after a minute."""
+    try:
+        check_reachable(ray.get_runtime_context().gcs_address)
+    except OSError:
+        return False
+    return True
 
 
 def check_reachable(address: str) -> None:

@@ -15,9 +15,9 @@ import ray
 from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.exceptions import RayError
 
-from schemas.errors import UserError, first_line
+from schemas.errors import UserError
 from schemas.manifest import ShardEntry
-from scoring.cluster import Pool, describe_nodes
+from scoring.cluster import Pool, cause_of_death, describe_nodes, head_answers
 from scoring.engines import Engine, load_engine
 from scoring.scorer import ScoringTask
 from scoring.units import Attempt, Suspect, commit, read_suspect
@@ -27,6 +27,10 @@ UNITS_PER_WORKER = 2
 POLL_SECONDS = 1.0
 PLACES_SECONDS = 60.0
 """How long a job without a place for even one worker waits for nodes to come back."""
+HEAD_SECONDS = 30.0
+"""How long a job goes on while the head of the cluster does not answer; after 60 Ray would end the driver."""
+STALLED_SECONDS = 1800.0
+"""How long a worker with units may compute nothing before it counts as dead: processes hang, too."""
 CAREFUL_AFTER = 2
 """Workers that a unit may take down before its sequences are tried one by one."""
 CONVICTED_AFTER = 2
@@ -69,6 +73,8 @@ class Worker:
     computed: int = 0
     computed_before: int = 0
     """Tokens that its engines had computed when its last unit was done."""
+    moved_at: float = 0.0
+    """When it was last seen to get on with its units."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class ScoringJob:
         self.calls: dict[Any, Call] = {}
         self.failed_starts = 0
         self.done = Progress(0, 0, 0, 0)
-        self.placed_at = time.monotonic()
+        self.looked_at = self.headed_at = self.placed_at = time.monotonic()
 
     def run(self) -> Iterator[Progress]:
         """Score all units; yield the progress after every change, and every second.
@@ -127,7 +133,7 @@ class ScoringJob:
                 ready, _ = ray.wait(list(self.calls), timeout=POLL_SECONDS)
                 for ref in ready:
                     self._finish(ref)
-                if not ready:
+                if time.monotonic() - self.looked_at >= POLL_SECONDS:
                     self._look_around()
                 yield self._progress()
         finally:
@@ -155,6 +161,7 @@ class ScoringJob:
                 trouble = self.trouble.get(shard.name, Trouble())
                 attempt = Attempt(shard.name, uuid4().hex[:12])
                 unit = Unit(shard, attempt, trouble.deaths >= CAREFUL_AFTER, dict(trouble.given_up))
+                worker.moved_at = time.monotonic() if not worker.units else worker.moved_at
                 worker.units.append(unit)
                 self.calls[worker.actor.score.remote(unit)] = Call(worker, unit)
 
@@ -173,9 +180,11 @@ class ScoringJob:
         except RayError as error:
             if isinstance(error, RayOutOfMemoryError):
                 self._lower_batch(call.worker, "Ray ended a worker")
-            self._lose(call.worker, first_line(error))
+            self._lose(call.worker, cause_of_death(error))
             return
         if call.progress:
+            if result != call.worker.computed:
+                call.worker.moved_at = time.monotonic()
             call.worker.computed = result
         else:
             self._judge(call.worker, call.unit, result)
@@ -196,6 +205,7 @@ class ScoringJob:
             commit(self.task.output, unit.attempt)
             worker.units.remove(unit)
             worker.computed_before = worker.computed
+            worker.moved_at = time.monotonic()
             self.trouble.pop(unit.shard.name, None)
             self.failed_starts = 0
             done = self.done
@@ -262,14 +272,27 @@ class ScoringJob:
         self.calls = {ref: call for ref, call in self.calls.items() if call.worker is not worker}
 
     def _look_around(self) -> None:
-        """Ask busy workers how far they are, and see whether there is still a place for one."""
+        """Ask busy workers how far they are, and see whether there are still a head and a place for a worker."""
+        now = self.looked_at = time.monotonic()
+        if head_answers():
+            self.headed_at = now
+        elif now - self.headed_at > HEAD_SECONDS:
+            raise UserError(
+                "the head of the Ray cluster does not answer any more; start it again and rerun the same command, "
+                "which continues"
+            )
+        else:
+            return
+        for worker in list(self.workers):
+            if worker.units and now - worker.moved_at > STALLED_SECONDS:
+                self._lose(worker, f"it computed nothing for {STALLED_SECONDS:g} seconds")
         asked = {call.worker for call in self.calls.values() if call.progress}
         for worker in self.workers:
             if worker.ready and worker not in asked:
                 self.calls[worker.actor.computed_tokens.remote()] = Call(worker, progress=True)
         if any(worker.ready for worker in self.workers) or self.pool.places():
-            self.placed_at = time.monotonic()
-        elif time.monotonic() - self.placed_at > PLACES_SECONDS:
+            self.placed_at = now
+        elif now - self.placed_at > PLACES_SECONDS:
             raise UserError(
                 f"no node of the Ray cluster ({describe_nodes()}) can hold a worker any more, which needs "
                 f"{self.pool.needs()}; add nodes and rerun the same command, which continues"
