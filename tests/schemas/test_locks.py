@@ -28,14 +28,18 @@ HOLD = (
 )
 
 
+RENEWAL_SECONDS = 1.0
+"""Short enough to wait for, long enough for a process that has little of the processor to renew in time."""
+
+
 @pytest.fixture(autouse=True)
 def _quick_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.3)
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", RENEWAL_SECONDS)
 
 
 def holder(output: UPath) -> subprocess.Popen[str]:
     """Another process that takes the lock and keeps it until its input ends."""
-    command = [sys.executable, "-c", HOLD, str(output), "0.3"]
+    command = [sys.executable, "-c", HOLD, str(output), str(RENEWAL_SECONDS)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -58,7 +62,7 @@ def test_while_one_process_works_another_is_told_who_it_is(s3: UPath) -> None:
         assert first_line(other) == "held\n"
         with pytest.raises(UserError, match=rf"process {other.pid} on .* is writing it"), exclusive(s3):
             pass
-        other.communicate(timeout=20)
+        other.communicate(timeout=60)
     assert list_files(s3) == {}
 
 
@@ -68,7 +72,7 @@ def test_of_several_that_start_at_once_one_wins(s3: UPath) -> None:
     assert said.count("held\n") == 1
     assert sum("is writing it" in line for line in said) == 2
     for process in processes:
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(s3: UPath, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +94,7 @@ def test_of_several_that_take_over_at_once_one_wins(s3: UPath) -> None:
     assert said.count("held\n") == 1
     assert sum("is writing it" in line for line in said) == 2
     for process in processes:
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
@@ -99,12 +103,12 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
     def lose_it() -> None:
         with exclusive(s3):
             write_text(s3 / LOCK, "process 1 on nowhere 0")
-            time.sleep(20)
+            time.sleep(60)
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         lose_it()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert "the lock of this run is gone" in capsys.readouterr().err
     assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
 
@@ -116,9 +120,9 @@ def test_a_lock_outlives_a_store_that_is_away(s3: UPath, monkeypatch: pytest.Mon
     with exclusive(s3):
         with monkeypatch.context() as patch:
             patch.setattr(locks, "_content", away)
-            time.sleep(1)
+            time.sleep(2 * RENEWAL_SECONDS)
         before = (s3 / LOCK).read_text()
-        time.sleep(1)
+        time.sleep(2 * RENEWAL_SECONDS)
         assert (s3 / LOCK).read_text() != before
 
 
