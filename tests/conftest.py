@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import s3fs
 import torch
+from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +26,9 @@ from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, 
 from schemas.shard_set import ShardSet, finish_shard_set
 from schemas.shards import list_column, shard_name, write_shard
 from schemas.value_counts import ValueCounts
+
+settings.register_profile("default", deadline=None)  # a busy machine is no failure
+settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
