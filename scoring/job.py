@@ -201,13 +201,13 @@ class ScoringJob:
             self._lose(worker, outcome.reason)
         elif unit is None:
             worker.ready = True
+            self.failed_starts = 0
         else:
             commit(self.task.output, unit.attempt)
             worker.units.remove(unit)
             worker.computed_before = worker.computed
             worker.moved_at = time.monotonic()
             self.trouble.pop(unit.shard.name, None)
-            self.failed_starts = 0
             done = self.done
             self.done = replace(
                 done,

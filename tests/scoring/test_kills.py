@@ -13,7 +13,7 @@ from schemas.shard_set import ShardSet
 
 SHARDS = 160
 ROWS = 4
-KILLS = {"worker": 8, "node": 6, "driver": 6}
+KILLS = {"worker": 9, "node": 7, "driver": 4}
 UNITS_LOST = {"worker": 2, "node": 2, "driver": 4}
 """A worker has two units under way, and a driver two workers."""
 

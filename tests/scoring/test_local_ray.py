@@ -9,8 +9,6 @@ import pytest
 
 from schemas.shard_set import ShardSet, verify
 
-ORPHAN_SECONDS = 20.0
-
 
 @pytest.fixture
 def run(scoring, many_tokens):
@@ -31,22 +29,24 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def wait_for_end_of(processes: list[psutil.Process]) -> None:
-    deadline = time.monotonic() + ORPHAN_SECONDS
+def wait_for_end_of(processes: list[psutil.Process], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
     while left := alive(processes):
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
 
 
-def test_ports_are_on_loopback_and_there_is_no_dashboard(run):
+def test_ports_are_on_loopback_and_the_dashboard_has_none(run):
     run.start()
     run.wait_until(lambda: run.done() > 0)
     processes = [psutil.Process(run.process.pid), *run.children()]
     names = {process.name() for process in processes}
     assert {"gcs_server", "raylet"} <= names
-    assert not any("dashboard.py" in argument for process in processes for argument in process.cmdline())
-    sockets = [socket for process in processes for socket in process.net_connections("inet")]
-    listening = {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    listening = set()
+    for process in processes:
+        sockets = [socket for socket in process.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
+        assert not (sockets and any("dashboard.py" in argument for argument in process.cmdline()))
+        listening |= {socket.laddr.ip for socket in sockets}
     assert listening
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     run.send(signal.SIGINT)
@@ -64,8 +64,9 @@ def test_ray_is_killed(run, victim, message):
     processes = run.children()
     run.child(victim).kill()
     assert run.wait(90) == 1
-    assert run.lines()[-1].startswith(f"wmtp score: error: {message}")
-    wait_for_end_of(processes)
+    assert run.lines()[-1].startswith("wmtp score: error: ")
+    assert message in run.lines()[-1]
+    wait_for_end_of(processes, 90)  # Ray's agents look for a dead gcs_server for a minute
     finish(run)
 
 
