@@ -15,6 +15,7 @@ import warnings
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -163,7 +164,7 @@ def spell_out_switches(arguments: Sequence[str]) -> Iterator[str]:
     """Give `--flag` the value true where it is a yes or no and no value follows."""
     fields = [field for config in COMMANDS.values() for field in config.model_fields.items()]
     switches = {f"--{name}" for name, field in fields if field.annotation is bool}
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in pairwise([*arguments, "--"]):
         alone = argument in switches and following.startswith("--")
         yield f"{argument}=true" if alone else argument
 

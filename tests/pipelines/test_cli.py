@@ -84,6 +84,13 @@ def test_flags_override_the_file(configured: Callable[[list[str]], Config], tmp_
     assert config.input == (Path("a"),)
 
 
+def test_a_switch_needs_no_value(configured) -> None:
+    assert configured([*SCORE, "--dry_run", "--entropy"]).dry_run
+    assert configured([*SCORE, "--dry_run", "--entropy"]).entropy
+    assert not configured([*SCORE, "--dry_run", "false"]).dry_run
+    assert configured([*SCORE, "--entropy=true"]).entropy
+
+
 def test_print_config_gives_a_file_with_the_same_settings(
     configured: Callable[[list[str]], Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +151,7 @@ def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Conf
         ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
         ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),
         ([*TRAIN, "--heads.offsets", "[1,0]"], "--heads.offsets: should be greater than 0"),
-        ([*TRAIN, "--input", "a,"], "--input: should have a path on both sides of every comma, not 'a,'"),
+        ([*TRAIN, "--input", "a,"], "--input: should have a path on both sides of every comma;"),
         ([*TRAIN, "--seed", "x"], "--seed: should be a valid integer"),
         (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
     ],
