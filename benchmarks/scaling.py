@@ -41,6 +41,7 @@ from schemas.fingerprints import directory_digest
 from schemas.manifest import CorpusInfo, Manifest, TokenizerInfo, read_manifest, write_manifest
 from schemas.shard_set import ShardSet, finish_shard_set, verify
 from schemas.shards import list_column, shard_name, write_shard
+from schemas.zipped import ZippedSets
 from scoring.cluster import Pool, ray_session
 from scoring.conditions import plan_columns
 from scoring.engines import EngineConfig, Request
@@ -271,7 +272,8 @@ def measure_driver(units: int, work: Path) -> dict[str, Any]:
         faults = [check for check in verify(run.output, read_manifest(run.output)) if check.fault]
     assert not faults
     with steps.step("loader for training"):
-        RowLoader(source, make_weighting(WeightsConfig(), source), LENGTH)
+        zipped = ZippedSets((source,))
+        RowLoader(zipped, make_weighting(WeightsConfig(), zipped), LENGTH)
     return {"manifest": (run.output / "manifest.json").stat().st_size, "steps": steps.rows}
 
 
