@@ -7,7 +7,7 @@ leaves nothing behind; one that was killed starts over when it is repeated.
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -34,12 +34,12 @@ def run(config: PrepareConfig) -> ShardSet:
         UserError: the corpus, the tokenizer or the output is not as it must be.
     """
     sources = find_sources(config)
-    with exclusive(config.output):
-        return prepare(config, sources)
+    with exclusive(config.output) as held:
+        return prepare(config, sources, held)
 
 
-def prepare(config: PrepareConfig, sources: list[Source]) -> ShardSet:
-    """Tokenise `sources` into an output directory that no other process writes."""
+def prepare(config: PrepareConfig, sources: list[Source], held: Callable[[], bool]) -> ShardSet:
+    """Tokenise `sources` into an output directory that no other process writes as long as `held`."""
     started = time.monotonic()
     tokenizer = load_tokenizer(config.tokenizer)
     added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
@@ -84,7 +84,7 @@ def prepare(config: PrepareConfig, sources: list[Source]) -> ShardSet:
         prepared = finish_shard_set(config.output, manifest, {})
     except BaseException:
         # Nothing here can be continued, and the claim would refuse the settings that the user corrects next.
-        if not (config.output / MANIFEST).exists():
+        if held() and not (config.output / MANIFEST).exists():
             clear_directory(config.output)
         raise
     print_summary(prepared, tally, time.monotonic() - started)

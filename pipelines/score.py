@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
@@ -17,9 +18,9 @@ from tqdm import tqdm
 
 from pipelines.score_summary import Scored, print_dry_run, print_summary
 from schemas.configs import ScoreConfig
-from schemas.errors import UserError
+from schemas.errors import UserError, first_line
 from schemas.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
-from schemas.locations import Location, resolve
+from schemas.locations import Location, remove_tree, resolve
 from schemas.locks import exclusive
 from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
 from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
@@ -39,7 +40,7 @@ from scoring.engines import (
 from scoring.job import ScoringJob
 from scoring.models import check_length, check_model
 from scoring.scorer import ScoringTask
-from scoring.units import clear_attempts, find_done, gather
+from scoring.units import Reject, clear_attempts, find_done, gather
 from scoring.windows import make_window
 
 
@@ -50,6 +51,7 @@ def run(config: ScoreConfig) -> ShardSet | None:
         UserError: the input, a model, the output or the machine is not as it must be.
     """
     source = ShardSet.open(config.input)
+    source.value_counts(), earlier_rejects(source)  # needed at the end: find out now
     plan = plan_run(config, source)
     engine = choose_engine(config.engine)
     method = plan_method(config, engine, plan)
@@ -70,7 +72,8 @@ def run(config: ScoreConfig) -> ShardSet | None:
             check_claim(config.output, request)
             print_dry_run(config.output, source, plan, find_done(config.output, source.manifest.shards))
             return None
-        claim_output(config.output, request)
+        if not claim_output(config.output, request):
+            remove_tree(config.output / TOKENIZER)  # of a claim that gave way
         clear_attempts(config.output)
         copy_files(source.tokenizer_path, config.output / TOKENIZER)
         task = ScoringTask(
@@ -213,10 +216,11 @@ def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Co
     """Put the records together: manifest, statistics and rejects of a set whose shards are all there."""
     shards = source.manifest.shards
     found = gather(output, [shard.name for shard in shards])
-    rejects = [*earlier_rejects(source), *(reject.model_dump_json() for reject in found.rejects)]
+    rejects = earlier_rejects(source) + found.rejects
     if rejects:
-        write_text(output / REJECTS, "".join(line + "\n" for line in rejects))
-    entries = [replace(new, rejects=new.rejects + old.rejects) for new, old in zip(found.entries, shards, strict=True)]
+        write_text(output / REJECTS, "".join(reject.model_dump_json() + "\n" for reject in rejects))
+    sequences = Counter(shard for shard, _ in {(reject.shard, reject.row) for reject in rejects})
+    entries = [replace(entry, rejects=sequences[entry.name]) for entry in found.entries]
     counts = source.value_counts() | {name: found.counts[name] for name in origins}
     new = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
     manifest = Manifest(
@@ -231,7 +235,16 @@ def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Co
     return finish_shard_set(output, manifest, counts)
 
 
-def earlier_rejects(source: ShardSet) -> list[str]:
-    """Lines of the input's own `rejects.jsonl` about sequences that could not be scored under its columns."""
-    rejects = source.path / REJECTS
-    return rejects.read_text().splitlines() if source.manifest.columns and rejects.exists() else []
+def earlier_rejects(source: ShardSet) -> list[Reject]:
+    """What the input's own `rejects.jsonl` says of sequences that could not be scored under its columns.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    file = source.path / REJECTS
+    if not any(shard.rejects for shard in source.manifest.shards):
+        return []
+    try:
+        return [Reject.model_validate_json(line) for line in file.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: missing or damaged ({first_line(error)}); restore it") from error

@@ -125,7 +125,9 @@ class ScoreConfig(Config):
     dry_run: bool = Field(False, description="only say what would be computed, what it would cost, and what is there")
 
     @model_validator(mode="after")
-    def _check_stride(self) -> "ScoreConfig":
+    def _check(self) -> "ScoreConfig":
+        if self.gpus_per_worker and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError("--gpus_per_worker must be a whole number or a share of one GPU")
         if self.short_context is None and self.short_stride is not None:
             raise ValueError("--short_stride needs --short_context")
         if self.short_context and self.short_stride and self.short_stride >= self.short_context:

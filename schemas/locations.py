@@ -5,6 +5,7 @@ Everything that reads or writes data takes a `Location`. Where a store differs f
 complete or not at all.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -139,16 +140,18 @@ def local_copy(directory: Location) -> Path:
     cache = cache_directory()
     content = [str(directory), *(f"{name} {fs.ukey((directory / name).path)}" for name in names)]
     copy = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()
-    if not copy.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
-        try:
-            for name in names:
-                fs.get_file((directory / name).path, str(partial / name))
-            with suppress(OSError):  # another process may have been faster
-                partial.rename(copy)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(copy.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait for it
+        if not copy.exists():
+            partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
+            try:
+                for name in names:
+                    fs.get_file((directory / name).path, str(partial / name))
+                with suppress(OSError):  # another machine that shares the cache may have been faster
+                    partial.rename(copy)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return copy
 
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -23,11 +23,11 @@ RENEWAL_SECONDS = 10.0
 
 
 @contextmanager
-def exclusive(output: Location) -> Iterator[None]:
+def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
     """Hold the directory `output`, made if need be, for this process alone; an empty one that it made is removed again.
 
-    On a disk the kernel keeps the lock, so it goes with the process. In an object store it is an object that the
-    process renews.
+    On a disk the kernel keeps a lock on a file, so it goes with the process. In an object store it is an object that
+    the process renews. Yields a function that says whether the lock is still held, which on a disk it always is.
 
     Raises:
         UserError: another process holds it, it is a file, or it lies inside a shard set.
@@ -35,8 +35,8 @@ def exclusive(output: Location) -> Iterator[None]:
     parents = output.resolve().parents if isinstance(output, Path) else output.parents
     if inside := next(filter(is_shard_set, parents), None):
         raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
-    with _locked_directory(output) if isinstance(output, Path) else _lease(output):
-        yield
+    with _locked_file(output) if isinstance(output, Path) else _lease(output) as held:
+        yield held
 
 
 def is_shard_set(path: Location) -> bool:
@@ -49,19 +49,25 @@ def _refusal(output: Location, holder: str) -> UserError:
 
 
 @contextmanager
-def _locked_directory(output: Path) -> Iterator[None]:
+def _locked_file(output: Path) -> Iterator[Callable[[], bool]]:
     new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
-    descriptor = os.open(output, os.O_RDONLY)
+    lock = output / LOCK  # a file: locks on directories do not reach the other machines of a network file system
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _refusal(output, "another process") from error
-        yield
+        if not os.fstat(descriptor).st_nlink:
+            raise _refusal(output, "another process")  # just now; it has removed its lock since
+        try:
+            yield lambda: True
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
         if new:
@@ -70,7 +76,7 @@ def _locked_directory(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lease(output: UPath) -> Iterator[None]:
+def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
     lock = output / LOCK
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     name = f"{holder} {uuid4().hex}"
@@ -98,7 +104,7 @@ def _lease(output: UPath) -> Iterator[None]:
     renewal = threading.Thread(target=renew, daemon=True)
     renewal.start()
     try:
-        yield
+        yield lambda: _content(lock).startswith(name)
     finally:
         done.set()
         renewal.join()

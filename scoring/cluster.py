@@ -179,6 +179,11 @@ def cause_of_death(error: RayError) -> str:
     return shorten(lines[min(1, len(lines) - 1)], 200, placeholder="...") if lines else type(error).__name__
 
 
+def node_died(error: RayError) -> bool:
+    """Whether a worker did not answer because its node is gone."""
+    return "its node has died" in str(error) and not isinstance(error, RayTaskError)
+
+
 def head_answers() -> bool:
     """Whether the head of the connected cluster takes connections; without it, Ray ends this process after a minute."""
     try:

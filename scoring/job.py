@@ -17,9 +17,10 @@ from ray.exceptions import RayError
 
 from schemas.errors import UserError
 from schemas.manifest import ShardEntry
-from scoring.cluster import Pool, cause_of_death, describe_nodes, head_answers
-from scoring.engines import Engine, load_engine
-from scoring.scorer import ScoringTask
+from scoring.cluster import Pool, cause_of_death, describe_nodes, head_answers, node_died
+from scoring.engines import Engine, EngineConfig
+from scoring.models import ScoringModel
+from scoring.scorer import ScoringTask, load_model
 from scoring.units import Attempt, Suspect, commit, read_suspect
 from scoring.worker import Outcome, ScoringWorker, Unit
 
@@ -31,6 +32,10 @@ HEAD_SECONDS = 30.0
 """How long a job goes on while the head of the cluster does not answer; after 60 Ray would end the driver."""
 STALLED_SECONDS = 1800.0
 """How long a worker with units may compute nothing before it counts as dead: processes hang, too."""
+START_SECONDS = 4 * STALLED_SECONDS
+"""How long a worker may take to load its models, downloads included."""
+MOST_ASKED = 32
+"""Workers that are asked in a second how far they are."""
 CAREFUL_AFTER = 2
 """Workers that a unit may take down before its sequences are tried one by one."""
 CONVICTED_AFTER = 2
@@ -74,7 +79,8 @@ class Worker:
     computed_before: int = 0
     """Tokens that its engines had computed when its last unit was done."""
     moved_at: float = 0.0
-    """When it was last seen to get on with its units."""
+    """When it was last seen to get on with its units, or first seen to run; 0 as long as it waits for a place."""
+    asked_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class ScoringJob:
         units: the shards to score.
         pool: how many workers, and what they take.
         report: called with one line about anything unusual.
-        load: makes an engine from a model directory and an `EngineConfig`.
+        load: makes an engine; another than the default is for tests and measurements.
     """
 
     def __init__(
@@ -103,7 +109,7 @@ class ScoringJob:
         units: list[ShardEntry],
         pool: Pool,
         report: Callable[[str], None],
-        load: Callable[..., Engine] = load_engine,
+        load: Callable[[ScoringModel, EngineConfig], Engine] = load_model,
     ) -> None:
         self.task = task
         self.pool = pool
@@ -130,8 +136,12 @@ class ScoringJob:
             while self.pending or any(worker.units for worker in self.workers):
                 self._start_workers(actor)
                 self._hand_out()
-                ready, _ = ray.wait(list(self.calls), timeout=POLL_SECONDS)
-                for ref in ready:
+                calls = list(self.calls)
+                if ray.wait(calls, timeout=POLL_SECONDS)[0]:
+                    calls, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+                else:
+                    calls = []
+                for ref in calls:
                     self._finish(ref)
                 if time.monotonic() - self.looked_at >= POLL_SECONDS:
                     self._look_around()
@@ -150,7 +160,7 @@ class ScoringJob:
                 max_concurrency=UNITS_PER_WORKER + 1,  # and a question about progress
                 scheduling_strategy="SPREAD",
             ).remote(self.task, self.load)
-            worker = Worker(handle, self.task.engine.batch_tokens)
+            worker = Worker(handle, self.task.engine.batch)
             self.workers.append(worker)
             self.calls[handle.start.remote()] = Call(worker)
 
@@ -180,10 +190,12 @@ class ScoringJob:
         except RayError as error:
             if isinstance(error, RayOutOfMemoryError):
                 self._lower_batch(call.worker, "Ray ended a worker")
-            self._lose(call.worker, cause_of_death(error))
+            innocent = isinstance(error, RayOutOfMemoryError) or node_died(error)
+            self._lose(call.worker, cause_of_death(error), innocent)
             return
         if call.progress:
-            if result != call.worker.computed:
+            # A worker that is loading answers, too: from its first answer on the clock runs.
+            if result != call.worker.computed or not call.worker.moved_at:
                 call.worker.moved_at = time.monotonic()
             call.worker.computed = result
         else:
@@ -193,6 +205,9 @@ class ScoringJob:
         """Act on how a unit, or the start of a worker, went."""
         if outcome.kind == "failed":
             assert outcome.error is not None
+            if unit is None and any(other.ready for other in self.workers):
+                self._lose(worker, str(outcome.error))  # what others could load, this machine cannot
+                return
             raise outcome.error from RuntimeError(outcome.trace)
         if outcome.kind == "out_of_memory":
             self._lower_batch(worker, outcome.reason)
@@ -218,7 +233,7 @@ class ScoringJob:
 
     def _lower_batch(self, worker: Worker, reason: str) -> None:
         """Halve the batch of all workers that start from now on, unless that was done since this one started."""
-        if worker.batch_tokens > self.task.engine.batch_tokens:
+        if worker.batch_tokens > self.task.engine.batch:
             return
         lower = worker.batch_tokens // 2
         if lower < LEAST_BATCH:
@@ -229,27 +244,36 @@ class ScoringJob:
         self.report(f"out of memory ({reason}): going on with batches of {lower} tokens")
         self.task = replace(self.task, engine=self.task.engine.with_batch(lower))
 
-    def _lose(self, worker: Worker, reason: str) -> None:
-        """Deal with a worker that died or is of no use any more."""
-        if not worker.ready:
-            self.failed_starts += 1
-            if self.failed_starts >= MOST_STARTS:
-                raise UserError(
-                    f"{MOST_STARTS} workers in a row died while loading their models ({reason}); if memory ran out, "
-                    "lower --batch_tokens or --workers; rerunning the same command continues"
-                )
-        for unit in worker.units:
+    def _lose(self, worker: Worker, reason: str, innocent: bool = False) -> None:
+        """Deal with a worker that died or is of no use any more; if `innocent`, through no fault of its units."""
+        if not worker.ready and not innocent:
+            self._note_failed_start(reason)
+        for unit in worker.units if not innocent else []:
             self._note_death(unit, reason)
         again = ", ".join(unit.shard.name for unit in worker.units)
         self.report(f"lost a worker ({reason})" + f"; scoring {again} again" * bool(again))
         self._requeue(worker)
+
+    def _note_failed_start(self, reason: str) -> None:
+        self.failed_starts += 1
+        if self.failed_starts < MOST_STARTS:
+            return
+        ready = sum(worker.ready for worker in self.workers)
+        if not ready:
+            raise UserError(
+                f"{MOST_STARTS} workers in a row did not come to load their models ({reason}); if memory ran out, "
+                "lower --batch_tokens or --workers; rerunning the same command continues"
+            )
+        self.report(f"{MOST_STARTS} workers in a row could not start: going on with {ready}")
+        self.pool = replace(self.pool, most=ready)
+        self.failed_starts = 0
 
     def _note_death(self, unit: Unit, reason: str) -> None:
         trouble = self.trouble.setdefault(unit.shard.name, Trouble())
         trouble.deaths += 1
         if not unit.careful:
             return
-        suspect = read_suspect(self.task.output, unit.shard.name)
+        suspect = read_suspect(self.task.output, unit.attempt)
         if suspect is None:
             trouble.unexplained += 1
         else:
@@ -284,19 +308,30 @@ class ScoringJob:
         else:
             return
         for worker in list(self.workers):
-            if worker.units and now - worker.moved_at > STALLED_SECONDS:
-                self._lose(worker, f"it computed nothing for {STALLED_SECONDS:g} seconds")
-        asked = {call.worker for call in self.calls.values() if call.progress}
-        for worker in self.workers:
-            if worker.ready and worker not in asked:
-                self.calls[worker.actor.computed_tokens.remote()] = Call(worker, progress=True)
-        if any(worker.ready for worker in self.workers) or self.pool.places():
+            limit = STALLED_SECONDS if worker.ready else START_SECONDS
+            busy = worker.units or not worker.ready
+            if busy and worker.moved_at and now - worker.moved_at > limit:
+                self._lose(worker, f"nothing came of it for {limit:g} seconds")
+        self._ask_for_progress()
+        if any(worker.moved_at for worker in self.workers):
             self.placed_at = now
+        elif self.pool.places():
+            if now - self.placed_at > PLACES_SECONDS:
+                self.report(f"still waiting for {self.pool.needs()} that nothing else on the Ray cluster uses")
+                self.placed_at = now
         elif now - self.placed_at > PLACES_SECONDS:
             raise UserError(
                 f"no node of the Ray cluster ({describe_nodes()}) can hold a worker any more, which needs "
                 f"{self.pool.needs()}; add nodes and rerun the same command, which continues"
             )
+
+    def _ask_for_progress(self) -> None:
+        """Ask workers how far they are, in turn: answers of a thousand at once would keep the driver busy."""
+        asked = {call.worker for call in self.calls.values() if call.progress}
+        others = [worker for worker in self.workers if worker not in asked]
+        for worker in sorted(others, key=lambda worker: worker.asked_at)[:MOST_ASKED]:
+            worker.asked_at = time.monotonic()
+            self.calls[worker.actor.computed_tokens.remote()] = Call(worker, progress=True)
 
     def _progress(self) -> Progress:
         under_way = 0.0

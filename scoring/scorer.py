@@ -1,5 +1,6 @@
 """Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
 
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.errors import UserError
+from schemas.fingerprints import model_fingerprint
 from schemas.locations import Location
 from schemas.manifest import ShardEntry
 from schemas.shards import flat_values, list_column, list_lengths, read_shard
@@ -56,15 +58,30 @@ class ScoredShard:
     score_seconds: float
 
 
+def load_model(model: ScoringModel, config: EngineConfig) -> Engine:
+    """Load a model into an engine.
+
+    Raises:
+        UserError: its files on this machine are not those that the driver found.
+    """
+    directory = model.directory
+    if model_fingerprint(directory) != model.fingerprint:
+        raise UserError(
+            f"{model.name}: {directory} on {socket.gethostname()} holds another checkpoint than the run was started "
+            "with; restore it there, and rerun the same command"
+        )
+    return load_engine(directory, config)
+
+
 class ShardScorer:
     """Scores shards with the engines of one worker, each model loaded once."""
 
-    def __init__(self, task: ScoringTask, load: Callable[..., Engine] = load_engine) -> None:
+    def __init__(self, task: ScoringTask, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
         """Load the engines.
 
         Args:
             task: what to score.
-            load: makes an engine from a model directory and an `EngineConfig`.
+            load: makes an engine; `load_model` but for tests and measurements.
 
         Raises:
             UserError: an engine cannot load its model.
@@ -74,7 +91,7 @@ class ShardScorer:
         self.engines: dict[str, Engine] = {}
         for model in task.plan.models:
             try:
-                self.engines[model.fingerprint] = load(model.directory, task.engine)
+                self.engines[model.fingerprint] = load(model, task.engine)
             except UserError:
                 raise
             except Exception as error:  # whatever the engine has to say
@@ -110,11 +127,11 @@ class ShardScorer:
         scores: dict[str, np.ndarray] = {}
         rejects: list[Reject] = []
         for model in self.task.plan.models:
-            reasons = self._score_model(model, sequences, table, caution, scores)
-            if len(reasons) == len(sequences):
+            reasons, scored = self._score_model(model, sequences, table, caution, scores)
+            if reasons and not scored:
                 raise UserError(
-                    f"{model.name}: no sequence of {shard} can be scored ({reasons[0]}); check the checkpoint, "
-                    "or try --dtype float32 with a new --output"
+                    f"{model.name}: no sequence of {shard} can be scored ({min(reasons.items())[1]}); "
+                    "check the checkpoint, or try --dtype float32 with a new --output"
                 )
             for row, reason in sorted(reasons.items()):
                 of_row = {name: table[name][row].as_py() for name in ("document_id", "start")}
@@ -136,8 +153,12 @@ class ShardScorer:
         table: pa.Table,
         caution: Caution | None,
         scores: dict[str, np.ndarray],
-    ) -> dict[int, str]:
-        """Add the columns that a model measures to `scores`; return why sequences have none, by their number."""
+    ) -> tuple[dict[int, str], int]:
+        """Add the columns that a model measures to `scores`.
+
+        Returns:
+            Why sequences could not be scored, by their number, and how many could.
+        """
         plan, engine = self.task.plan, self.engines[model.fingerprint]
         wanted = {name: of for name, of in plan.measurements.items() if of.model.fingerprint == model.fingerprint}
         known = None
@@ -145,24 +166,28 @@ class ShardScorer:
             known = np.split(stored_scores(table, column), np.cumsum([len(ids) for ids in sequences])[:-1])
 
         def measure_rows(rows: list[int]) -> list[np.ndarray]:
-            if caution:
-                caution.announce(model.fingerprint, rows[0])
             known_losses = [known[row] for row in rows] if known else None
             some = [sequences[row] for row in rows]
             return measure(engine, some, list(wanted.values()), self.task.bos_token_id, known_losses)
 
         known_faults = caution.given_up if caution else {}
         given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
-        rows = [row for row in range(len(sequences)) if row not in given_up]
+        # Sequences that this model could not score when their losses were stored have their line in the rejects.
+        rejected = {row for row, losses in enumerate(known or []) if np.isnan(losses[1:]).any()}
+        rows = [row for row in range(len(sequences)) if row not in given_up.keys() | rejected]
         found: dict[int, np.ndarray] = {}
         for some in [[row] for row in rows] if caution else [rows]:
+            if caution:
+                caution.announce(model.fingerprint, some[0])
             measured, reasons = measure_each(measure_rows, some, lambda: engine.score([PROBE]))
             found |= measured
             given_up |= reasons
-        missing = {row: np.full((len(wanted), len(sequences[row])), np.nan, np.float32) for row in given_up}
-        lines = np.concatenate([(found | missing)[row] for row in range(len(sequences))], axis=1)
+        scored = len(found)
+        for row in given_up.keys() | rejected:
+            found[row] = np.full((len(wanted), len(sequences[row])), np.nan, np.float32)
+        lines = np.concatenate([found[row] for row in range(len(sequences))], axis=1)
         scores |= dict(zip(wanted, lines, strict=True))
-        return given_up
+        return given_up, scored
 
 
 def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_seconds: float) -> None:

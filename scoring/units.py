@@ -63,6 +63,10 @@ class Attempt:
         """Where the record waits for the driver."""
         return output / PROGRESS / f"{self.unit}.{self.name}.record"
 
+    def note(self, output: Location) -> Location:
+        """Where a careful worker notes which sequence it tries next."""
+        return output / PROGRESS / f"{self.unit}.{self.name}.suspect"
+
 
 def write_attempt(output: Location, attempt: Attempt, table: pa.Table, rejects: int) -> ShardEntry:
     """Write a scored shard where the driver finds it; return its entry. `write_record` must follow."""
@@ -103,14 +107,14 @@ def find_done(output: Location, units: list[ShardEntry]) -> set[str]:
     return {unit.name for unit in units} & done
 
 
-def note_suspect(output: Location, unit: str, model: str, row: int) -> None:
+def note_suspect(output: Location, attempt: Attempt, model: str, row: int) -> None:
     """Note which sequence of a unit is tried next: if the worker dies now, it is a suspect."""
-    write_text(suspect_note(output, unit), f"{model} {row}")
+    write_text(attempt.note(output), f"{model} {row}")
 
 
-def read_suspect(output: Location, unit: str) -> Suspect | None:
-    """The sequence that was noted last, and forget the note."""
-    note = suspect_note(output, unit)
+def read_suspect(output: Location, attempt: Attempt) -> Suspect | None:
+    """The sequence that was noted last, None if there is none or all were scored; forget the note."""
+    note = attempt.note(output)
     if note.name not in list_files(note.parent):  # a store's own answer may be one from before the note
         return None
     model, row = note.read_text().split()
@@ -118,15 +122,11 @@ def read_suspect(output: Location, unit: str) -> Suspect | None:
     return model, int(row)
 
 
-def suspect_note(output: Location, unit: str) -> Location:
-    """Where a worker notes what it tries next."""
-    return output / PROGRESS / f"{unit}.suspect"
-
-
 def clear_attempts(output: Location) -> None:
-    """Remove what workers of earlier, killed runs left."""
+    """Remove what workers of earlier, killed runs left, and records whose shard is gone."""
+    shards = list_files(output)
     for name in list_files(output / PROGRESS):
-        if ".parquet." in name:
+        if ".parquet." in name or (name.endswith(".parquet") and name not in shards):
             (output / PROGRESS / name).unlink(missing_ok=True)
 
 
@@ -151,10 +151,7 @@ def gather(output: Location, units: list[str]) -> Gathered:
     for record, table in read_records(output, units):
         entry = record.entry
         if sizes.get(entry.name) != entry.bytes:
-            (output / PROGRESS / entry.name).unlink(missing_ok=True)
-            raise UserError(
-                f"{output / entry.name}: is not as it was written; rerun the same command, which scores it again"
-            )
+            raise not_as_written(output, entry.name)
         gathered.entries.append(entry)
         gathered.rejects.extend(record.rejects)
         gathered.timings.read_seconds.append(record.read_seconds)
@@ -165,13 +162,25 @@ def gather(output: Location, units: list[str]) -> Gathered:
     return gathered
 
 
+def not_as_written(output: Location, unit: str) -> UserError:
+    """The error about a unit whose shard or record was damaged; it is not done any more."""
+    (output / PROGRESS / unit).unlink(missing_ok=True)
+    return UserError(
+        f"{output / unit}: the shard or its record is not as it was written; "
+        "rerun the same command, which scores it again"
+    )
+
+
 def read_records(output: Location, units: list[str]) -> Iterator[tuple[UnitRecord, pa.Table]]:
     """Records of units that are done, in order, each with its table of value counts; a few are read ahead."""
 
     def read(unit: str) -> tuple[UnitRecord, pa.Table]:
         content = pa.BufferReader((output / PROGRESS / unit).read_bytes())
-        table = pq.ParquetFile(content, read_dictionary=["column"]).read(use_threads=False)
-        return UnitRecord.model_validate_json(table.schema.metadata[RECORD_KEY]), table
+        try:
+            table = pq.ParquetFile(content, read_dictionary=["column"]).read(use_threads=False)
+            return UnitRecord.model_validate_json(table.schema.metadata[RECORD_KEY]), table
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise not_as_written(output, unit) from error
 
     with ThreadPoolExecutor(READERS) as pool:
         ahead: deque[Future[tuple[UnitRecord, pa.Table]]] = deque()

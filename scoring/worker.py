@@ -14,8 +14,9 @@ from typing import Literal
 
 from schemas.errors import UserError
 from schemas.manifest import ShardEntry
-from scoring.engines import Engine
+from scoring.engines import Engine, EngineConfig
 from scoring.faults import BrokenEngineError, OutOfMemoryError, reason_for
+from scoring.models import ScoringModel
 from scoring.scorer import Caution, ScoringTask, ShardScorer, read_unit, write_unit
 from scoring.units import Attempt, Suspect, note_suspect
 
@@ -55,7 +56,7 @@ class ScoringWorker:
     Failures are returned, not raised: Ray would wrap them and print pages.
     """
 
-    def __init__(self, task: ScoringTask, load: Callable[..., Engine]) -> None:
+    def __init__(self, task: ScoringTask, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
         self.task = task
         self.load = load
         # CUDA keeps its current device and stream for each thread: engines live and work in one.
@@ -85,9 +86,9 @@ class ScoringWorker:
         read_seconds = time.monotonic() - started
         caution = None
         if unit.careful:
-            note = partial(note_suspect, self.task.output, unit.shard.name)
-            caution = Caution(unit.given_up, note)
+            caution = Caution(unit.given_up, partial(note_suspect, self.task.output, unit.attempt))
         scored = self.engine_thread.submit(self.scorer.score, unit.shard.name, table, caution).result()
+        unit.attempt.note(self.task.output).unlink(missing_ok=True)  # from here on it is no sequence's fault
         write_unit(self.task, unit.attempt, scored, read_seconds)
         return Outcome("done", rejects=len(scored.rejects))
 

@@ -115,9 +115,16 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def batch(self) -> int:
+        """Tokens computed at once, by whichever setting says it."""
+        return int(self.engine_args.get("max_num_batched_tokens", self.batch_tokens))
+
     def with_batch(self, batch_tokens: int) -> "EngineConfig":
         """The same with at most `batch_tokens` tokens at once."""
         arguments = {name: value for name, value in self.engine_args.items() if name != "max_num_batched_tokens"}
+        if "max_num_seqs" in arguments:
+            arguments["max_num_seqs"] = min(int(arguments["max_num_seqs"]), batch_tokens)
         return replace(self, batch_tokens=batch_tokens, engine_args=arguments)
 
 

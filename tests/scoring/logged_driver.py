@@ -16,8 +16,10 @@ import numpy as np
 import pipelines.score
 import scoring.job
 from pipelines.cli import main
-from scoring.engines import Engine, EngineConfig, Request, load_engine
+from scoring.engines import Engine, EngineConfig, Request
 from scoring.job import ScoringJob
+from scoring.models import ScoringModel
+from scoring.scorer import load_model
 
 
 class LoggedEngine:
@@ -40,8 +42,8 @@ class LoggedEngine:
         return self.engine.score(requests)
 
 
-def load_logged(model: Path, config: EngineConfig, *, log: Path, seconds: float) -> Engine:
-    return LoggedEngine(load_engine(model, config), log, seconds)
+def load_logged(model: ScoringModel, config: EngineConfig, *, log: Path, seconds: float) -> Engine:
+    return LoggedEngine(load_model(model, config), log, seconds)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from schemas.shard_set import REJECTS, ShardSet, verify
 from schemas.shards import flat_values
 from scoring.engines import Engine, EngineConfig, Request, load_engine
 from scoring.job import ScoringJob
+from scoring.models import ScoringModel
+from scoring.scorer import load_model
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -33,8 +35,8 @@ RAISE, NOT_A_NUMBER, CRASH, BREAK, CRASH_ONCE, EXHAUST = 1, 2, 3, 4, 5, 6
 class FailingEngine:
     """An engine that fails on sequences with certain tokens."""
 
-    def __init__(self, model: Path, config: EngineConfig, log: Path) -> None:
-        self.engine = load_engine(model, config)
+    def __init__(self, model: ScoringModel, config: EngineConfig, log: Path) -> None:
+        self.engine = load_model(model, config)
         self.config = config
         self.log = log
         self.broken = False
@@ -99,7 +101,7 @@ def score(
 ) -> Callable[..., ShardSet]:
     """Scores twelve sequences in three shards, with failing tokens put into some of them."""
 
-    def fail(model: Path, config: EngineConfig) -> Engine:
+    def fail(model: ScoringModel, config: EngineConfig) -> Engine:
         return FailingEngine(model, config, log)
 
     def make(faults: dict[int, int], **settings: object) -> ShardSet:
@@ -211,11 +213,16 @@ def test_rejects_of_a_scored_set_are_kept_when_columns_are_added(score, base_mod
             output=tmp_path / "added",
             reference=first.manifest.columns["loss_reference"].origin.model,
             base=str(base_model),
+            short_context=8,
             engine="transformers",
         )
     )
     assert added is not None
     assert (added.path / REJECTS).read_text() == (first.path / REJECTS).read_text()
     assert [shard.rejects for shard in added.manifest.shards] == [0, 1, 0]
-    missing = [np.isnan(flat_values(added.read(1)[name])).sum() for name in ("loss_base", "excess_loss")]
-    assert missing == [4, 3 + 36]
+    columns = ("loss_base", "excess_loss", "loss_short", "long_short")
+    missing = [np.isnan(flat_values(added.read(1)[name])).sum() for name in columns]
+    assert missing == [4, 3 + 36, 3 + 36, 3 + 36], "what was given up before is not tried again"
+    (first.path / REJECTS).write_text("{}\n")
+    with pytest.raises(UserError, match=r"rejects\.jsonl: missing or damaged \(shard: Field required\); restore it"):
+        run(ScoreConfig(input=first.path, output=tmp_path / "other", reference=str(base_model), suffix="_b"))

@@ -122,7 +122,7 @@ def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardSco
     (output / PROGRESS).mkdir(parents=True)
     plan = plan_columns(*models, Window(size=8, stride=6))
     task = ScoringTask(source.path, output, plan, CONFIG, BOS)
-    scorer = ShardScorer(task, lambda directory, config: engines[directory.name])
+    scorer = ShardScorer(task, lambda model, config: engines[model.directory.name])
     (shard,) = source.manifest.shards
     attempt = Attempt(shard.name, "1")
     write_unit(task, attempt, scorer.score(shard.name, read_unit(task, shard)), 0.0)
@@ -179,7 +179,7 @@ def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_
     assert find_done(output, units) == set()
     shard.write_bytes(content[:-1])
     assert find_done(output, units) == {name}
-    with pytest.raises(UserError, match=f"{name}: is not as it was written; rerun"):
+    with pytest.raises(UserError, match=f"{name}: the shard or its record is not as it was written; rerun"):
         gather(output, [name])
     shard.write_bytes(content)
     assert find_done(output, units) == set(), "it will be scored again"
