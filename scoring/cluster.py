@@ -142,7 +142,10 @@ def ray_session(address: str | None, pool: Pool | None = None) -> Iterator[None]
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         where += "; if it asks for a token, set RAY_AUTH_MODE=token" * bool(address)
         raise UserError(f"{where} ({last_reason(error)})") from error
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which aborts
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # what Ray makes of SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

@@ -87,8 +87,10 @@ def test_driver_is_killed(run):
     run.start()
     run.wait_until(lambda: run.done() > 0)
     processes = run.children()
+    workers = [psutil.Process(worker) for worker in run.workers()]
     run.kill()
-    wait_for_end_of(processes)
+    wait_for_end_of(workers)
+    wait_for_end_of(processes, 90)  # Ray's agents look for a dead gcs_server for a minute
     finish(run)
 
 
