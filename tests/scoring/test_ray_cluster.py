@@ -18,6 +18,7 @@ def tokens(many_tokens: Callable[[int], ShardSet]) -> ShardSet:
     return many_tokens(ROWS // 4)
 
 
+@pytest.mark.slow
 def test_nodes_come_and_go(nodes, scoring, tokens: ShardSet):
     """A run starts with one node, uses a second one that is added, and ends with what is left when one dies."""
     first = nodes.add()
@@ -56,6 +57,7 @@ def test_workers_that_cannot_be_placed(nodes, tokens, reference_model, tmp_path)
                 run_score(config)
 
 
+@pytest.mark.slow
 def test_last_node_dies(nodes, scoring, tokens):
     node = nodes.add()
     run = scoring(tokens, "--ray_address", nodes.address, constants={"PLACES_SECONDS": 3.0})
@@ -71,6 +73,7 @@ def test_last_node_dies(nodes, scoring, tokens):
     assert len(run.scored()) <= ROWS + 2 * 4
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_output(nodes, scoring, tokens):
     nodes.add(), nodes.add()
     runs = [scoring(tokens, "--ray_address", nodes.address, "--workers", 1) for _ in range(2)]
@@ -97,6 +100,7 @@ def test_without_the_token(cluster, scoring, tokens, environment):
     assert "Authentication token is missing or incorrect" in run.lines()[0]
 
 
+@pytest.mark.slow
 def test_head_dies(cluster, scoring, tokens):
     """Comes last: it is the end of the cluster."""
     cluster.add()
