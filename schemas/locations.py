@@ -141,7 +141,7 @@ def local_copy(directory: Location) -> Path:
     content = [str(directory), *(f"{name} {fs.ukey((directory / name).path)}" for name in names)]
     copy = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()
     cache.mkdir(parents=True, exist_ok=True)
-    with open(copy.with_suffix(".lock"), "w") as lock:
+    with open(cache / f".{copy.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait for it
         if not copy.exists():
             partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))

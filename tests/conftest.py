@@ -1,9 +1,13 @@
 """Fixtures shared by all tests. Everything is built here: no downloads."""
 
-import logging
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -14,7 +18,6 @@ import pytest
 import s3fs
 import torch
 from hypothesis import settings
-from moto.server import ThreadedMotoServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from upath import UPath
@@ -154,13 +157,18 @@ def vllm_installed() -> None:
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """Address of a bucket on an S3 server of our own, which this process and those it starts will use."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    """Address of a bucket on an S3 server of our own, which this process and those it starts will use.
+
+    The server is a process of its own: vLLM touches every object of every module, which those of web servers dislike.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_server(port)
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "name",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -173,7 +181,18 @@ def bucket() -> Iterator[str]:
         s3fs.S3FileSystem().mkdir("bucket")
         yield "s3://bucket"
         s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    server.kill()
+    server.wait()
+
+
+def wait_for_server(port: int) -> None:
+    """Return once something listens at a port of this machine."""
+    for _ in range(600):
+        with suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        time.sleep(0.1)
+    raise TimeoutError("the S3 server did not start")
 
 
 @pytest.fixture
