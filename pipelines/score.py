@@ -50,6 +50,8 @@ def run(config: ScoreConfig) -> ShardSet | None:
     Raises:
         UserError: the input, a model, the output or the machine is not as it must be.
     """
+    if resolve(config.input) == resolve(config.output):
+        raise UserError(f"--output {config.output}: is the --input; choose another, which will hold its columns too")
     source = ShardSet.open(config.input)
     source.value_counts(), earlier_rejects(source)  # needed at the end: find out now
     plan = plan_run(config, source)
@@ -133,6 +135,10 @@ def plan_workers(
     gpus = int(resources.get("GPU", 0)) if resources else torch.cuda.device_count()
     cpus = int(resources.get("CPU", 1)) if resources else len(os.sched_getaffinity(0))
     gpus = gpus if runs_on_gpu(engine) else 0
+    if config.gpus_per_worker and not gpus:
+        raise UserError(
+            f"--gpus_per_worker {config.gpus_per_worker:g}: no GPU that {engine} could use here; leave it out"
+        )
     pool = Pool.plan(
         config.workers,
         least=config.min_workers,
@@ -205,7 +211,7 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: Pool) -> Sc
                 if started is None and progress.workers:
                     started = time.monotonic()
                     bar.unpause()  # loading models is no scoring
-                bar.n = total - tokens + progress.tokens
+                bar.n = max(bar.n, total - tokens + progress.tokens)  # a part of it is an estimate
                 workers = f"{progress.workers} of {pool.most} workers" if started else "loading models"
                 state = f"{len(done) + progress.units}/{len(shards)} shards, {workers}"
                 bar.set_postfix_str(state + f", {progress.rejects} rejects" * bool(progress.rejects))

@@ -126,6 +126,8 @@ class ScoreConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "ScoreConfig":
+        if self.workers and self.min_workers and self.min_workers > self.workers:
+            raise ValueError("--min_workers must not be larger than --workers")
         if self.gpus_per_worker and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError("--gpus_per_worker must be a whole number or a share of one GPU")
         if self.short_context is None and self.short_stride is not None:

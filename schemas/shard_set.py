@@ -155,8 +155,11 @@ def find_finished(output: Location, request: str) -> ShardSet | None:
         return None
     shards = ShardSet.open(output)
     if changed := differences(shards.manifest.request, json.loads(request)):
+        adds = all(name.startswith("columns.") for name in changed)
+        remedy = (
+            "to add columns to it, give it as --input with a new --output" if adds else "choose another or remove it"
+        )
         raise UserError(
-            f"--output {output}: holds a shard set of other inputs or settings ({', '.join(changed)}); "
-            "choose another or remove it"
+            f"--output {output}: holds a shard set of other inputs or settings ({', '.join(changed)}); {remedy}"
         )
     return shards

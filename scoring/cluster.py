@@ -176,6 +176,8 @@ def last_reason(error: BaseException) -> str:
 
 def cause_of_death(error: RayError) -> str:
     """Why a worker did not answer, in one line: Ray says it below its first line and the details of the actor."""
+    if "worker process has died" in str(error):
+        return "its process died: killed, crashed, or out of memory"
     if isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False):
         return last_reason(error)
     lines = [line for line in str(error).splitlines() if not line.startswith("\t")]

@@ -146,12 +146,20 @@ def gather(output: Location, units: list[str]) -> Gathered:
     Raises:
         UserError: a shard is not as it was written; it will be scored again.
     """
+    try:
+        return _gather(output, units)
+    except DamagedUnitError as error:
+        (output / PROGRESS / error.unit).unlink(missing_ok=True)
+        raise
+
+
+def _gather(output: Location, units: list[str]) -> Gathered:
     sizes = list_files(output)
     gathered = Gathered([], [], Timings(read_seconds=[], score_seconds=[], write_seconds=[]), {})
     for record, table in read_records(output, units):
         entry = record.entry
         if sizes.get(entry.name) != entry.bytes:
-            raise not_as_written(output, entry.name)
+            raise DamagedUnitError(output, entry.name)
         gathered.entries.append(entry)
         gathered.rejects.extend(record.rejects)
         gathered.timings.read_seconds.append(record.read_seconds)
@@ -162,17 +170,23 @@ def gather(output: Location, units: list[str]) -> Gathered:
     return gathered
 
 
-def not_as_written(output: Location, unit: str) -> UserError:
-    """The error about a unit whose shard or record was damaged; it is not done any more."""
-    (output / PROGRESS / unit).unlink(missing_ok=True)
-    return UserError(
-        f"{output / unit}: the shard or its record is not as it was written; "
-        "rerun the same command, which scores it again"
-    )
+class DamagedUnitError(UserError):
+    """A unit whose shard or record is not as it was written."""
+
+    def __init__(self, output: Location, unit: str) -> None:
+        super().__init__(
+            f"{output / unit}: the shard or its record is not as it was written; "
+            "rerun the same command, which scores it again"
+        )
+        self.unit = unit
 
 
 def read_records(output: Location, units: list[str]) -> Iterator[tuple[UnitRecord, pa.Table]]:
-    """Records of units that are done, in order, each with its table of value counts; a few are read ahead."""
+    """Records of units that are done, in order, each with its table of value counts; a few are read ahead.
+
+    Raises:
+        DamagedUnitError: a record cannot be read.
+    """
 
     def read(unit: str) -> tuple[UnitRecord, pa.Table]:
         content = pa.BufferReader((output / PROGRESS / unit).read_bytes())
@@ -180,7 +194,7 @@ def read_records(output: Location, units: list[str]) -> Iterator[tuple[UnitRecor
             table = pq.ParquetFile(content, read_dictionary=["column"]).read(use_threads=False)
             return UnitRecord.model_validate_json(table.schema.metadata[RECORD_KEY]), table
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise not_as_written(output, unit) from error
+            raise DamagedUnitError(output, unit) from error
 
     with ThreadPoolExecutor(READERS) as pool:
         ahead: deque[Future[tuple[UnitRecord, pa.Table]]] = deque()

@@ -104,4 +104,8 @@ def outcome_of(job: Callable[[], Outcome], doing: str) -> Outcome:
     except (UserError, OSError) as error:
         return Outcome("failed", error=error, trace=traceback.format_exc())
     except Exception as error:
-        return Outcome("failed", error=UserError(f"{doing} failed: {reason_for(error)}"), trace=traceback.format_exc())
+        return Outcome(
+            "failed",
+            error=UserError(f"{doing} failed: {reason_for(error)}; rerunning the same command continues"),
+            trace=traceback.format_exc(),
+        )

@@ -299,6 +299,15 @@ def test_more_workers_than_the_cluster_has(config, running_ray):
 
 @pytest.mark.usefixtures("no_ray")
 class TestRefusedBeforeAnyWork:
+    def test_output_is_the_input(self, config, tokens):
+        with pytest.raises(UserError, match=r"--output .*: is the --input; choose another"):
+            run(config(output=tokens.path))
+
+    def test_gpus_where_there_are_none(self, config):
+        if not torch.cuda.is_available():
+            with pytest.raises(UserError, match="--gpus_per_worker 1: no GPU that transformers could use here"):
+                run(config(gpus_per_worker=1))
+
     @pytest.fixture(autouse=True)
     def _nothing_is_written(self, tmp_path: Path) -> Iterator[None]:
         yield
