@@ -28,7 +28,7 @@ CLAIM = "request.json"
 """File in there that says what the run was asked for."""
 
 LOCK = ".lock"
-"""Object that keeps a second run out of an output in an object store (see `schemas.locks`)."""
+"""What keeps a second run out of an output: a locked file on a disk, an object in a store (see `schemas.locks`)."""
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
     """
     try:
         if not isinstance(path, Path):
-            with tempfile.NamedTemporaryFile() as file:
-                yield file  # type: ignore[misc]
+            with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, path.name), "wb") as file:
+                yield file
                 file.flush()
                 path.fs.put_file(file.name, path.path)
             return
@@ -109,6 +109,7 @@ def fsync_tree(directory: Location) -> None:
 def sha256_file(path: Location) -> str:
     """Hexadecimal SHA-256 of the file's bytes."""
     with path.open("rb") as file:
+        # Files of stores have the `readinto` that is needed, and no type that says so.
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 

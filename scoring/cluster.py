@@ -62,7 +62,7 @@ class Pool:
             tensor_parallel_size: GPUs that share one model.
         """
         if not gpus:
-            share = gpus_per_worker or 0.0
+            share = 0.0
             count = workers or 1
         elif gpus_per_worker or tensor_parallel_size > 1:
             share = gpus_per_worker or float(tensor_parallel_size)

@@ -11,8 +11,7 @@ import pyarrow as pa
 from schemas.errors import UserError
 from schemas.fingerprints import model_fingerprint
 from schemas.locations import Location
-from schemas.manifest import ShardEntry
-from schemas.shards import flat_values, list_column, list_lengths, read_shard
+from schemas.shards import flat_values, list_column, list_lengths
 from scoring.conditions import Measurement, ScoringPlan
 from scoring.engines import Engine, EngineConfig, Request, load_engine
 from scoring.faults import FLOAT16_MAX, OutOfMemoryError, is_out_of_memory, measure_each, reason_for
@@ -203,15 +202,6 @@ def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_se
         write_seconds=round(time.monotonic() - started, 3),
     )
     write_record(task.output, attempt, record, counts)
-
-
-def read_unit(task: ScoringTask, shard: ShardEntry) -> pa.Table:
-    """Read a shard of the source.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    return read_shard(task.source / shard.name)
 
 
 def stored_scores(table: pa.Table, column: str) -> np.ndarray:

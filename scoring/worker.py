@@ -14,10 +14,11 @@ from typing import Literal
 
 from schemas.errors import UserError
 from schemas.manifest import ShardEntry
+from schemas.shards import read_shard
 from scoring.engines import Engine, EngineConfig
 from scoring.faults import BrokenEngineError, OutOfMemoryError, reason_for
 from scoring.models import ScoringModel
-from scoring.scorer import Caution, ScoringTask, ShardScorer, read_unit, write_unit
+from scoring.scorer import Caution, ScoringTask, ShardScorer, write_unit
 from scoring.units import Attempt, Suspect, note_suspect
 
 
@@ -82,7 +83,7 @@ class ScoringWorker:
     def _score(self, unit: Unit) -> Outcome:
         assert self.scorer is not None
         started = time.monotonic()
-        table = read_unit(self.task, unit.shard)
+        table = read_shard(self.task.source / unit.shard.name)
         read_seconds = time.monotonic() - started
         caution = None
         if unit.careful:

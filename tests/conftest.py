@@ -196,6 +196,25 @@ def wait_for_server(port: int) -> None:
 
 
 @pytest.fixture
+def count_received(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """Call it to start counting: the list it returns gets the bytes of content of every answer of the store."""
+
+    def start() -> list[int]:
+        received: list[int] = []
+        call = s3fs.S3FileSystem._call_s3
+
+        async def count(self: s3fs.S3FileSystem, method: str, *args: object, **kwargs: object) -> dict:
+            answer = await call(self, method, *args, **kwargs)
+            received.append(answer["ContentLength"] if method == "get_object" else 0)
+            return answer
+
+        monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
+        return received
+
+    return start
+
+
+@pytest.fixture
 def s3(bucket: str) -> UPath:
     """A directory in an object store in which nothing is yet."""
     return locate(f"{bucket}/{uuid4().hex}")

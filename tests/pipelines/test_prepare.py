@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 from upath import UPath
 
 from pipelines.prepare import run
@@ -159,20 +159,12 @@ def test_a_remote_corpus_gives_the_bytes_of_a_local_one(
 
 
 def test_a_remote_parquet_file_is_read_by_column(
-    tokenizer_dir: Path, tmp_path: Path, s3: UPath, monkeypatch: pytest.MonkeyPatch
+    tokenizer_dir: Path, tmp_path: Path, s3: UPath, count_received: Callable[[], list[int]]
 ) -> None:
     noise = [os.urandom(1 << 16) for _ in range(64)]
     with atomic_write(s3 / "a.parquet") as file:
         pq.write_table(pa.table({"noise": noise, "text": [f"row {row}" for row in range(64)]}), file)
-    received: list[int] = []
-    call = s3fs.S3FileSystem._call_s3
-
-    async def count(self: s3fs.S3FileSystem, method: str, *args: object, **kwargs: object) -> dict:
-        answer = await call(self, method, *args, **kwargs)
-        received.append(answer["ContentLength"] if method == "get_object" else 0)
-        return answer
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
+    received = count_received()
     assert run(config(str(s3 / "a.parquet"), tokenizer_dir, tmp_path / "out")).manifest.corpus.documents == 64
     assert 0 < sum(received) < 1 << 18
 

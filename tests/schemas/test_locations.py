@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import s3fs
 from upath import UPath
 
 from schemas.errors import UserError
@@ -218,7 +217,7 @@ def test_a_set_in_a_store_is_the_set_on_disk(make_shard_set: Callable[..., Shard
 
 
 def test_a_row_group_is_read_without_the_rest(
-    make_shard_set: Callable[..., ShardSet], s3: UPath, monkeypatch: pytest.MonkeyPatch
+    make_shard_set: Callable[..., ShardSet], s3: UPath, count_received: Callable[[], list[int]]
 ) -> None:
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 256, ROW_GROUP_TOKENS).tolist() for _ in range(6)]
@@ -226,15 +225,7 @@ def test_a_row_group_is_read_without_the_rest(
     shards = make_shard_set(sequences, {"loss_a": scores, "loss_b": scores}, rows_per_shard=6, parent=s3)
     [entry] = shards.manifest.shards
     assert entry.row_groups == 6
-    received: list[int] = []
-    call = s3fs.S3FileSystem._call_s3
-
-    async def count(self: s3fs.S3FileSystem, method: str, *args: object, **kwargs: object) -> dict:
-        answer = await call(self, method, *args, **kwargs)
-        received.append(answer["ContentLength"] if method == "get_object" else 0)
-        return answer
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
+    received = count_received()
     table = shards.read(0, ["loss_b"], row_group=4)
     assert table["loss_b"][0].as_py() == np.array(scores[4], np.float16).tolist()
     column = shards.bytes_per_token()["loss_b"] * entry.tokens / entry.row_groups

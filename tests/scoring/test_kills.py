@@ -32,7 +32,7 @@ def test_twenty_kills_change_no_byte(nodes, scoring, many_tokens: Callable[[int]
     run.start()
     for kind in rng.sample(list(KILLS), counts=list(KILLS.values()), k=sum(KILLS.values())):
         done = run.done()
-        run.wait_until(lambda: run.done() > done and run.workers())  # noqa: B023
+        run.wait_until(lambda done=done: run.done() > done and run.workers())
         time.sleep(rng.uniform(0, 1))
         if kind == "worker":
             os.kill(rng.choice(sorted(run.workers())), signal.SIGKILL)

@@ -14,7 +14,7 @@ from schemas.value_counts import ValueCounts
 from scoring.conditions import Measurement, plan_columns, reuse_columns
 from scoring.engines import EngineConfig, Request
 from scoring.models import ScoringModel
-from scoring.scorer import ScoringTask, ShardScorer, measure, read_unit, round_contrast, write_unit
+from scoring.scorer import ScoringTask, ShardScorer, measure, round_contrast, write_unit
 from scoring.units import Attempt, commit, find_done, gather
 from scoring.windows import plan_windows
 
@@ -125,7 +125,7 @@ def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardSco
     scorer = ShardScorer(task, lambda model, config: engines[model.directory.name])
     (shard,) = source.manifest.shards
     attempt = Attempt(shard.name, "1")
-    write_unit(task, attempt, scorer.score(shard.name, read_unit(task, shard)), 0.0)
+    write_unit(task, attempt, scorer.score(shard.name, read_shard(task.source / shard.name)), 0.0)
     commit(output, attempt)
     return scorer
 
