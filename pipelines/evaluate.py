@@ -34,10 +34,12 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
     )
-    table = Table("offset", "loss (nats)", "perplexity", "targets", title=f"{config.model} on {config.input}")
+    columns = ("offset", "loss (nats)", "perplexity", "accuracy", "targets")
+    table = Table(*columns, title=f"{config.model} on {config.input}")
     for head in losses:
         perplexity = math.exp(head.loss) if head.loss < 700 else math.inf
-        table.add_row(str(head.offset), f"{head.loss:.4f}", f"{perplexity:.2f}", f"{head.targets:,}")
+        accuracy = f"{head.accuracy:.1%}"
+        table.add_row(str(head.offset), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}")
     Console(markup=False).print(table)
     return losses
 

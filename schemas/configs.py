@@ -140,14 +140,19 @@ class ScoreConfig(Config):
 class WeightsConfig(Config):
     """How score columns become one weight per target token."""
 
-    preset: Literal["uniform", "rho1-static", "dense", "sparse", "soft-threshold"] = Field(
-        "uniform", description="weighting scheme"
+    preset: Literal["uniform", "rho1", "rho1-static", "dense", "sparse", "soft-threshold"] = Field(
+        "uniform", description="weighting scheme; rho1 ranks by what the model in training loses"
+    )
+    live: bool = Field(
+        False,
+        description="dense, sparse: contrast loss_short with what the model in training loses instead of long_short",
     )
     column: str | None = Field(
         None,
-        description="score column; default excess_loss (rho1-static, soft-threshold) or long_short (dense, sparse)",
+        description="score column; default loss_reference (rho1), excess_loss (rho1-static, soft-threshold), "
+        "long_short (dense, sparse), or loss_short (these two with live)",
     )
-    fraction: Fraction = Field(0.6, description="rho1-static, sparse: share of the tokens that is kept")
+    fraction: Fraction = Field(0.6, description="rho1, rho1-static, sparse: share of the tokens that is kept")
     lam: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="dense: share of plain cross-entropy")
     tau: Annotated[float, Field(gt=0)] = Field(1.0, description="soft-threshold: score at which the weight reaches 1")
     control: Literal["none", "shuffled", "random"] = Field(
@@ -158,19 +163,35 @@ class WeightsConfig(Config):
     def _check_control(self) -> "WeightsConfig":
         if self.preset == "uniform" and (self.control != "none" or self.column is not None):
             raise ValueError("--weights.control and --weights.column need another --weights.preset than uniform")
+        if self.live and self.preset not in ("dense", "sparse"):
+            raise ValueError("--weights.live is for --weights.preset dense and sparse")
+        if self.is_live and self.control != "none":
+            raise ValueError("--weights.control needs weights that are known before training, so not live ones")
         return self
+
+    @property
+    def is_live(self) -> bool:
+        """Whether weights depend on the model in training."""
+        return self.live or self.preset == "rho1"
 
 
 class HeadsConfig(Config):
     """Which future tokens are predicted, and by what."""
 
-    kind: Literal["parallel"] = Field("parallel", description="all heads read the trunk's output")
-    block: Literal["residual", "decoder"] = Field(
-        "residual", description="a head is x + SiLU(W x), or one decoder layer as in the MTP paper"
+    kind: Literal["parallel", "sequential"] = Field(
+        "parallel", description="all heads read the trunk, or each reads the one before it as in DeepSeek-V3"
     )
-    offsets: tuple[Positive, ...] = Field((1, 2, 3, 4), description="distances of the predicted tokens; starts with 1")
+    block: Literal["residual", "decoder"] = Field(
+        "residual", description="a parallel head is x + SiLU(W x), or one decoder layer as in the MTP paper"
+    )
+    offsets: tuple[Positive, ...] = Field(
+        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, and may leap as [1,3,5,7]"
+    )
     coefficients: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
-        None, description="factor of each offset's loss; default 1 for all"
+        None, description="factor of each offset's loss; default 1; sequential heads share 0.3"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the steps in which the factors of all but the first rise from 0"
     )
 
     @model_validator(mode="after")
@@ -179,12 +200,16 @@ class HeadsConfig(Config):
             raise ValueError("--heads.offsets must start with 1 and increase, for example [1,2,3,4]")
         if self.coefficients is not None and len(self.coefficients) != len(self.offsets):
             raise ValueError(f"--heads.coefficients needs {len(self.offsets)} entries, one for each offset")
+        if self.coefficients is not None and not any(self.coefficients):
+            raise ValueError("--heads.coefficients must not all be 0, or there is nothing to learn")
         return self
 
     @property
     def loss_coefficients(self) -> tuple[float, ...]:
-        """One coefficient for each offset."""
-        return self.coefficients or (1.0,) * len(self.offsets)
+        """One coefficient for each offset: 1, for sequential heads lambda / D with lambda 0.3 (arXiv 2412.19437)."""
+        extra = len(self.offsets) - 1
+        default = 0.3 / extra if self.kind == "sequential" and extra else 1.0
+        return self.coefficients or (1.0,) + (default,) * extra
 
 
 class OptimizerConfig(Config):
@@ -198,6 +223,17 @@ class OptimizerConfig(Config):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps spent warming up")
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters of the trunk, used with `trainable: lora` and merged into it at the end."""
+
+    rank: Positive = Field(16, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="adapters are scaled by alpha / rank")
+    dropout: Moment = Field(0.0, description="dropout of the adapters' input")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",), description="modules that get one, as [q_proj,v_proj]; default all linear layers"
+    )
+
+
 class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
@@ -209,6 +245,10 @@ class TrainConfig(Config):
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
+    trainable: Literal["all", "heads", "lora"] = Field(
+        "all", description="what learns: trunk and heads, the extra heads alone, or these and low-rank adapters"
+    )
+    lora: LoRAConfig = Field(LoRAConfig(), description="low-rank adapters, with --trainable lora")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
     normalization: Literal["tokens", "weight_sum"] = Field(
         "tokens",
@@ -225,6 +265,12 @@ class TrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="attention implementation of transformers; auto is flash_attention_2 on a GPU that has it"
+    )
+    max_bad_steps: Annotated[int, Field(ge=0)] = Field(
+        3, description="stop after more than this many steps in a row whose loss or gradient is not finite"
+    )
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
@@ -239,6 +285,8 @@ class TrainConfig(Config):
     def _check_offsets(self) -> "TrainConfig":
         if self.sequence_length is not None and self.heads.offsets[-1] >= self.sequence_length:
             raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
+        if self.trainable == "heads" and len(self.heads.offsets) == 1:
+            raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
         return self
 
 

@@ -10,15 +10,16 @@ from tqdm import tqdm
 from schemas.configs import WeightsConfig
 from schemas.zipped import ZippedSets
 from training.loader import RowLoader, Rows
-from training.model import MTPModel
+from training.model import HEAD_SUMS, MTPModel
 from training.weights import make_weighting
 
 
 class HeadLoss(NamedTuple):
-    """Mean loss (nats per target) of the head at `offset` over `targets` held-out tokens."""
+    """Mean loss (nats per target) and top-1 accuracy of the head at `offset` over `targets` held-out tokens."""
 
     offset: int
     loss: float
+    accuracy: float
     targets: int
 
 
@@ -44,7 +45,7 @@ def evaluate_model(
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
-    sums = torch.zeros(len(unwrapped.config.offsets), 3, device=accelerator.device, dtype=torch.float64)
+    sums = torch.zeros(len(unwrapped.config.offsets), len(HEAD_SUMS), device=accelerator.device, dtype=torch.float64)
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -69,6 +70,6 @@ def evaluate_model(
     model.train(was_training)
     totals = accelerator.reduce(sums, "sum").tolist()
     return [
-        HeadLoss(offset, plain / count if count else float("nan"), int(count))
-        for offset, (_, plain, count) in zip(unwrapped.config.offsets, totals, strict=True)
+        HeadLoss(offset, *((plain / count, correct / count) if count else (float("nan"),) * 2), int(count))
+        for offset, (_, plain, count, correct, *_) in zip(unwrapped.config.offsets, totals, strict=True)
     ]

@@ -16,7 +16,7 @@ from schemas.errors import UserError
 from schemas.shards import ROW_GROUP_TOKENS, flat_values, list_lengths
 from schemas.zipped import ZippedSets
 from training.packing import pack
-from training.weights import Weighting
+from training.weights import StoredScores, Weighting
 
 BLOCK_TOKENS = 1 << 20
 BLOCK_ROWS = 64
@@ -58,7 +58,13 @@ class RowLoader:
     """
 
     def __init__(
-        self, shards: ZippedSets, weighting: Weighting, sequence_length: int, *, seed: int = 0, shuffle: bool = True
+        self,
+        shards: ZippedSets,
+        weighting: Weighting | StoredScores,
+        sequence_length: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
     ) -> None:
         self.shards = shards
         self.weighting = weighting

@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError
 from training.evaluation import to_device
+from training.flops import StepFlops, peak_flops
+from training.live import LiveWeighting
 from training.loader import LoaderState, RowLoader, Rows
+from training.metrics import Window
 from training.targets import count_targets
 
 
@@ -34,6 +38,8 @@ class TrainingLoop:
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
         loader: RowLoader,
+        flops: StepFlops,
+        steps: int,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -41,16 +47,15 @@ class TrainingLoop:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loader = loader
+        self.flops = flops
+        self.steps = steps
+        self.live = LiveWeighting(config.weights) if config.weights.is_live else None
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
-        self.window_start = (0, 0.0)  # tokens and seconds when the metrics window began
-        self.grad_norm = torch.zeros(())
-        # Per offset, summed over the window: weighted loss / denominator, plain loss, targets with weight; then valid
-        # targets of the first offset and the number of steps.
-        self.head_sums = torch.zeros(len(config.heads.offsets), 3, device=accelerator.device)
-        self.targets = torch.zeros((), device=accelerator.device)
-        self.window_steps = 0
+        self.bad_in_a_row = 0
+        self.window = Window(config.heads, accelerator.device)
+        self.grad_norm = 0.0
         self.metrics: dict[str, float] = {}  # as last logged
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,10 +64,8 @@ class TrainingLoop:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "window_start": self.window_start,
-            "window_steps": self.window_steps,
-            "head_sums": self.head_sums.cpu(),
-            "targets": self.targets.cpu(),
+            "bad_in_a_row": self.bad_in_a_row,
+            "window": self.window.state_dict(),
             "metrics": self.metrics,
             "loader": self.loader.state.model_dump(),
         }
@@ -70,34 +73,33 @@ class TrainingLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.window_start, self.window_steps = state["window_start"], state["window_steps"]
+        self.bad_in_a_row = state["bad_in_a_row"]
+        self.window.load_state_dict(state["window"], main_process=self.accelerator.is_main_process)
         self.metrics = state["metrics"]
-        if self.accelerator.is_main_process:  # the checkpoint has the sums of all processes
-            self.head_sums.copy_(state["head_sums"])
-        self.targets.copy_(state["targets"])
         self.loader.state = LoaderState(**state["loader"])
 
-    def run(self, steps: int) -> Iterator[dict[str, float]]:
-        """Train until `steps` steps are done; after each yield its metrics, empty where nothing is logged.
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train until all steps are done; after each yield its metrics, empty where nothing is logged.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss or its gradient was not finite for too many steps in a row.
         """
-        bar = tqdm(
-            total=steps, initial=self.step, desc="train", unit="step", disable=not self.accelerator.is_main_process
-        )
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not main)
         batches = self.loader.batches(self.config.batch_size)
+        peak = peak_flops(self.accelerator.device)
         self.model.train()
         with bar:
-            while self.step < steps:
+            while self.step < self.steps:
                 started = time.perf_counter()
                 self._train_step(next(batches))
                 self.step += 1
-                logged = self.step % self.config.log_every == 0 or self.step == steps
-                metrics = self._window_metrics() if logged else {}
                 self.seconds += time.perf_counter() - started
+                logged = self.step % self.config.log_every == 0 or self.step == self.steps
                 if logged:
-                    self.metrics = metrics | self._window_speed()
+                    self.metrics = self.window.close(self.accelerator, self.flops, self.seconds, peak)
+                    self.metrics |= {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": self.grad_norm}
+                    self.metrics["tokens"] = self.tokens
                     bar.set_postfix_str("loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s".format(**self.metrics))
                 bar.update()
                 yield dict(self.metrics) if logged else {}
@@ -106,59 +108,62 @@ class TrainingLoop:
         share = self.config.batch_size // self.accelerator.num_processes
         first = share * self.accelerator.process_index
         size = self.config.micro_batch_size
-        micro_batches = [
-            to_device(batch.take(slice(at, min(at + size, first + share))), self.accelerator.device)
-            for at in range(first, first + share, size)
-        ]
-        denominator = self._denominator(micro_batches)
-        for i, micro_batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, sums = self.model(*micro_batch)
-                # DDP averages gradients over processes; this loss is to be summed.
-                self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
-            sums[:, 0] /= denominator
-            self.head_sums += sums
-        self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
+        parts = [batch.take(slice(at, min(at + size, first + share))) for at in range(first, first + share, size)]
+        targets, weight_sum = self._count(batch)
+        self.tokens += int(batch.tokens.sum())
+        self.window.enter(batch, targets)
+        if weight_sum:
+            denominator = targets if self.config.normalization == "tokens" else weight_sum
+            sums = [self._run_part(part, denominator, last=part is parts[-1]) for part in parts]
+            self._update(parts, sums)
+        else:
+            self.window.counters["no_signal_steps"] += 1
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self.tokens += int(batch.tokens.sum())
-        self.window_steps += 1
 
-    def _denominator(self, micro_batches: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """The denominator of the whole step; 1 where no target has weight, so that the loss is 0 and not NaN."""
-        offset = self.config.heads.offsets[0]
-        counts = [torch.stack(count_targets(position_ids, w, offset)) for _, position_ids, w in micro_batches]
-        targets, weight_sum = self.accelerator.reduce(torch.stack(counts).sum(0), "sum")
-        self.targets += targets
-        total = targets if self.config.normalization == "tokens" else weight_sum
-        return torch.where(total > 0, total, torch.ones_like(total))
+    def _count(self, batch: Rows) -> tuple[float, float]:
+        """Targets of the first offset in the whole step, and the sum of their weights."""
+        ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
+        targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.live is not None)
+        return float(targets), float(weight_sum)
 
-    def _window_metrics(self) -> dict[str, float]:
-        """Metrics of the steps since the last call, over all processes; starts a new window."""
-        weighted, plain, counts = self.accelerator.reduce(self.head_sums, "sum").T.double().tolist()
-        targets = self.targets.item()
-        metrics = {"loss": 0.0}
-        for i, offset in enumerate(self.config.heads.offsets):
-            metrics[f"weighted_loss_{offset}"] = weighted[i] / self.window_steps
-            metrics[f"plain_loss_{offset}"] = plain[i] / counts[i] if counts[i] else float("nan")
-            metrics["loss"] += self.config.heads.loss_coefficients[i] * weighted[i] / self.window_steps
-        metrics["selected_share"] = counts[0] / targets if targets else 0.0
-        metrics["grad_norm"] = float(self.grad_norm)
-        metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
-        metrics["tokens"] = self.tokens
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(self._not_finite("the loss"))
-        self.head_sums.zero_()
-        self.targets.zero_()
-        self.window_steps = 0
-        return metrics
+    def _run_part(self, part: Rows, denominator: float, *, last: bool) -> Tensor:
+        """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            micro_batch = to_device(part, self.accelerator.device)
+            loss, sums = self.model(*micro_batch, coefficients=self._coefficients(), live=self.live)
+            # DDP averages gradients over processes; this loss is to be summed.
+            self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
+        sums[:, 0] /= denominator
+        return sums
 
-    def _window_speed(self) -> dict[str, float]:
-        tokens, seconds = self.tokens - self.window_start[0], self.seconds - self.window_start[1]
-        self.window_start = self.tokens, self.seconds
-        return {"tokens_per_second": tokens / seconds}
+    def _update(self, parts: list[Rows], sums: list[Tensor]) -> None:
+        """Take the optimizer step, unless a loss or the gradient is not finite.
+
+        Raises:
+            UserError: too many steps in a row were not taken.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        self.grad_norm = float(norm)
+        finite = [bool(part_sums.isfinite().all()) for part_sums in sums]
+        bad = torch.tensor(float(not all(finite)), device=self.accelerator.device)
+        if math.isfinite(self.grad_norm) and not self.accelerator.reduce(bad, "sum"):
+            self.optimizer.step()
+            self.window.add(torch.stack(sums).sum(0), self._coefficients())
+            self.bad_in_a_row = 0
+            return
+        self.window.counters["bad_steps"] += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row > self.config.max_bad_steps:
+            suspects = [part for part, good in zip(parts, finite, strict=True) if not good] or parts
+            raise UserError(self._not_finite(suspects))
+
+    def _coefficients(self) -> Tensor:
+        """The factor of each offset in this step (K,)."""
+        first, *others = self.config.heads.loss_coefficients
+        warmup = self.config.heads.warmup_ratio * self.steps
+        share = min(1.0, self.step / warmup) if warmup else 1.0
+        return torch.tensor([first, *(share * other for other in others)], device=self.accelerator.device)
 
     def prepare_checkpoint(self) -> None:
         """Bring the window's sums together in the main process, and make sure that the model is worth keeping.
@@ -166,13 +171,19 @@ class TrainingLoop:
         Raises:
             UserError: a parameter is NaN or infinite.
         """
-        total = self.accelerator.reduce(self.head_sums, "sum")
-        self.head_sums = total if self.accelerator.is_main_process else torch.zeros_like(total)
+        self.window.gather(self.accelerator)
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise UserError(self._not_finite("the model"))
+            raise UserError(
+                f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: the model is not finite at step "
+                f"{self.step}; lower it and choose another --output, or check the weights of --model"
+            )
 
-    def _not_finite(self, what: str) -> str:
+    def _not_finite(self, suspects: list[Rows]) -> str:
+        own = self.loader.files(source for rows in suspects for source in rows.sources)
+        names = sorted(set(gather_object(own)))
         return (
-            f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: {what} is not finite at step "
-            f"{self.step}; lower it and choose another --output, or check the weights of --model"
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: loss or gradient was not finite for "
+            f"{self.bad_in_a_row} steps in a row, up to step {self.step + 1}; lower --optimizer.learning_rate "
+            f"{self.config.optimizer.learning_rate:g}, or check these shards with 'wmtp verify'; "
+            "the last checkpoint is from before"
         )

@@ -1,18 +1,69 @@
-"""Weighted cross-entropy against one shared unembedding, without ever holding the logits of all rows.
+"""Weighted cross-entropy of all heads against one shared unembedding, without ever holding the logits of all rows.
 
-The weights of the rows are known before the forward pass. So the rows of weight 0 are dropped before this is called,
-and the gradient of every chunk of logits is formed while the chunk is at hand: three matrix products instead of the
-four that recomputing the logits in the backward pass would take. Beyond one chunk of logits this holds the gradients
-until the backward pass: one matrix like the unembedding, however many heads share it.
+The weights of the rows are known before the forward pass. So rows of weight 0 never come here, and all gradients are
+formed while a chunk of logits is at hand (see `training.output_layer`). Heads are run and differentiated one after the
+other (arXiv 2404.19737, section 2): beyond one chunk of logits and the activations of one head, what is held until the
+backward pass is a gradient for each input and each parameter, however many heads there are.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ROWS = 1024
+from training.output_layer import CHUNK_ROWS, OutputLayer
+
+
+class HeadRows(NamedTuple):
+    """What one head has to predict.
+
+    Attributes:
+        rows: (R,) int64, indices into the flattened positions of a batch.
+        targets: (R,) int64, all of them valid token ids.
+        weights: (R,) floating, non-negative.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads whose hidden states are computed together: one parallel head, or a chain of sequential modules.
+
+    Attributes:
+        heads: their numbers, ascending.
+        hidden_states: maps the inputs and, for each of the heads, (R,) rows to hidden states (R, D).
+        parameters: what it needs besides the inputs and may be trained.
+    """
+
+    heads: Sequence[int]
+    hidden_states: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+    parameters: Sequence[Tensor] = ()
+
+
+class HeadLosses(NamedTuple):
+    """Losses of all heads, those of one head after those of the other.
+
+    Attributes:
+        total: scalar with gradients, the sum over heads k and rows r of `coefficients[k] * weights[r] * losses[r]`.
+        losses: (sum of R,) float32 (float64 for float64 input), nats, without gradients.
+        correct: (sum of R,) bool, whether the target is the most likely token.
+        weights: (sum of R,) the weights that were used.
+    """
+
+    total: Tensor
+    losses: Tensor
+    correct: Tensor
+    weights: Tensor
+
+
+WeighLive = Callable[[Tensor, HeadRows], Tensor]
+"""Turns the current losses (R,) of the rows of a head, whose `weights` are stored scores, into weights (R,)."""
 
 
 def weighted_linear_cross_entropy(
@@ -27,10 +78,6 @@ def weighted_linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows r of `weights[r] * -log softmax(z[r])[targets[r]]`, z = hidden_states @ unembedding.T + bias.
 
-    With `softcap` c the logits are `c * tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2). Matrix products run in
-    the autocast dtype where autocast is on, otherwise in the dtype of `hidden_states`; softmax and losses in float32
-    (float64 for float64 input).
-
     Args:
         hidden_states: (R, D) rows, any floating dtype.
         unembedding: (V, D).
@@ -42,85 +89,158 @@ def weighted_linear_cross_entropy(
 
     Returns:
         The weighted sum, a scalar with gradients for `hidden_states`, `unembedding` and `bias`, and the (R,) losses
-        in nats without gradients.
+        in nats without gradients. See `multi_head_cross_entropy`, of which this is the simplest case.
     """
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    with torch.autocast(device, enabled=False):
-        return _WeightedLinearCrossEntropy.apply(
-            hidden_states.to(dtype), unembedding, targets, weights, bias, softcap, chunk_rows, torch.is_grad_enabled()
-        )
+    everything = HeadRows(torch.arange(len(targets), device=targets.device), targets, weights)
+    result = multi_head_cross_entropy(
+        [hidden_states],
+        [HeadGroup([0], lambda inputs, rows: [inputs[0]])],
+        [everything],
+        unembedding,
+        torch.ones(1, device=targets.device),
+        bias=bias,
+        softcap=softcap,
+        chunk_rows=chunk_rows,
+    )
+    return result.total, result.losses
 
 
-class _WeightedLinearCrossEntropy(torch.autograd.Function):
+def multi_head_cross_entropy(
+    inputs: Sequence[Tensor],
+    groups: Sequence[HeadGroup],
+    tasks: Sequence[HeadRows],
+    unembedding: Tensor,
+    coefficients: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+    live: WeighLive | None = None,
+) -> HeadLosses:
+    """Weighted cross-entropy of several heads.
+
+    With `softcap` c the logits are `c * tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2). Softmax and losses are
+    computed in float32 (float64 for float64 input), matrix products in the autocast dtype where autocast is on, else
+    in that of the hidden states; on a CPU always in float32 at least, where bfloat16 products are many times slower.
+
+    Args:
+        inputs: what the groups share, as the trunk's hidden states; they may need gradients.
+        groups: together they have every head once.
+        tasks: for each head, what it has to predict.
+        unembedding: (V, D), shared by all heads.
+        coefficients: (K,) factor of each head's losses.
+        bias: (V,) or None.
+        softcap: bound of the logits, or None.
+        chunk_rows: rows whose logits are held at once.
+        live: makes the weights from the losses. All rows are then first predicted without gradients, and those that
+            get a weight once more.
+
+    Returns:
+        The losses. Gradients are built here already, so `total` can be differentiated once.
+    """
+    plan = _Plan(groups, tasks, coefficients, softcap, chunk_rows, live, torch.is_grad_enabled())
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    return HeadLosses(*_MultiHeadCrossEntropy.apply(plan, len(inputs), unembedding, bias, *inputs, *parameters))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    groups: Sequence[HeadGroup]
+    tasks: Sequence[HeadRows]
+    coefficients: Tensor
+    softcap: float | None
+    chunk_rows: int
+    live: WeighLive | None
+    grad_enabled: bool
+
+
+class _MultiHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_states: Tensor,
-        unembedding: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        chunk_rows: int,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        matrix = unembedding.to(hidden_states.dtype)
-        weights = weights.to(wide)
-        losses = torch.empty(len(targets), dtype=wide, device=hidden_states.device)
+        ctx: Any, plan: _Plan, n_inputs: int, unembedding: Tensor, bias: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Under no_grad autograd still says that parameters need gradients.
-        needs_hidden, needs_unembedding, needs_bias = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1, 4))
-        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-        grad_unembedding = torch.zeros_like(unembedding, dtype=wide) if needs_unembedding else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
+        needs_matrix, needs_bias, *needed = [plan.grad_enabled and needs for needs in ctx.needs_input_grad[2:]]
+        inputs = [tensor.detach().requires_grad_(n) for tensor, n in zip(tensors[:n_inputs], needed, strict=False)]
+        output_layer = OutputLayer(
+            unembedding,
+            bias,
+            inputs[0].dtype,
+            needs_matrix=needs_matrix,
+            needs_bias=needs_bias,
+            softcap=plan.softcap,
+            chunk_rows=plan.chunk_rows,
+        )
+        input_grads: list[Tensor | None] = [None] * n_inputs
+        parameter_grads: list[Tensor | None] = []
+        results: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for group in plan.groups:
+            tasks = [plan.tasks[head] for head in group.heads]
+            if plan.live:
+                tasks = _weigh_live(plan.live, group, tasks, inputs, output_layer, results)
+            with torch.set_grad_enabled(plan.grad_enabled):
+                hidden = group.hidden_states(inputs, [task.rows for task in tasks])
+            hidden_grads = []
+            for head, task, states in zip(group.heads, tasks, hidden, strict=True):
+                weights = task.weights * plan.coefficients[head]
+                losses, correct, grad = output_layer.losses_and_gradients(states, task.targets, weights)
+                hidden_grads.append(grad)
+                results.setdefault(head, (losses, correct, task.weights))
+            grads = _differentiate(hidden, hidden_grads, [*inputs, *group.parameters])
+            for i, grad in enumerate(grads[:n_inputs]):
+                total = input_grads[i]
+                input_grads[i] = grad if total is None else total if grad is None else total + grad
+            parameter_grads += grads[n_inputs:]
 
-        for start in range(0, len(targets), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = (hidden_states[rows] @ matrix.T).to(wide)
-            if bias is not None:
-                logits += bias
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            target = targets[rows, None]
-            log_normalizer = torch.logsumexp(logits, -1, keepdim=True)
-            losses[rows] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
-            if not (needs_hidden or needs_unembedding or needs_bias):
-                continue
-            slope = None if softcap is None else 1 - (logits / softcap).square()
-            grad_logits = logits.sub_(log_normalizer).exp_()
-            grad_logits.scatter_add_(-1, target, -torch.ones_like(target, dtype=wide))
-            grad_logits *= weights[rows, None]
-            if slope is not None:
-                grad_logits *= slope
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            narrow = grad_logits.to(hidden_states.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = narrow @ matrix
-            if grad_unembedding is not None:
-                if narrow.dtype == wide:
-                    grad_unembedding.addmm_(narrow.T, hidden_states[rows])
-                else:
-                    grad_unembedding += narrow.T @ hidden_states[rows]
-
-        ctx.save_for_backward(grad_hidden, grad_unembedding, grad_bias)
-        ctx.dtypes = unembedding.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses
+        ctx.grads = (output_layer.grad_matrix, output_layer.grad_bias, *input_grads, *parameter_grads)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (unembedding, bias, *tensors)]
+        losses, correct, weights = (
+            torch.cat(parts) for parts in zip(*(results[head] for head in sorted(results)), strict=True)
+        )
+        ctx.mark_non_differentiable(losses, correct, weights)
+        counts = torch.tensor([len(task.rows) for task in plan.tasks], device=losses.device)
+        scaled = weights * plan.coefficients.repeat_interleave(counts)
+        return (losses * scaled).sum(), losses, correct, weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_unembedding, grad_bias = ctx.saved_tensors
-        unembedding_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if grad_hidden is None else (grad_hidden * grad_sum).to(grad_hidden.dtype),
-            None if grad_unembedding is None else (grad_unembedding * grad_sum).to(unembedding_dtype),
-            None,
-            None,
-            None if grad_bias is None else (grad_bias * grad_sum).to(bias_dtype),
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("the gradients of this loss were used up by an earlier backward pass")
+        # In place, as nobody else holds them: the largest is as large as the unembedding.
+        scaled = (g if g is None else g.mul_(grad_total).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return None, None, *scaled
+
+
+def _weigh_live(
+    live: WeighLive,
+    group: HeadGroup,
+    tasks: Sequence[HeadRows],
+    inputs: Sequence[Tensor],
+    output_layer: OutputLayer,
+    results: dict[int, tuple[Tensor, Tensor, Tensor]],
+) -> list[HeadRows]:
+    """Enter the losses of a group and the weights made of them into `results`; return the rows that got a weight."""
+    kept_tasks = []
+    hidden = group.hidden_states([tensor.detach() for tensor in inputs], [task.rows for task in tasks])
+    for head, task, states in zip(group.heads, tasks, hidden, strict=True):
+        losses, correct = output_layer.losses(states, task.targets)
+        weights = live(losses, task)
+        results[head] = losses, correct, weights
+        kept = weights > 0
+        kept_tasks.append(HeadRows(task.rows[kept], task.targets[kept], weights[kept]))
+    return kept_tasks
+
+
+def _differentiate(
+    hidden: Sequence[Tensor], hidden_grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of `tensors`, None where none is needed, from those of the hidden states of a group."""
+    outputs = [pair for pair in zip(hidden, hidden_grads, strict=True) if pair[0].requires_grad]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    if not outputs:
+        return [None] * len(tensors)
+    states, grads = zip(*outputs, strict=True)
+    found = iter(torch.autograd.grad(states, wanted, grads, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in tensors]

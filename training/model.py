@@ -4,7 +4,7 @@ The loss is computed inside `forward` because that is where wrappers (DDP, FSDP,
 unembedding to be used.
 """
 
-import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.configs import HeadsConfig
 from schemas.errors import UserError, first_line
 from schemas.files import write_text
-from schemas.locations import local_copy, local_name, locate
-from training.heads import ResidualHead, decoder_parts, recorded_call, run_layer
-from training.losses import weighted_linear_cross_entropy
-from training.targets import weighted_rows
+from schemas.locations import local_copy, locate
+from training.heads import Heads, TrunkPass, make_heads
+from training.live import LiveWeighting
+from training.losses import HeadGroup, multi_head_cross_entropy
+from training.targets import target_rows
+from training.trunk import LayerCall, check_trunk, decoder_parts, load_trunk, recorded_call, softcap
 
 HEADS_CONFIG = "config.json"
 HEADS_WEIGHTS = "heads.safetensors"
+HEAD_SUMS = ("weighted_loss", "plain_loss", "selected", "correct", "weight", "squared_weight")
+"""What `MTPModel` adds up for each head: over the targets with weight, losses times weights, losses (nats), how many
+they are, how many of them are the most likely token, their weights, and the squares of these."""
 
 
 class MTPModel(nn.Module):
@@ -31,67 +35,75 @@ class MTPModel(nn.Module):
 
     trunk: Any  # a PreTrainedModel; nn.Module's own __getattr__ would hide its methods from the type checker
 
-    def __init__(self, trunk: nn.Module, heads: HeadsConfig, head_layers: list[nn.Module]) -> None:
-        """Take a trunk and, for `block="decoder"`, the layers that become its extra heads."""
+    def __init__(self, trunk: nn.Module, heads: Heads, config: HeadsConfig) -> None:
         super().__init__()
         self.trunk = trunk
-        self.config = heads
-        if heads.block == "residual":
-            head_layers = [ResidualHead(self.trunk.config.hidden_size) for _ in heads.offsets[1:]]
-        self.heads = nn.ModuleList(head_layers)
+        self.heads = heads
+        self.config = config
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        weights: Tensor,
+        coefficients: Tensor | None = None,
+        live: LiveWeighting | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Weighted loss of all heads over packed rows.
 
         Args:
             input_ids: (B, T) int64.
             position_ids: (B, T) int64, restarting at 0 in every document, 0 for padding.
-            weights: (B, T) float32, the weight of each token as a target.
+            weights: (B, T) float32, the weight of each token as a target; with `live` the stored score that its weight
+                is made from, NaN where there is none.
+            coefficients: (K,) factor of each offset's loss, by default those of the config.
+            live: makes weights from current losses and stored scores.
 
         Returns:
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
-            a (K, 3) float32 tensor without gradients: for each offset the weighted sum of losses, the plain sum over
-            the targets of non-zero weight, and how many these are.
+            (K, 6) float32 sums without gradients: `HEAD_SUMS` of each offset.
         """
-        decoder = self.trunk.get_decoder()
-        uses_layers = self.config.block == "decoder" and len(self.heads) > 0
-        if uses_layers:
-            layers, norm = decoder_parts(decoder)
-            with recorded_call(layers[-1]) as call:
-                output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        else:
-            output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        trunk_hidden = output.last_hidden_state.flatten(0, 1)
-
-        hidden, targets, row_weights = [], [], []
-        for i, offset in enumerate(self.config.offsets):
-            rows, target, weight = weighted_rows(input_ids, position_ids, weights, offset)
-            if i == 0:
-                hidden.append(trunk_hidden[rows])
-            elif uses_layers:
-                hidden.append(norm(run_layer(self.heads[i - 1], call)).flatten(0, 1)[rows])
-            else:
-                hidden.append(self.heads[i - 1](trunk_hidden[rows]))
-            targets.append(target)
-            row_weights.append(weight)
-
-        counts = [len(target) for target in targets]
-        coefficients = torch.tensor(self.config.loss_coefficients, device=input_ids.device)
-        scale = coefficients.repeat_interleave(torch.tensor(counts, device=input_ids.device))
+        trunk = self._run_trunk(input_ids, position_ids)
+        tasks = [
+            target_rows(input_ids, position_ids, weights, offset, scored=live is not None)
+            for offset in self.config.offsets
+        ]
+        if coefficients is None:
+            coefficients = torch.tensor(self.config.loss_coefficients, device=input_ids.device)
         unembedding = self.trunk.get_output_embeddings()
-        loss, token_losses = weighted_linear_cross_entropy(
-            torch.cat(hidden),
+        result = multi_head_cross_entropy(
+            trunk.inputs,
+            [HeadGroup([0], _own_hidden_states), *self.heads.groups(trunk)],
+            tasks,
             unembedding.weight,
-            torch.cat(targets),
-            torch.cat(row_weights) * scale,
+            coefficients,
             bias=unembedding.bias,
-            softcap=getattr(self.trunk.config, "final_logit_softcapping", None),
+            softcap=softcap(self.trunk),
+            live=live.of_batch(position_ids) if live else None,
         )
         sums = [
-            torch.stack([(losses * weight).sum(), losses.sum(), losses.new_tensor(len(losses))])
-            for losses, weight in zip(token_losses.split(counts), row_weights, strict=True)
+            torch.stack([(w * losses).sum(), losses[w > 0].sum(), (w > 0).sum(), correct[w > 0].sum(), w.sum(), w @ w])
+            for losses, correct, w in zip(
+                *(values.split([len(task.rows) for task in tasks]) for values in result[1:]), strict=True
+            )
         ]
-        return loss, torch.stack(sums).detach()
+        return result.total, torch.stack(sums)
+
+    def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkPass:
+        decoder = self.trunk.get_decoder()
+        last, norm = LayerCall(), LayerCall()
+        with ExitStack() as stack:
+            if self.heads.reads:
+                layers, final_norm = decoder_parts(self.trunk)
+                last, norm = (stack.enter_context(recorded_call(module)) for module in (layers[-1], final_norm))
+            output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        inputs = [output.last_hidden_state]
+        for name in self.heads.reads:
+            if name == "embeddings":
+                inputs.append(self.trunk.get_input_embeddings()(input_ids))
+            else:
+                inputs.append((last if name == "last_layer_input" else norm).hidden_states)
+        return TrunkPass(tuple(inputs), position_ids, last)
 
     def save(self, directory: Path) -> None:
         """Write the trunk as an ordinary Hugging Face checkpoint to `model/` and the heads to `heads/`."""
@@ -101,7 +113,11 @@ class MTPModel(nn.Module):
         write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")
 
 
-def build_model(name: str, heads: HeadsConfig, *, from_scratch: bool) -> MTPModel:
+def _own_hidden_states(inputs: Any, rows: Any) -> list[Tensor]:
+    return [inputs[0].flatten(0, 1)[rows[0]]]
+
+
+def build_model(name: str, config: HeadsConfig, *, from_scratch: bool, attention: str | None = None) -> MTPModel:
     """Build the model to train, in float32, from pretrained weights or from the config alone.
 
     With decoder heads a pretrained trunk stays whole and every extra head starts as a copy of its last layer. From
@@ -111,24 +127,10 @@ def build_model(name: str, heads: HeadsConfig, *, from_scratch: bool) -> MTPMode
     Raises:
         UserError: the model cannot be loaded, has too few layers, or computes its logits in an unsupported way.
     """
-    extra = len(heads.offsets) - 1
-    trunk = _load_trunk(name, from_scratch=from_scratch)
-    layers: list[nn.Module] = []
-    if heads.block == "decoder" and extra:
-        decoder_layers, _ = decoder_parts(trunk.get_decoder())
-        if not from_scratch:
-            layers = [copy.deepcopy(decoder_layers[-1]) for _ in range(extra)]
-        elif extra >= len(decoder_layers):
-            raise UserError(
-                f"{name}: {len(decoder_layers)} layers are too few for {extra} decoder heads; use fewer offsets"
-            )
-        else:
-            layers = list(decoder_layers[-extra:])
-            del decoder_layers[-extra:]
-            _shorten(trunk.config, len(decoder_layers))
-    model = MTPModel(trunk, heads, layers)
-    check_trunk(model, name)
-    return model
+    trunk = load_trunk(name, from_scratch=from_scratch, attention=attention)
+    heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
+    check_trunk(trunk, name)
+    return MTPModel(trunk, heads, config)
 
 
 def load_model(path: str) -> MTPModel:
@@ -138,59 +140,9 @@ def load_model(path: str) -> MTPModel:
     if not (heads_directory / HEADS_CONFIG).exists():
         return build_model(path, HeadsConfig(offsets=(1,)), from_scratch=False)
     try:
-        heads = HeadsConfig.model_validate_json((heads_directory / HEADS_CONFIG).read_text())
-        model = build_model(str(run / "model"), heads, from_scratch=False)
+        config = HeadsConfig.model_validate_json((heads_directory / HEADS_CONFIG).read_text())
+        model = build_model(str(run / "model"), config, from_scratch=False)
         model.heads.load_state_dict(load_file(local_copy(heads_directory) / HEADS_WEIGHTS))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{heads_directory}: cannot be loaded ({first_line(error)}); train the run again") from error
     return model
-
-
-def _load_trunk(name: str, *, from_scratch: bool) -> Any:
-    source = local_name(name)
-    try:
-        if from_scratch:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        hint = "give the directory or id of a causal language model"
-        if Path(source).is_dir() and not from_scratch:
-            hint += ", or --from_scratch true to use its config only"
-        raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
-
-
-def _shorten(config: Any, layers: int) -> None:
-    """Make a Hugging Face config describe a model with fewer layers."""
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-
-
-@torch.no_grad()
-def check_trunk(model: MTPModel, name: str) -> None:
-    """Make sure that what training relies on holds for this architecture, on two short made-up documents.
-
-    Raises:
-        UserError: the logits are not `hidden @ unembedding.T` (plus bias, soft-cap), or packed documents are mixed.
-    """
-    trunk = model.trunk
-    training = trunk.training
-    trunk.eval()
-    ids = torch.arange(12)[None] % trunk.config.vocab_size
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-    hidden = trunk.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    alone = trunk.get_decoder()(input_ids=ids[:, 5:], use_cache=False).last_hidden_state
-    logits = trunk(input_ids=ids[:, 5:], use_cache=False).logits
-    unembedding = trunk.get_output_embeddings()
-    own = nn.functional.linear(alone, unembedding.weight, unembedding.bias)
-    if (softcap := getattr(trunk.config, "final_logit_softcapping", None)) is not None:
-        own = softcap * torch.tanh(own / softcap)
-    trunk.train(training)
-    if not logits.isfinite().all():
-        raise UserError(f"{name}: predicts NaN or infinity; check its weights")
-    if not torch.allclose(own, logits, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"{name}: {type(trunk).__name__} rescales its logits, which training cannot do; use another architecture"
-        )
-    if not torch.allclose(hidden[:, 5:], alone, rtol=1e-3, atol=1e-3):
-        raise UserError(f"{name}: {type(trunk).__name__} does not separate packed documents; use another architecture")

@@ -6,19 +6,27 @@ of its own. Token t+k belongs to the document of token t exactly when `position_
 
 from torch import Tensor
 
+from training.losses import HeadRows
+
 
 def valid_targets(position_ids: Tensor, offset: int) -> Tensor:
     """Where position t may predict token t+`offset`: (B, T - offset) bool for `position_ids` of shape (B, T)."""
     return position_ids[:, offset:] == position_ids[:, :-offset] + offset
 
 
-def count_targets(position_ids: Tensor, weights: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Number of valid targets at `offset` and the sum of their weights: two scalars, int64 and the dtype of weights."""
+def count_targets(position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False) -> tuple[Tensor, Tensor]:
+    """Number of valid targets at `offset`, int64, and the sum of their weights, in the dtype of weights: two scalars.
+
+    With `scored` the weights (B, T) are stored scores: every target that has one counts 1.
+    """
     valid = valid_targets(position_ids, offset)
-    return valid.sum(), (weights[:, offset:] * valid).sum()
+    weights = weights[:, offset:]
+    return valid.sum(), ((weights.isfinite().to(weights.dtype) if scored else weights) * valid).sum()
 
 
-def weighted_rows(input_ids: Tensor, position_ids: Tensor, weights: Tensor, offset: int) -> tuple[Tensor, ...]:
+def target_rows(
+    input_ids: Tensor, position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False
+) -> HeadRows:
     """The positions whose prediction at `offset` carries weight. The weight is the target's.
 
     Args:
@@ -26,10 +34,13 @@ def weighted_rows(input_ids: Tensor, position_ids: Tensor, weights: Tensor, offs
         position_ids: (B, T) int64.
         weights: (B, T) one weight per token, as a target.
         offset: how far ahead the target lies.
+        scored: `weights` are stored scores, NaN where there is none; all others are taken.
 
     Returns:
-        `rows` (R,) indices into the (B * T) flattened positions, `targets` (R,) int64, `target_weights` (R,), all > 0.
+        Indices into the (B * T) flattened positions, ascending, with targets and weights.
     """
     length = input_ids.shape[1]
-    batch, at = (valid_targets(position_ids, offset) & (weights[:, offset:] > 0)).nonzero(as_tuple=True)
-    return batch * length + at, input_ids[batch, at + offset], weights[batch, at + offset]
+    ahead = weights[:, offset:]
+    carries = ahead.isfinite() if scored else ahead > 0
+    batch, at = (valid_targets(position_ids, offset) & carries).nonzero(as_tuple=True)
+    return HeadRows(batch * length + at, input_ids[batch, at + offset], weights[batch, at + offset])

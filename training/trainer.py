@@ -23,6 +23,7 @@ from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.evaluation import evaluate_model
+from training.flops import StepFlops
 from training.loader import RowLoader
 from training.loop import TrainingLoop
 from training.mirror import Mirror
@@ -63,7 +64,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
         return finished | {"already_complete": True}
 
     set_seed(config.seed)
-    mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch)
+    attention = None if config.attention == "auto" else config.attention
+    mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
     for data in filter(None, (shards, held_out)):
         check_model(mtp_model, config.model, data.first, sequence_length)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
@@ -71,7 +73,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
     optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
     model, optimizer = accelerator.prepare(mtp_model, optimizer)
-    loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader)
+    flops = StepFlops(mtp_model)
+    loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader, flops, steps)
     accelerator.register_for_checkpointing(scheduler, loop)
     run.load_checkpoint(accelerator)
     if accelerator.is_main_process:
@@ -89,10 +92,11 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
             batch_size=config.micro_batch_size,
             max_tokens=config.eval_tokens,
         )
-        return {f"eval_loss_{head.offset}": head.loss for head in losses}
+        metrics = {f"eval_loss_{head.offset}": head.loss for head in losses}
+        return metrics | {f"eval_accuracy_{head.offset}": head.accuracy for head in losses}
 
     checkpoint_every = config.checkpoint_every or max(1, steps // 10)
-    for metrics in loop.run(steps):
+    for metrics in loop.run():
         if config.eval_every and loop.step % config.eval_every == 0 and loop.step < steps:
             metrics |= evaluate()
         if metrics:
@@ -111,6 +115,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
         "tokens_per_second": loop.tokens / loop.seconds,
         "loss": loop.metrics["loss"],
         "selected_share": loop.metrics["selected_share"],
+        **loop.window.counters,
         **evaluation,
     }
     accelerator.log(evaluation, step=loop.step)

@@ -18,6 +18,7 @@ from schemas.errors import UserError
 from schemas.zipped import ZippedSets
 
 DEFAULT_COLUMNS = {
+    "rho1": "loss_reference",
     "rho1-static": "excess_loss",
     "soft-threshold": "excess_loss",
     "dense": "long_short",
@@ -53,7 +54,18 @@ class Weighting:
         return result
 
 
-def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting:
+@dataclass(frozen=True)
+class StoredScores:
+    """For live schemes, which `training.live` makes of stored scores while training: hands these on as they are."""
+
+    column: str
+
+    def __call__(self, scores: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The scores (T,) float32, NaN where a token has none."""
+        return scores.astype(np.float32)
+
+
+def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting | StoredScores:
     """Prepare the scheme of `config` for `shards`, scaled so that scored tokens have mean weight 1 over the corpus.
 
     Raises:
@@ -61,8 +73,10 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting:
     """
     if config.preset == "uniform":
         return Weighting(None, lambda scores, lengths: np.ones(len(scores), dtype=np.float32))
-    column = config.column or DEFAULT_COLUMNS[config.preset]
+    column = config.column or ("loss_short" if config.live else DEFAULT_COLUMNS[config.preset])
     holder = shards.holder(column)
+    if config.is_live:
+        return StoredScores(column)
     counts = holder.value_counts()[column]
     if not np.abs(counts.distinct()[0]).any():
         raise UserError(f"{holder.path}: column '{column}' has no value but 0; choose another --weights.column")

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, FalconConfig, GraniteConfig
 
 from schemas.configs import HeadsConfig
 from schemas.errors import UserError
-from training.heads import decoder_parts, recorded_call, run_layer
 from training.model import MTPModel, build_model, load_model
 from training.targets import count_targets
+from training.trunk import decoder_parts, recorded_call
 
 ARCHITECTURES = ["llama", "qwen2-tied", "gemma2", "gpt2", "gpt_neox"]
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 0, 0]])
@@ -38,14 +38,28 @@ def randomise(model: MTPModel) -> None:
 def plain_loss(model: MTPModel, ids: Tensor, weights: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     """Weighted MTP loss written down directly: every document alone, full logits, one target at a time."""
     total = torch.zeros(())
+    offsets = model.config.offsets
     for row, start, end in DOCUMENTS:
         x, w = ids[row, start:end], weights[row, start:end]
-        layers, norm = decoder_parts(model.trunk.get_decoder())
-        with recorded_call(layers[-1]) as call:
+        layers, norm = decoder_parts(model.trunk)
+        with recorded_call(layers[-1]) as last, recorded_call(norm) as before_norm:
             trunk = model.trunk.get_decoder()(input_ids=x[None], use_cache=False).last_hidden_state
-        for i, (k, c) in enumerate(zip(model.config.offsets, coefficients, strict=True)):
-            hidden = trunk if i == 0 else model.heads[i - 1](trunk) if model.config.block == "residual" else None
-            hidden = norm(run_layer(model.heads[i - 1], call)) if hidden is None else hidden
+        state = before_norm.hidden_states
+        for i, (k, c) in enumerate(zip(offsets, coefficients, strict=True)):
+            if i == 0:
+                hidden = trunk
+            elif model.config.kind == "sequential":
+                module = model.heads[i - 1]
+                ahead = torch.zeros(1, len(x), 32)
+                for t in range(1, len(x) - offsets[i - 1]):
+                    ahead[0, t] = model.trunk.get_input_embeddings()(x[t + offsets[i - 1]])
+                pair = torch.cat([module.hidden_layernorm(state), module.token_layernorm(ahead)], -1)
+                state = last.run(module.mtp_block, pair @ module.input_proj.weight.T)
+                hidden = module.final_layernorm(state)
+            elif model.config.block == "decoder":
+                hidden = norm(last.run(model.heads[i - 1], last.hidden_states))
+            else:
+                hidden = model.heads[i - 1](trunk)
             logits = model.trunk.get_output_embeddings()(hidden)[0]
             if cap := getattr(model.trunk.config, "final_logit_softcapping", None):
                 logits = cap * torch.tanh(logits / cap)
@@ -54,12 +68,19 @@ def plain_loss(model: MTPModel, ids: Tensor, weights: Tensor, coefficients: tupl
     return total
 
 
-@pytest.mark.parametrize("block", ["residual", "decoder"])
+HEADS = {
+    "residual": {"block": "residual"},
+    "decoder": {"block": "decoder"},
+    "sequential": {"kind": "sequential"},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_loss_and_gradients_equal_documents_alone(
-    architecture: str, block: str, model_dir: Callable[..., Path]
+    architecture: str, kind: str, model_dir: Callable[..., Path]
 ) -> None:
-    heads = HeadsConfig(block=block, offsets=(1, 2, 4), coefficients=(1.0, 0.5, 0.25))
+    heads = HeadsConfig(**HEADS[kind], offsets=(1, 2, 4), coefficients=(1.0, 0.5, 0.25))
     model = build_model(str(model_dir(architecture)), heads, from_scratch=False)
     randomise(model)
     ids, positions, weights = batch()
@@ -120,11 +141,11 @@ def test_residual_heads_start_as_the_trunks_own_prediction(model_dir: Callable[.
     torch.testing.assert_close(model.heads[0](hidden), hidden, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("block", ["residual", "decoder"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_saved_model_is_a_hugging_face_checkpoint_with_heads_beside_it(
-    block: str, model_dir: Callable[..., Path], tmp_path: Path
+    kind: str, model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = build_model(str(model_dir("qwen2-tied")), HeadsConfig(block=block, offsets=(1, 3)), from_scratch=False)
+    model = build_model(str(model_dir("qwen2-tied")), HeadsConfig(**HEADS[kind], offsets=(1, 3)), from_scratch=False)
     randomise(model)
     model.save(tmp_path / "run")
     loaded = load_model(str(tmp_path / "run"))

@@ -71,9 +71,9 @@ def trained(output: Location) -> dict[str, Tensor]:
 
 
 def metrics(output: Location) -> list[dict[str, float]]:
-    """Logged metrics without those that measure time."""
+    """Logged metrics without those that measure time and memory."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
 
 
 def assert_same(one: Location, other: Location) -> None:

@@ -1,0 +1,105 @@
+"""Cross-entropy of hidden states against an unembedding, a chunk of logits at a time.
+
+The gradient of a chunk of logits is formed while the chunk is at hand: three matrix products instead of the four that
+recomputing the logits in the backward pass would take, and four passes over the chunk.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 1024
+
+
+class OutputLayer:
+    """The unembedding while the losses of one batch are computed: gradients of all heads add up here."""
+
+    def __init__(
+        self,
+        unembedding: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        needs_matrix: bool,
+        needs_bias: bool,
+        softcap: float | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> None:
+        """Prepare for hidden states of type `dtype`, and to add up the gradients that are needed.
+
+        Args:
+            unembedding: (V, D).
+            bias: (V,) or None.
+            dtype: floating type of the hidden states that will come.
+            needs_matrix: whether `grad_matrix` (V, D) is wanted.
+            needs_bias: whether `grad_bias` (V,) is.
+            softcap: bound of the logits, or None.
+            chunk_rows: rows whose logits are held at once.
+        """
+        self.device = unembedding.device.type
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else dtype
+        self.narrow = self.wide if self.device == "cpu" else autocast
+        self.matrix = unembedding.detach().to(self.narrow)
+        self.bias = bias
+        self.softcap = softcap
+        self.chunk_rows = chunk_rows
+        self.grad_matrix = torch.zeros_like(unembedding, dtype=self.wide) if needs_matrix else None
+        self.grad_bias = torch.zeros_like(bias, dtype=self.wide) if bias is not None and needs_bias else None
+
+    def losses(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and hits (R,) of hidden states (R, D)."""
+        return self._run(hidden_states, targets, None, None)
+
+    def losses_and_gradients(
+        self, hidden_states: Tensor, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Losses (R,), hits (R,) and the gradient (R, D) of the sum of weighted losses, None where it is not needed."""
+        grad_hidden = torch.empty_like(hidden_states) if hidden_states.requires_grad else None
+        if grad_hidden is None and self.grad_matrix is None and self.grad_bias is None:
+            return *self.losses(hidden_states, targets), None
+        losses, correct = self._run(hidden_states, targets, weights.to(self.wide), grad_hidden)
+        return losses, correct, grad_hidden
+
+    def _run(
+        self, hidden_states: Tensor, targets: Tensor, weights: Tensor | None, grad_hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(targets), dtype=self.wide, device=targets.device)
+        correct = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            for start in range(0, len(targets), self.chunk_rows):
+                rows = slice(start, start + self.chunk_rows)
+                states = hidden_states[rows].to(self.narrow)
+                logits = (states @ self.matrix.T).to(self.wide)
+                if self.bias is not None:
+                    logits += self.bias
+                if self.softcap is not None:
+                    logits = self.softcap * torch.tanh(logits / self.softcap)
+                if weights is None:
+                    losses[rows], correct[rows], _ = _cross_entropy(logits, targets[rows])
+                    continue
+                slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
+                losses[rows], correct[rows], sums = _cross_entropy(logits, targets[rows])
+                grad_logits = logits.mul_(weights[rows, None] / sums)
+                grad_logits.scatter_add_(-1, targets[rows, None], -weights[rows, None])
+                if slope is not None:
+                    grad_logits *= slope
+                if self.grad_bias is not None:
+                    self.grad_bias += grad_logits.sum(0)
+                narrow = grad_logits.to(self.narrow)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = narrow @ self.matrix
+                if self.grad_matrix is not None:
+                    if self.narrow == self.wide:
+                        self.grad_matrix.addmm_(narrow.T, states)
+                    else:
+                        self.grad_matrix += narrow.T @ states
+        return losses, correct
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (C,) and hits (C,) of logits (C, V); these become exponentials with sums (C, 1)."""
+    maxima = logits.amax(-1, keepdim=True)
+    target_logits = logits.gather(-1, targets[:, None])
+    sums = logits.sub_(maxima).exp_().sum(-1, keepdim=True)
+    losses = sums.log() + (maxima - target_logits)
+    return losses.squeeze(-1), (target_logits >= maxima).squeeze(-1), sums
