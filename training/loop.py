@@ -19,7 +19,8 @@ from tqdm import tqdm
 from schemas.configs import TrainConfig
 from schemas.errors import UserError
 from training.evaluation import to_device
-from training.loader import LoaderState, RowLoader, Rows
+from training.loader import RowLoader
+from training.packing import Rows
 from training.targets import count_targets
 
 
@@ -75,7 +76,7 @@ class TrainingLoop:
         if self.accelerator.is_main_process:  # the checkpoint has the sums of all processes
             self.head_sums.copy_(state["head_sums"])
         self.targets.copy_(state["targets"])
-        self.loader.state = LoaderState(**state["loader"])
+        self.loader.state = type(self.loader.state).model_validate(state["loader"])
 
     def run(self, steps: int) -> Iterator[dict[str, float]]:
         """Train until `steps` steps are done; after each yield its metrics, empty where nothing is logged.
