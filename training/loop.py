@@ -20,6 +20,7 @@ from schemas.configs import TrainConfig
 from schemas.errors import UserError
 from training.evaluation import to_device
 from training.loader import RowLoader
+from training.mixing import MixedLoader
 from training.packing import Rows
 from training.targets import count_targets
 
@@ -34,7 +35,7 @@ class TrainingLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        loader: RowLoader,
+        loader: RowLoader | MixedLoader,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
