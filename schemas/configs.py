@@ -4,12 +4,13 @@ Field names are the command line's flags and the keys of a YAML file; descriptio
 """
 
 import os.path
+from fractions import Fraction as Exact
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from schemas.locations import LocationSetting, NameSetting
+from schemas.locations import LocationSetting, NameSetting, locate
 
 
 def split_paths(value: Any) -> Any:
@@ -25,11 +26,17 @@ def split_paths(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def exact(share: float) -> Exact:
+    """The decimal number that was written, not the binary one nearest to it."""
+    return Exact(repr(share))
+
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeValidator(split_paths)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -240,6 +247,10 @@ class TrainConfig(Config):
     input: ShardSets = Field(
         description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
     )
+    mix: dict[str, Share] = Field(
+        {},
+        description="further shard sets and their shares of the rows, as '{scored/code: 0.3}'; --input gives the rest",
+    )
     model: NameSetting = Field(description="Hugging Face decoder-only model: directory or id")
     output: LocationSetting = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
@@ -255,13 +266,14 @@ class TrainConfig(Config):
         description="divide by the number of target tokens, with weights of corpus mean 1, or by their weights",
     )
     sequence_length: RowLength | None = Field(
-        None, description="tokens in a packed training row; default is the max_length of the shard set"
+        None, description="tokens in a packed training row; default is the largest max_length of the shard sets"
     )
     batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
     max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the shard set when max_steps is unset")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over --input when max_steps is unset")
     seed: Seed = Field(0, description="seed of initialisation and data order")
+    loader_workers: Positive = Field(1, description="threads that read and pack ahead, of each shard set")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
@@ -280,6 +292,16 @@ class TrainConfig(Config):
     keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
+
+    @field_validator("mix")
+    @classmethod
+    def _check_mix(cls, mix: dict[str, float]) -> dict[str, float]:
+        if sum(map(exact, mix.values())) >= 1:
+            raise ValueError("shares should sum to less than 1, to leave some rows to --input")
+        for name in mix:
+            for path in split_paths(name):
+                locate(path)
+        return mix
 
     @model_validator(mode="after")
     def _check_offsets(self) -> "TrainConfig":

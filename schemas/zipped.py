@@ -64,6 +64,12 @@ class ZippedSets:
         held = " or ".join(f"{s.path} (score columns: {', '.join(s.manifest.columns) or 'none'})" for s in self.sets)
         raise UserError(f"no column '{column}' in {held}; add it with 'wmtp score'")
 
+    def files(self, shard: int, column: str | None) -> list[Location]:
+        """The files that `read` reads for shard `shard` and score column `column`."""
+        holder = self.holder(column) if column else self.first
+        sets = [self.first] if holder is self.first else [self.first, holder]
+        return [shards.path / shards.manifest.shards[shard].name for shards in sets]
+
     def read(self, shard: int, column: str | None, row_group: int) -> pa.Table:
         """Read `input_ids` of one row group, and the score column `column` unless it is None.
 

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from schemas.configs import WeightsConfig
 from schemas.zipped import ZippedSets
-from training.loader import RowLoader, Rows
+from training.loader import RowLoader
 from training.model import HEAD_SUMS, MTPModel
+from training.packing import Rows
 from training.weights import make_weighting
 
 

@@ -1,41 +1,27 @@
 """Streams a shard set as packed training rows, in an order that depends on the seed alone.
 
-A block is a few row groups, drawn at random from the whole set, packed and shuffled together; it is all that is ever in
-memory, with the next one being prepared in a thread. The order of rows is the same for any number of devices and any
-micro-batch size, so the position in it, `{epoch, block, row}`, is all the state there is.
+A block is a few row groups, drawn at random from the whole set, packed and shuffled together; threads prepare the next
+ones, and no more than these and the current one are in memory. The order of rows is the same for any number of devices
+or threads and any batch size, so the position in it, `{epoch, block, row}`, is all the state there is.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import repeat
+from threading import Event, Lock
 
 import numpy as np
 from pydantic import BaseModel
 
 from schemas.errors import UserError
-from schemas.shards import ROW_GROUP_TOKENS, flat_values, list_lengths
+from schemas.shards import flat_values, list_lengths
 from schemas.zipped import ZippedSets
-from training.packing import pack
+from training.packing import Rows, pack
+from training.prefetch import AbandonedError, prefetch
 from training.weights import StoredScores, Weighting
 
 BLOCK_TOKENS = 1 << 20
 BLOCK_ROWS = 64
-
-
-class Rows(NamedTuple):
-    """Packed rows: `input_ids` (B, L) int32, `position_ids` (B, L) int32, `weights` (B, L) float32.
-
-    `tokens` (B,) int64 counts the tokens of each row that are not padding.
-    """
-
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    weights: np.ndarray
-    tokens: np.ndarray
-
-    def take(self, index: np.ndarray | slice) -> "Rows":
-        """The rows at `index`."""
-        return Rows(*(values[index] for values in self))
 
 
 class LoaderState(BaseModel):
@@ -55,6 +41,8 @@ class RowLoader:
         sequence_length: tokens per packed row.
         seed: seed of the order and of random controls.
         shuffle: False reads the set once through in its own order of row groups (evaluation).
+        workers: threads that prepare blocks ahead, one each.
+        first_shard: what the set's shards are numbered from in `Rows.sources`.
     """
 
     def __init__(
@@ -65,80 +53,109 @@ class RowLoader:
         *,
         seed: int = 0,
         shuffle: bool = True,
+        workers: int = 1,
+        first_shard: int = 0,
     ) -> None:
+        manifest = shards.first.manifest
+        if manifest.tokens == manifest.rows:
+            raise UserError(
+                f"{shards.first.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
+            )
         self.shards = shards
         self.weighting = weighting
         self.sequence_length = sequence_length
         self.seed = seed
         self.shuffle = shuffle
+        self.workers = workers
+        self.first_shard = first_shard
         self.state = LoaderState()
-        self.group_ends = np.cumsum([shard.row_groups for shard in shards.first.manifest.shards], dtype=np.int64)
+        self.group_ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
         """Row groups of each shard and all before it: of row groups, numbered through, only the order is kept."""
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
-        self.groups_per_block = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length) // ROW_GROUP_TOKENS
-        if shards.first.manifest.tokens == shards.first.manifest.rows:
-            raise UserError(
-                f"{shards.first.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
-            )
+        self._order_lock = Lock()
+        groups = int(self.group_ends[-1])
+        block_tokens = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length)
+        self.groups_per_block = max(1, round(block_tokens * groups / manifest.tokens))
 
     def batches(self, rows: int) -> Iterator[Rows]:
         """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
-        held: list[Rows] = []
-        for block, at in self._blocks():
-            epoch, index, row = at.epoch, at.block, at.row
-            while row < len(block.input_ids):
-                wanted = rows - sum(len(part.input_ids) for part in held)
-                held.append(block.take(slice(row, row + wanted)))
-                row += len(held[-1].input_ids)
-                if sum(len(part.input_ids) for part in held) == rows:
-                    self.state = LoaderState(epoch=epoch, block=index, row=row)
-                    yield Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
-                    held = []
+        return self.draw(repeat(rows))
+
+    def draw(self, counts: Iterable[int]) -> Iterator[Rows]:
+        """Yield exactly as many rows as each of `counts` says, from `state` on; `state` follows what was yielded."""
+        with closing(prefetch(self._load, self._positions(), self.workers)) as blocks:
+            at, block = next(blocks)
+            row = at.row
+            for count in counts:
+                parts: list[Rows] = []
+                while True:
+                    missing = count - sum(len(part.tokens) for part in parts)
+                    parts.append(block.take(slice(row, row + missing)))
+                    row += len(parts[-1].tokens)
+                    if len(parts[-1].tokens) == missing:
+                        break
+                    del block  # before the next one comes
+                    at, block = next(blocks)
+                    row = 0
+                self.state = at.model_copy(update={"row": row})
+                yield Rows.concatenate(parts)
 
     def once(self, rows: int) -> Iterator[Rows]:
         """Yield the set once through in batches of at most `rows` rows."""
-        for index in range(self._blocks_per_epoch()):
-            block = self._load(0, index)
-            for row in range(0, len(block.input_ids), rows):
-                yield block.take(slice(row, row + rows))
+        positions = (LoaderState(block=block) for block in range(self._blocks_per_epoch()))
+        with closing(prefetch(self._load, positions, self.workers)) as blocks:
+            for _, block in blocks:
+                for row in range(0, len(block.tokens), rows):
+                    yield block.take(slice(row, row + rows))
+                del block
 
     def rows_per_epoch(self) -> float:
         """How many rows the set gives, extrapolated from how well its first block packs (exact for a single block)."""
-        block = self._load(0, 0)
+        block = self._load(LoaderState(), Event())
         return len(block.tokens) / float(block.tokens.sum()) * self.shards.first.manifest.tokens
 
-    def _blocks(self) -> Iterator[tuple[Rows, LoaderState]]:
-        """Yield every block with the state at which it is entered, preparing one ahead in a thread."""
+    def files(self, sources: Iterable[np.ndarray]) -> list[str]:
+        """Paths of the set's shards that rows with these `Rows.sources` were read from, in order, each once."""
+        numbers = {int(number) - self.first_shard for source in sources for number in source}
+        held = sorted(number for number in numbers if 0 <= number < len(self.group_ends))
+        return [str(path) for number in held for path in self.shards.files(number, self.weighting.column)]
+
+    def _positions(self) -> Iterator[LoaderState]:
+        """The state at which each block is entered, from `state` on."""
         at = self.state
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(self._load, at.epoch, at.block)
-            while True:
-                block = following.result()
-                last = at.block + 1 == self._blocks_per_epoch()
-                after = LoaderState(epoch=at.epoch + 1) if last else LoaderState(epoch=at.epoch, block=at.block + 1)
-                following = pool.submit(self._load, after.epoch, after.block)
-                yield block, at
-                at = after
+        while True:
+            yield at
+            last = at.block + 1 == self._blocks_per_epoch()
+            at = LoaderState(epoch=at.epoch + 1) if last else LoaderState(epoch=at.epoch, block=at.block + 1)
 
     def _blocks_per_epoch(self) -> int:
         return -(-int(self.group_ends[-1]) // self.groups_per_block)
 
-    def _load(self, epoch: int, block: int) -> Rows:
-        """Read, weigh, pack and shuffle one block."""
-        if self.shuffle and self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(int(self.group_ends[-1]))
-        first = block * self.groups_per_block
-        chosen = np.arange(first, min(first + self.groups_per_block, int(self.group_ends[-1])))
-        parts = [self._read(group) for group in (self._order[1][chosen] if self.shuffle else chosen).tolist()]
-        ids, weights, lengths = (np.concatenate(values) for values in zip(*parts, strict=True))
-        rows = Rows(*pack(ids, weights, lengths, self.sequence_length))
-        if not self.shuffle:
-            return rows
-        order = np.random.default_rng([self.seed, epoch, block]).permutation(len(rows.input_ids))
-        return rows.take(order)
+    def _load(self, at: LoaderState, left: Event) -> Rows:
+        """Read, weigh, pack and shuffle one block, unless the reader has left."""
+        parts = []
+        for group in self._groups(at.epoch, at.block).tolist():
+            if left.is_set():
+                raise AbandonedError
+            parts.append(self._read(group))
+        ids, weights, lengths, shards = (np.concatenate(values) for values in zip(*parts, strict=True))
+        rng = np.random.default_rng([self.seed, at.epoch, at.block]) if self.shuffle else None
+        return pack(ids, weights, lengths, shards, self.sequence_length, rng)
 
-    def _read(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Flat ids, flat weights and sequence lengths of one row group of the set."""
+    def _groups(self, epoch: int, block: int) -> np.ndarray:
+        """The row groups of a block, numbered through the whole set."""
+        total = int(self.group_ends[-1])
+        first = block * self.groups_per_block
+        chosen = slice(first, min(first + self.groups_per_block, total))
+        if not self.shuffle:
+            return np.arange(chosen.start, chosen.stop)
+        with self._order_lock:  # threads may prepare blocks of two epochs
+            if self._order[0] != epoch:
+                self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(total)
+            return self._order[1][chosen]
+
+    def _read(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Flat ids, flat weights, sequence lengths and shard numbers of the sequences of one row group of the set."""
         shard = int(np.searchsorted(self.group_ends, group, side="right"))
         row_group = group - int(self.group_ends[shard]) + self.shards.first.manifest.shards[shard].row_groups
         column = self.weighting.column
@@ -147,4 +164,5 @@ class RowLoader:
         ids = flat_values(table["input_ids"])
         scores = flat_values(table[column]) if column else np.zeros(len(ids), dtype=np.float16)
         rng = np.random.default_rng([self.seed, shard, row_group])
-        return ids, self.weighting(scores, lengths, rng), lengths
+        numbers = np.full(len(lengths), self.first_shard + shard)
+        return ids, self.weighting(scores, lengths, rng), lengths, numbers

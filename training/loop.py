@@ -22,8 +22,10 @@ from schemas.errors import UserError
 from training.evaluation import to_device
 from training.flops import StepFlops, peak_flops
 from training.live import LiveWeighting
-from training.loader import LoaderState, RowLoader, Rows
+from training.loader import RowLoader
 from training.metrics import Window
+from training.mixing import MixedLoader
+from training.packing import Rows
 from training.targets import count_targets
 
 
@@ -37,7 +39,7 @@ class TrainingLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        loader: RowLoader,
+        loader: RowLoader | MixedLoader,
         flops: StepFlops,
         steps: int,
     ) -> None:
@@ -76,7 +78,7 @@ class TrainingLoop:
         self.bad_in_a_row = state["bad_in_a_row"]
         self.window.load_state_dict(state["window"], main_process=self.accelerator.is_main_process)
         self.metrics = state["metrics"]
-        self.loader.state = LoaderState(**state["loader"])
+        self.loader.state = type(self.loader.state).model_validate(state["loader"])
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train until all steps are done; after each yield its metrics, empty where nothing is logged.

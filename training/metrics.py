@@ -9,8 +9,8 @@ from torch import Tensor
 
 from schemas.configs import HeadsConfig
 from training.flops import StepFlops
-from training.loader import Rows
 from training.model import HEAD_SUMS
+from training.packing import Rows
 
 
 class Window:
@@ -35,7 +35,7 @@ class Window:
         self.heads = heads
         self.head_sums = torch.zeros(len(heads.offsets), len(HEAD_SUMS), device=device)
         self.loss = torch.zeros((), device=device)
-        self.counters = {"bad_steps": 0, "no_signal_steps": 0}
+        self.counters = {"bad_steps": 0, "no_signal_steps": 0, "no_signal_documents": 0}
         self._begin(0.0)
 
     def _begin(self, seconds: float) -> None:
@@ -48,6 +48,7 @@ class Window:
     def enter(self, batch: Rows, targets: float) -> None:
         """Count the rows of a whole step, which has so many targets."""
         self.targets += targets
+        self.counters["no_signal_documents"] += int(batch.silent.sum())
         self.tokens += float(batch.tokens.sum())
         self.pairs += float(batch.position_ids.sum(dtype="int64") + batch.tokens.sum())
 

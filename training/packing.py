@@ -1,11 +1,39 @@
 """Packing sequences into training rows of one length, documents kept apart."""
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 
-def split_long(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+class Rows(NamedTuple):
+    """Packed rows: `input_ids` (B, L) int32, `position_ids` (B, L) int32, `weights` (B, L) float32.
+
+    `tokens` (B,) int64 counts the tokens of each row that are not padding. `silent` (B,) int64 counts its documents of
+    at least two tokens that have no target with weight (more than 0, so not NaN either). `sources` (B,) object holds
+    for each row the ascending numbers of the shards that its sequences come from; the loader's `files` names them.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    weights: np.ndarray
+    tokens: np.ndarray
+    silent: np.ndarray
+    sources: np.ndarray
+
+    def take(self, index: np.ndarray | slice) -> "Rows":
+        """Copies of the rows at `index`, so that a few rows do not keep many in memory."""
+        return Rows(*(np.array(values[index]) for values in self))
+
+    @staticmethod
+    def concatenate(parts: "Sequence[Rows]") -> "Rows":
+        """The rows of all parts, in order, as copies."""
+        return Rows(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+def split_long(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut sequences that are longer than a row.
 
     Args:
@@ -13,71 +41,107 @@ def split_long(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nda
         row_length: tokens per row.
 
     Returns:
-        `starts` (P,) of each piece in the flat arrays and piece `lengths` (P,), at most `row_length`.
+        `starts` (P,) of each piece in the flat arrays, piece `lengths` (P,), at most `row_length`, and the number (P,)
+        of the sequence that it is a piece of.
     """
     pieces = -(-lengths // row_length)
-    index = _count_within(pieces)
-    starts = np.repeat(np.cumsum(lengths) - lengths, pieces) + index * row_length
-    remaining = np.repeat(lengths, pieces) - index * row_length
-    return starts, np.minimum(remaining, row_length)
+    sequence = np.repeat(np.arange(len(lengths)), pieces)
+    before = (np.arange(len(sequence)) - (np.cumsum(pieces) - pieces)[sequence]) * row_length
+    starts = (np.cumsum(lengths) - lengths)[sequence] + before
+    return starts, np.minimum(lengths[sequence] - before, row_length), sequence
 
 
-def best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
+def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """Best-fit-decreasing bin packing: the longest piece first, each into the fullest row that still has room.
 
     Returns:
-        For each row the indices of its pieces.
+        (P,) int64, the row of each piece.
     """
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        at = bisect_left(open_rows, (length, -1))
+    rows = []
+    open_rows: list[int] = []  # free tokens << 32 | row, ascending: integers sort faster than tuples
+    used = 0
+    longest_first = np.argsort(-lengths, kind="stable")
+    for length in lengths[longest_first].tolist():
+        at = bisect_left(open_rows, length << 32)
         if at == len(open_rows):
-            rows.append([])
-            free, row = row_length, len(rows) - 1
+            free, row, used = row_length, used, used + 1
         else:
-            free, row = open_rows.pop(at)
-        rows[row].append(piece)
+            entry = open_rows.pop(at)
+            free, row = entry >> 32, entry & 0xFFFFFFFF
+        rows.append(row)
         if free > length:
-            insort(open_rows, (free - length, row))
-    return rows
+            insort(open_rows, free - length << 32 | row)
+    result = np.empty(len(lengths), dtype=np.int64)
+    result[longest_first] = rows
+    return result
 
 
 def pack(
-    input_ids: np.ndarray, weights: np.ndarray, lengths: np.ndarray, row_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    input_ids: np.ndarray,
+    weights: np.ndarray,
+    lengths: np.ndarray,
+    shards: np.ndarray,
+    row_length: int,
+    rng: np.random.Generator | None = None,
+) -> Rows:
     """Pack flat sequences into rows.
 
     A sequence longer than a row is cut into pieces that become documents of their own. Padding fills the end of a row
     with id 0, position 0 and weight 0: every padding token is a document of one token, so nothing attends to it or
-    predicts it.
+    predicts it. Weights stay as they are, NaN included.
 
     Args:
         input_ids: (T,) int32, all sequences one after the other.
         weights: (T,) float32.
         lengths: (S,) tokens of each sequence.
+        shards: (S,) number of the shard that each sequence comes from.
         row_length: tokens per row.
-
-    Returns:
-        `input_ids` (R, L) int32, `position_ids` (R, L) int32, `weights` (R, L) float32, and (R,) int64
-        how many tokens of each row are not padding.
+        rng: puts the rows into random order; by default those with the longest pieces come first.
     """
-    starts, pieces = split_long(lengths, row_length)
-    rows = best_fit(pieces, row_length)
-    order = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
-    piece_lengths = pieces[order]
-    within = _count_within(piece_lengths)
-    source = np.repeat(starts[order], piece_lengths) + within
-    row_tokens = np.array([pieces[row].sum() for row in rows])
-    row_of_token = np.repeat(np.arange(len(rows)), row_tokens)
-    column = _count_within(row_tokens)
-    packed = tuple(np.zeros((len(rows), row_length), dtype=dtype) for dtype in (np.int32, np.int32, np.float32))
-    for target, values in zip(packed, (input_ids[source], within, weights[source]), strict=True):
-        target[row_of_token, column] = values
-    return packed[0], packed[1], packed[2], row_tokens
+    starts, pieces, sequence = split_long(lengths, row_length)
+    row = best_fit(pieces, row_length)
+    count = int(row.max()) + 1
+    if rng:
+        row = np.argsort(rng.permutation(count))[row]
+    order = np.lexsort((-pieces, row))
+    starts, pieces, row, shards = starts[order], pieces[order], row[order], shards[sequence[order]]
+
+    # Everything below is one-dimensional, row after row; `first` is where a piece begins there.
+    size = count * row_length
+    tokens = np.bincount(row, pieces).astype(np.int64)
+    first = np.cumsum(pieces) - pieces + row * row_length - (np.cumsum(tokens) - tokens)[row]
+    last = np.append(first[1:], size) - first - 1  # how far the piece and the padding behind it reach
+    positions = np.ones(size, dtype=np.int32)
+    positions[first] = np.append(0, -last[:-1])
+    np.cumsum(positions, out=positions)
+    source = np.ones(size, dtype=np.int64)
+    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])
+    np.cumsum(source, out=source)
+    np.minimum(source, len(input_ids) - 1, out=source)  # padding has no source
+    packed_ids, packed_weights = input_ids[source], weights[source]
+    padding = np.flatnonzero(np.arange(row_length) >= tokens[:, None])
+    for values in (packed_ids, positions, packed_weights):
+        values[padding] = 0
+
+    signal = packed_weights > 0
+    signal[first] = False  # the first token of a piece is no target
+    silent = (pieces > 1) & ~np.logical_or.reduceat(signal, first)
+    shape = (count, row_length)
+    return Rows(
+        packed_ids.reshape(shape),
+        positions.reshape(shape),
+        packed_weights.reshape(shape),
+        tokens,
+        np.bincount(row, silent, count).astype(np.int64),
+        _sources(row, shards, count),
+    )
 
 
-def _count_within(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... in each of consecutive segments of the given lengths."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+def _sources(row: np.ndarray, shards: np.ndarray, count: int) -> np.ndarray:
+    """For each row the ascending numbers of the shards of its pieces, (count,) object."""
+    order = np.lexsort((shards, row))
+    row, shards = row[order], shards[order]
+    new = np.append(True, (np.diff(row) > 0) | (np.diff(shards) > 0))
+    row, shards = row[new], shards[new]
+    ends = np.searchsorted(row, np.arange(count + 1)).tolist()
+    return np.fromiter((shards[a:b] for a, b in pairwise(ends)), dtype=object, count=count)

@@ -23,14 +23,14 @@ from training.mirror import CHECKPOINTS, Mirror
 
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "log_every", "trackers",
+    "loader_workers", "log_every", "trackers",
 }  # fmt: skip
 """Settings that may change when a stopped run is continued: they do not touch what is trained."""
 
 TRACKING = "wmtp"
 """Project name of the trackers; those that write files make a directory of this name."""
 
-LOCATIONS = {"input", "model"}
+LOCATIONS = {"input", "mix", "model"}
 """Settings that a continued run compares by content."""
 
 

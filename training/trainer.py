@@ -24,12 +24,11 @@ from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.evaluation import evaluate_model
 from training.flops import StepFlops
-from training.loader import RowLoader
 from training.loop import TrainingLoop
 from training.mirror import Mirror
+from training.mixing import make_loader, mix_identity, open_mix
 from training.model import MTPModel, build_model
 from training.run import TRACKING, RunDirectory
-from training.weights import make_weighting
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -51,13 +50,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None) -> dict[str, Any]:
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
+    mixed = open_mix(config)
     check_tokenizer(config.model, shards.first)
-    if held_out:
-        check_same_tokenizer(shards.first, held_out.first)
-    sequence_length = config.sequence_length or shards.first.manifest.corpus.max_length
+    for data in filter(None, (*mixed, held_out)):
+        check_same_tokenizer(shards.first, data.first)
+    longest = max(data.first.manifest.corpus.max_length for data in (shards, *mixed))
+    sequence_length = config.sequence_length or longest
     config = config.model_copy(update={"sequence_length": sequence_length})
     check_settings(config, sequence_length, accelerator.num_processes)
-    run = RunDirectory(config, {"input": shards.digest, "model": model_identity(config)}, mirror)
+    inputs = {"input": shards.digest, "model": model_identity(config), **mix_identity(config, mixed)}
+    run = RunDirectory(config, inputs, mirror)
     run.fetch(accelerator)
     run.check()
     if (finished := run.summary()) is not None:
@@ -66,10 +68,10 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
     set_seed(config.seed)
     attention = None if config.attention == "auto" else config.attention
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
-    for data in filter(None, (shards, held_out)):
+    for data in filter(None, (shards, *mixed, held_out)):
         check_model(mtp_model, config.model, data.first, sequence_length)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
-    loader = RowLoader(shards, make_weighting(config.weights, shards), sequence_length, seed=config.seed)
+    loader = make_loader(config, shards, mixed, sequence_length)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
     optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
     model, optimizer = accelerator.prepare(mtp_model, optimizer)

@@ -128,6 +128,21 @@ def test_several_sets_are_named_with_commas_or_as_a_list(
     assert configured(["train", "--config", "run.yaml"]) == config
 
 
+def test_a_mixture_is_a_mapping_on_the_command_line_and_in_a_file(
+    configured: Callable[[list[str]], Config], tmp_path: Path
+) -> None:
+    mix = {"scored/code.v1": 0.3, "s3://bucket/text": 0.25, "one,other": 0.1}
+    config = configured([*TRAIN, "--mix", '{scored/code.v1: 0.3, s3://bucket/text: 0.25, "one,other": 0.1}'])
+    assert isinstance(config, TrainConfig)
+    assert config.mix == mix
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert configured(["train", "--config", str(file)]) == config
+    single = configured([*TRAIN, "--mix.scored/code", "0.3"])
+    assert isinstance(single, TrainConfig)
+    assert single.mix == {"scored/code": 0.3}
+
+
 @pytest.mark.parametrize("name", ["inspect", "verify"])
 def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Config]) -> None:
     assert configured([name, "corpus"]) == COMMANDS[name].model_validate({"set": "corpus"})
@@ -153,6 +168,9 @@ def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Conf
         ([*TRAIN, "--heads.offsets", "[1,0]"], "--heads.offsets: should be greater than 0"),
         ([*TRAIN, "--input", "a,"], "--input: should have a path on both sides of every comma;"),
         ([*TRAIN, "--seed", "x"], "--seed: should be a valid integer"),
+        ([*TRAIN, "--mix", "{b: 0.5, c: 0.5}"], "--mix: shares should sum to less than 1"),
+        ([*TRAIN, "--mix", "{b: 0}"], "--mix: should be greater than 0, not '0'"),
+        ([*TRAIN, "--mix", "{tape://b: 0.5}"], "--mix: Unsupported filesystem: 'tape'"),
         (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
     ],
 )

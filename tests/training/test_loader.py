@@ -5,6 +5,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from schemas.configs import WeightsConfig
 from schemas.errors import UserError
@@ -12,8 +14,9 @@ from schemas.shard_set import ShardSet
 from schemas.shards import flat_values
 from schemas.zipped import ZippedSets
 from training import loader as loader_module
-from training.loader import LoaderState, RowLoader, Rows
-from training.weights import make_weighting
+from training.loader import LoaderState, RowLoader
+from training.packing import Rows
+from training.weights import Weighting, make_weighting
 
 LENGTHS = np.random.default_rng(0).integers(1, 90, 150).tolist()
 
@@ -22,7 +25,6 @@ LENGTHS = np.random.default_rng(0).integers(1, 90, 150).tolist()
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a small set have several row groups and blocks."""
     monkeypatch.setattr("schemas.shards.ROW_GROUP_TOKENS", 500)
-    monkeypatch.setattr(loader_module, "ROW_GROUP_TOKENS", 500)
     monkeypatch.setattr(loader_module, "BLOCK_TOKENS", 1000)
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 1)
 
@@ -63,7 +65,10 @@ def test_epochs_hold_the_same_tokens_in_another_order(rows: Callable[..., RowLoa
         if loader.state.epoch > 1:
             break
         epochs[loader.state.epoch].append(batch)
-    assert tokens(epochs[0]) == tokens(epochs[1])
+    expected = sorted(
+        np.concatenate([flat_values(loader.shards.first.read(i)["input_ids"]) for i in range(3)]).tolist()
+    )
+    assert tokens(epochs[0]) == tokens(epochs[1]) == expected
     assert any((a.input_ids != b.input_ids).any() for a, b in zip(epochs[0], epochs[1], strict=False))
 
 
@@ -75,17 +80,80 @@ def test_order_does_not_depend_on_the_batch_size(rows: Callable[..., RowLoader])
     assert (by_six != other_seed).any()
 
 
-@pytest.mark.parametrize("consumed", [1, 2, 7, 30])
-def test_resume_continues_with_the_next_row(rows: Callable[..., RowLoader], consumed: int) -> None:
-    uninterrupted = rows("dense")
-    expected = list(islice(uninterrupted.batches(5), consumed + 4))[consumed:]
-    stopped = rows("dense")
-    list(islice(stopped.batches(5), consumed))
-    resumed = rows("dense")
+def assert_same(one: Rows, other: Rows) -> None:
+    for name in ("input_ids", "position_ids", "weights", "tokens", "silent"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert [source.tolist() for source in one.sources] == [source.tolist() for source in other.sources]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    consumed=st.integers(0, 40),
+    batch_sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    workers=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    preset=st.sampled_from(["uniform", "dense"]),
+)
+def test_a_resumed_stream_is_the_uninterrupted_one(
+    rows: Callable[..., RowLoader], consumed: int, batch_sizes: tuple[int, int], workers: tuple[int, int], preset: str
+) -> None:
+    """Of any batch sizes and numbers of threads, before and after."""
+    stopped = rows(preset, workers=workers[0])
+    first = list(islice(stopped.batches(batch_sizes[0]), consumed))
+    resumed = rows(preset, workers=workers[1])
     resumed.state = LoaderState.model_validate_json(stopped.state.model_dump_json())
-    for own, other in zip(islice(resumed.batches(5), 4), expected, strict=True):
-        for a, b in zip(own, other, strict=True):
-            np.testing.assert_array_equal(a, b)
+    second = list(islice(resumed.batches(batch_sizes[1]), 4))
+    total = consumed * batch_sizes[0] + 4 * batch_sizes[1]
+    assert_same(Rows.concatenate(first + second), next(rows(preset).batches(total)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_stop_and_continue_read_each_token_of_an_epoch_once(
+    ranks: int, rows: Callable[..., RowLoader]
+) -> None:
+    """Each rank reads the stream by itself and takes its slice of every batch."""
+    share, batches = 2, 7
+    slices = []
+    for rank in range(ranks):
+        state = LoaderState()
+        for _ in range(3):
+            loader = rows(seed=2, workers=1 + rank % 2)
+            loader.state = state
+            parts = islice(loader.batches(ranks * share), batches)
+            slices.append([part.take(slice(rank * share, (rank + 1) * share)) for part in parts])
+            state = loader.state
+    read = Rows.concatenate([part for parts in slices for part in parts])
+    whole = next(rows(seed=2).batches(3 * batches * ranks * share))
+    assert sorted(map(bytes, read.input_ids)) == sorted(map(bytes, whole.input_ids))
+
+
+def test_a_block_holds_the_tokens_it_should_of_small_shards_too(scored_set: Callable[..., ShardSet]) -> None:
+    shards = ZippedSets((scored_set([300] * 40, shards=40),))
+    loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), 64)
+    assert len(next(loader.batches(150)).tokens) == 150
+    assert loader.state == LoaderState(row=150)
+
+
+def test_rows_name_the_shards_they_were_read_from(rows: Callable[..., RowLoader]) -> None:
+    loader = rows(first_shard=10)
+    batch = next(loader.batches(30))
+    shards = loader.shards.first
+    held = [set(flat_values(shards.read(i)["input_ids"]).tolist()) for i in range(3)]
+    for ids, tokens, sources in zip(batch.input_ids, batch.tokens, batch.sources, strict=True):
+        assert set(ids[:tokens].tolist()) <= set.union(*(held[number - 10] for number in sources))
+    assert {len(sources) for sources in batch.sources} > {1}
+    assert loader.files([np.array([11, 12]), np.array([11])]) == [
+        str(shards.path / f"shard-0000{i}-of-00003.parquet") for i in (1, 2)
+    ]
+    assert loader.files([np.array([9, 13])]) == []
+
+
+def test_documents_without_signal_are_counted(make_shard_set: Callable[..., ShardSet]) -> None:
+    """A single token is no target. The third sequence has a weight only at its first token, where nothing predicts."""
+    scores = [[np.nan, 0, 1], [np.nan], [1, np.nan, 0], [np.nan, np.nan]]
+    shards = ZippedSets((make_shard_set([[1] * len(row) for row in scores], {"loss_a": scores}),))
+    weighting = Weighting("loss_a", lambda values, lengths: values)
+    batch = next(RowLoader(shards, weighting, 16).batches(1))
+    assert batch.silent.tolist() == [2]
 
 
 def test_weights_stay_with_their_tokens(rows: Callable[..., RowLoader]) -> None:
@@ -116,8 +184,10 @@ def test_a_zipped_column_gives_the_rows_of_one_set_with_both(
     zipped, expected = first_epoch(one, other), first_epoch(both)
     assert len(zipped) > 10
     for own, batch in zip(zipped, expected, strict=True):
-        for values, wanted in zip(own, batch, strict=True):
-            np.testing.assert_array_equal(values, wanted)
+        assert_same(own, batch)
+    names = [str(shards.path / shards.manifest.shards[0].name) for shards in (one, other)]
+    shards = ZippedSets((one, other))
+    assert RowLoader(shards, make_weighting(config, shards), 64).files([np.array([0])]) == names
 
 
 def test_other_ids_end_the_stream(scored_set: Callable[..., ShardSet], make_shard_set: Callable[..., ShardSet]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError
+from schemas.manifest import write_manifest
 from schemas.shard_set import ShardSet
 from training import run as run_module
 from training.trainer import train
@@ -328,3 +329,71 @@ def test_a_run_continues_only_with_the_same_sets(
     for sets in [(first, third), (first, second, third), (first,), (second, first)]:
         with pytest.raises(UserError, match=r"other settings \(inputs.input\)"):
             train(config("run", input=tuple(shards.path for shards in sets), max_steps=4))
+
+
+def test_a_mixture_continues_bit_for_bit_and_only_as_it_was(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of threads may change on the way; sets and shares may not."""
+    second, third = (scored_set(LENGTHS, name=name, seed=seed) for seed, name in enumerate(("second", "third"), 2))
+    mix = {str(second.path): 0.3, str(third.path): 0.2}
+    whole, broken = config("whole", mix=mix), config("broken", mix=mix)
+    train(whole)
+    save = run_module.RunDirectory.save_checkpoint
+
+    def stop_after_saving(self: Any, accelerator: Any, step: int) -> None:
+        save(self, accelerator, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RunDirectory, "save_checkpoint", stop_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    reordered = dict(reversed(mix.items()))
+    for other in ({}, {str(second.path): 0.3}, {**mix, str(third.path): 0.1}, reordered):
+        with pytest.raises(UserError, match=r"other settings \(inputs.mix\)"):
+            train(config("broken", mix=other))
+    train(config("broken", mix=mix, loader_workers=3))
+    assert metrics(whole) == metrics(broken)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(broken)[name]), name
+
+
+def test_mixed_sets_are_checked_like_the_first(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet], make_shard_set: Callable[..., ShardSet]
+) -> None:
+    long = scored_set([300, 20], name="long")
+    with pytest.raises(UserError, match=r"/long has sequences of up to 300; give --sequence_length 128"):
+        train(config("run", mix={str(long.path): 0.1}, sequence_length=None))
+    bare = make_shard_set([[1, 2, 3]], name="bare")
+    with pytest.raises(UserError, match=r"no column 'long_short' in .*/bare"):
+        train(config("run", mix={str(bare.path): 0.1}))
+    manifest = bare.manifest.model_copy(
+        update={"tokenizer": bare.manifest.tokenizer.model_copy(update={"fingerprint": "other"})}
+    )
+    write_manifest(bare.path, manifest)
+    with pytest.raises(UserError, match=r"/bare: has another tokenizer than .*/set"):
+        train(config("run", mix={str(bare.path): 0.1}))
+    assert not config("run").output.exists()
+
+
+def test_an_epoch_of_a_mixture_is_one_of_the_input(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    shards, other = scored_set([64] * 24, name="rows"), scored_set([64] * 3, name="few", seed=1)
+    run = config("run", input=shards.path, mix={str(other.path): 0.25}, max_steps=None, epochs=1.0)
+    assert train(run)["steps"] == 8
+
+
+def test_a_mixed_set_may_be_zipped(config: Callable[..., TrainConfig], add_column: Callable[..., ShardSet]) -> None:
+    """Its column may lie in another set than its tokens."""
+    first = ShardSet.open(config("run").input[0])
+    second, both = add_column(first, "second"), add_column(first, "both", keep=True)
+    weights = {"preset": "rho1-static", "column": "loss_b", "fraction": 0.3}
+    runs = [
+        config(name, input=both.path, mix={mixed: 0.5}, weights=weights, max_steps=4)
+        for name, mixed in (("zipped", f"{first.path},{second.path}"), ("whole", str(both.path)))
+    ]
+    for run in runs:
+        train(run)
+    assert metrics(runs[0]) == metrics(runs[1])
