@@ -1,5 +1,6 @@
 """Held-out loss of every head."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,8 @@ def evaluate_model(
     model.train(was_training)
     totals = accelerator.reduce(sums, "sum").tolist()
     return [
-        HeadLoss(offset, *((plain / count, correct / count) if count else (float("nan"),) * 2), int(count))
+        HeadLoss(offset, plain / count, correct / count, int(count))
+        if count
+        else HeadLoss(offset, math.nan, math.nan, 0)
         for offset, (_, plain, count, correct, *_) in zip(unwrapped.config.offsets, totals, strict=True)
     ]
