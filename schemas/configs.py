@@ -225,6 +225,13 @@ class TrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
+    fsdp: bool = Field(
+        False, description="shard parameters, gradients and moments over the processes (FSDP2) instead of copying them"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute decoder layers again in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(False, description="compile decoder layers with torch.compile; needs a C++ compiler")
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")

@@ -20,6 +20,7 @@ from schemas.configs import TrainConfig
 from schemas.errors import UserError
 from training.evaluation import to_device
 from training.loader import LoaderState, RowLoader, Rows
+from training.sharding import all_finite, no_sync
 from training.targets import count_targets
 
 
@@ -113,9 +114,9 @@ class TrainingLoop:
         denominator = self._denominator(micro_batches)
         for i, micro_batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else no_sync(self.accelerator, self.model):
                 loss, sums = self.model(*micro_batch)
-                # DDP averages gradients over processes; this loss is to be summed.
+                # DDP and FSDP2 average gradients over processes; this loss is to be summed.
                 self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
             sums[:, 0] /= denominator
             self.head_sums += sums
@@ -168,7 +169,7 @@ class TrainingLoop:
         """
         total = self.accelerator.reduce(self.head_sums, "sum")
         self.head_sums = total if self.accelerator.is_main_process else torch.zeros_like(total)
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+        if not all_finite(self.accelerator, self.model):
             raise UserError(self._not_finite("the model"))
 
     def _not_finite(self, what: str) -> str:
