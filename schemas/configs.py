@@ -283,6 +283,13 @@ class TrainConfig(Config):
     max_bad_steps: Annotated[int, Field(ge=0)] = Field(
         3, description="stop after more than this many steps in a row whose loss or gradient is not finite"
     )
+    fsdp: bool = Field(
+        False, description="shard parameters, gradients and moments over the processes (FSDP2) instead of copying them"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute decoder layers again in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(False, description="compile decoder layers with torch.compile; needs a C++ compiler")
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")

@@ -1,8 +1,11 @@
 """Held-out loss of every head."""
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -13,6 +16,7 @@ from schemas.zipped import ZippedSets
 from training.loader import RowLoader
 from training.model import HEAD_SUMS, MTPModel
 from training.packing import Rows
+from training.sharding import reshard
 from training.weights import make_weighting
 
 
@@ -58,17 +62,13 @@ def evaluate_model(
         leave=False,
         disable=not accelerator.is_main_process,
     )
-    seen = 0
+    batches = _limited(loader.once(batch_size), max_tokens)
     with bar:
-        for i, rows in enumerate(loader.once(batch_size)):
-            if max_tokens is not None and seen >= max_tokens:
-                break
-            tokens = int(rows.tokens.sum())
-            seen += tokens
-            if i % accelerator.num_processes == accelerator.process_index:
-                with accelerator.autocast():
-                    sums += unwrapped(*to_device(rows, accelerator.device))[1]
+        for rows, tokens in _dealt(batches, accelerator.num_processes, accelerator.process_index):
+            with accelerator.autocast():
+                sums += unwrapped(*to_device(rows, accelerator.device))[1]
             bar.update(tokens)
+    reshard(unwrapped)
     model.train(was_training)
     totals = accelerator.reduce(sums, "sum").tolist()
     return [
@@ -77,3 +77,23 @@ def evaluate_model(
         else HeadLoss(offset, math.nan, math.nan, 0)
         for offset, (_, plain, count, correct, *_) in zip(unwrapped.config.offsets, totals, strict=True)
     ]
+
+
+def _limited(batches: Iterator[Rows], max_tokens: int | None) -> Iterator[Rows]:
+    """Batches until they have `max_tokens` tokens."""
+    seen = 0
+    for rows in batches:
+        if max_tokens is not None and seen >= max_tokens:
+            return
+        seen += int(rows.tokens.sum())
+        yield rows
+
+
+def _dealt(batches: Iterator[Rows], processes: int, index: int) -> Iterator[tuple[Rows, int]]:
+    """Deal batches out: of every round, the batch of process `index` and the tokens of all.
+
+    Where the last round is short, a process gets one without weight: if the model is sharded, all must run it.
+    """
+    while hand := list(islice(batches, processes)):
+        mine = hand[index] if index < len(hand) else hand[0]._replace(weights=np.zeros_like(hand[0].weights))
+        yield mine, sum(int(rows.tokens.sum()) for rows in hand)

@@ -26,6 +26,7 @@ from training.loader import RowLoader
 from training.metrics import Window
 from training.mixing import MixedLoader
 from training.packing import Rows
+from training.sharding import all_finite, no_sync
 from training.targets import count_targets
 
 
@@ -131,10 +132,10 @@ class TrainingLoop:
 
     def _run_part(self, part: Rows, denominator: float, *, last: bool) -> Tensor:
         """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
+        with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
             loss, sums = self.model(*micro_batch, coefficients=self._coefficients(), live=self.live)
-            # DDP averages gradients over processes; this loss is to be summed.
+            # DDP and FSDP2 average gradients over processes; this loss is to be summed.
             self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
         sums[:, 0] /= denominator
         return sums
@@ -174,7 +175,7 @@ class TrainingLoop:
             UserError: a parameter is NaN or infinite.
         """
         self.window.gather(self.accelerator)
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+        if not all_finite(self.accelerator, self.model):
             raise UserError(
                 f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: the model is not finite at step "
                 f"{self.step}; lower it and choose another --output, or check the weights of --model"

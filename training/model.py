@@ -105,11 +105,21 @@ class MTPModel(nn.Module):
                 inputs.append((last if name == "last_layer_input" else norm).hidden_states)
         return TrunkPass(tuple(inputs), position_ids, last)
 
-    def save(self, directory: Path) -> None:
-        """Write the trunk as an ordinary Hugging Face checkpoint to `model/` and the heads to `heads/`."""
-        self.trunk.save_pretrained(directory / "model")
+    def save(self, directory: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the trunk as an ordinary Hugging Face checkpoint to `model/` and the heads to `heads/`.
+
+        Args:
+            directory: where to.
+            state: the whole state dict, needed where this module holds a shard of it.
+        """
+        state = self.state_dict() if state is None else state
+        trunk, heads = (
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            for prefix in ("trunk.", "heads.")
+        )
+        self.trunk.save_pretrained(directory / "model", state_dict=trunk)
         (directory / "heads").mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, directory / "heads" / HEADS_WEIGHTS)
+        save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
         write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")
 
 

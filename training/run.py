@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from schemas.configs import TrainConfig
 from schemas.errors import UserError, first_line
 from schemas.files import LOCK, differences, fsync, fsync_tree, read_json, write_text
+from training.checkpoint import TrainingState
 from training.mirror import CHECKPOINTS, Mirror
 
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "loader_workers", "log_every", "trackers",
+    "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile", "max_bad_steps",
 }  # fmt: skip
 """Settings that may change when a stopped run is continued: they do not touch what is trained."""
 
@@ -121,7 +122,7 @@ class RunDirectory:
         """Newest complete checkpoint."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
-    def load_checkpoint(self, accelerator: Accelerator) -> None:
+    def load_checkpoint(self, accelerator: Accelerator, state: TrainingState) -> None:
         """Load the newest checkpoint, if there is one.
 
         Raises:
@@ -131,15 +132,15 @@ class RunDirectory:
         if checkpoint is None:
             return
         try:
-            accelerator.load_state(str(checkpoint))
-        except Exception as error:  # accelerate, torch and safetensors have their own for damaged files
+            state.load(accelerator, checkpoint)
+        except Exception as error:  # torch and safetensors have their own for damaged files
             where = self.output / CHECKPOINTS / checkpoint.name
             raise UserError(
                 f"{where}: cannot be loaded ({first_line(error)}); remove it to continue from the one before"
             ) from error
         accelerator.print(f"{self.output}: continuing from {checkpoint.name}")
 
-    def save_checkpoint(self, accelerator: Accelerator, step: int) -> None:
+    def save_checkpoint(self, accelerator: Accelerator, state: TrainingState, step: int) -> None:
         """Save the full training state; it gets its name only when it is complete, then old ones go.
 
         Raises:
@@ -147,8 +148,12 @@ class RunDirectory:
         """
         final = self.checkpoints / f"step-{step:08d}"
         partial = self.checkpoints / f".step-{step:08d}"
+        if accelerator.is_local_main_process:  # a killed run may have had more processes, so more files
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
         try:
-            accelerator.save_state(str(partial))
+            state.save(accelerator, partial)
         except Exception as error:  # safetensors and torch have their own for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{final}: cannot be written ({first_line(error)}); free some space and rerun") from error

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, get_scheduler
 
 from schemas.configs import OptimizerConfig, TrainConfig
@@ -22,13 +22,16 @@ from schemas.locations import local_name, locate
 from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
+from training.checkpoint import TrainingState
 from training.evaluation import evaluate_model
 from training.flops import StepFlops
+from training.layers import checkpoint_activations, compile_layers
 from training.loop import TrainingLoop
 from training.mirror import Mirror
 from training.mixing import make_loader, mix_identity, open_mix
 from training.model import MTPModel, build_model
 from training.run import TRACKING, RunDirectory
+from training.sharding import distribute, full_state, sharding_requested
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -39,15 +42,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     mirror = None if isinstance(config.output, Path) else Mirror(config.output)
     path = mirror.path if mirror else config.output
-    accelerator = make_accelerator(config.dtype, log_with=list(config.trackers) or None, project_dir=str(path))
-    with (
-        exclusive(config.output) if accelerator.is_main_process else nullcontext(),
-        closing(mirror) if mirror and accelerator.is_local_main_process else nullcontext(),
-    ):
-        return _train(config, accelerator, mirror)
+    with sharding_requested(config.fsdp) as shard:
+        accelerator = make_accelerator(config.dtype, log_with=list(config.trackers) or None, project_dir=str(path))
+        with (
+            exclusive(config.output) if accelerator.is_main_process else nullcontext(),
+            closing(mirror) if mirror and accelerator.is_local_main_process else nullcontext(),
+        ):
+            return _train(config, accelerator, mirror, shard)
 
 
-def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None) -> dict[str, Any]:
+def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None, shard: bool) -> dict[str, Any]:
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
     mixed = open_mix(config)
@@ -73,12 +77,12 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = make_loader(config, shards, mixed, sequence_length)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
-    optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
-    model, optimizer = accelerator.prepare(mtp_model, optimizer)
     flops = StepFlops(mtp_model)
+    model = place_model(accelerator, mtp_model, config, shard=shard)
+    optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
     loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader, flops, steps)
-    accelerator.register_for_checkpointing(scheduler, loop)
-    run.load_checkpoint(accelerator)
+    state = TrainingState(mtp_model, optimizer, scheduler, {"loop": loop}, config.seed)
+    run.load_checkpoint(accelerator, state)
     if accelerator.is_main_process:
         run.claim(loop.step)
     accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
@@ -107,7 +111,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
                 run.log({"step": loop.step} | metrics)
         if loop.step % checkpoint_every == 0 or loop.step == steps:
             loop.prepare_checkpoint()
-            run.save_checkpoint(accelerator, loop.step)
+            run.save_checkpoint(accelerator, state, loop.step)
 
     evaluation = evaluate()
     summary = {
@@ -121,8 +125,9 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None)
         **evaluation,
     }
     accelerator.log(evaluation, step=loop.step)
-    if accelerator.is_main_process:
-        save_model(mtp_model, shards.first, run.path)
+    weights = full_state(accelerator, mtp_model)
+    if weights is not None:
+        save_model(mtp_model, weights, shards.first, run.path)
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         run.finish(summary)
@@ -135,6 +140,15 @@ def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
     """An Accelerator whose compute type is `dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
     return Accelerator(mixed_precision="bf16" if bfloat16 else "no", step_scheduler_with_optimizer=False, **kwargs)
+
+
+def place_model(accelerator: Accelerator, model: MTPModel, config: TrainConfig, *, shard: bool) -> nn.Module:
+    """Do to the model's layers what the settings say, and bring it to the devices."""
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.compile:
+        compile_layers(model)
+    return distribute(accelerator, model, shard=shard)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -222,8 +236,10 @@ def model_identity(config: TrainConfig) -> str:
     return model_fingerprint(directory, locate(config.model))
 
 
-def save_model(model: MTPModel, shards: ShardSet, output: Path) -> None:
+def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, output: Path) -> None:
     """Write `model/` (with the corpus's tokenizer) and `heads/` into the run, named only when they are complete.
+
+    `weights` is the whole state dict of `model`.
 
     Raises:
         UserError: the files cannot be written.
@@ -231,7 +247,7 @@ def save_model(model: MTPModel, shards: ShardSet, output: Path) -> None:
     partial = output / ".saving"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save(partial)
+        model.save(partial, weights)
     except Exception as error:  # safetensors and torch have their own for a full disk
         raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
     copy_files(shards.tokenizer_path, partial / "model")

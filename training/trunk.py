@@ -74,7 +74,10 @@ def decoder_parts(trunk: Any) -> tuple[nn.ModuleList, nn.Module]:
     layers = next((getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)), None)
     norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
     if layers is None or norm is None:
-        raise UserError(f"{type(decoder).__name__}: decoder layers or final norm not found; use --heads.block residual")
+        raise UserError(
+            f"{type(decoder).__name__}: decoder layers or final norm not found; use --heads.block residual, without "
+            "--fsdp, --compile and --activation_checkpointing, or another architecture"
+        )
     return layers, norm
 
 

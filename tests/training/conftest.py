@@ -1,7 +1,11 @@
 """A small scored shard set and tiny models of several architectures."""
 
 import math
+import os
+import socket
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from schemas.configs import TrainConfig
 from schemas.shard_set import ShardSet
 
 SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -34,6 +39,76 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2-dropout": GPT2Config(vocab_size=258, n_embd=32, n_layer=3, n_head=2, n_positions=128, **SPECIAL),
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, **SPECIAL),
 }  # fmt: skip
+
+
+RANK = """
+import os, traceback
+os.environ.clear()
+os.environ.update(environment)
+import torch
+from schemas import locks
+from schemas.configs import TrainConfig
+from training.run import RunDirectory
+from training.trainer import train
+torch.set_num_threads(1)
+locks.RENEWAL_SECONDS = 0.3
+save = RunDirectory.save_checkpoint
+def save_and_stop(self, accelerator, state, step):
+    save(self, accelerator, state, step)
+    if step == stop_at: os._exit(0)
+RunDirectory.save_checkpoint = save_and_stop
+try:
+    train(TrainConfig.model_validate_json(config))
+except BaseException:
+    with open(failure, "w") as file:
+        traceback.print_exc(file=file)
+"""
+
+
+@pytest.fixture(scope="session")
+def start_process() -> Callable[..., BaseProcess]:
+    """Start a clean process that runs a script with global variables; what takes seconds is imported already."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["training.trainer"])
+
+    def start(script: str, **variables: object) -> BaseProcess:
+        process = context.Process(target=exec, args=(script, variables), daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def launch(start_process: Callable[..., BaseProcess], tmp_path: Path) -> Callable[..., None]:
+    """`launch(config, processes, stop_at=None, **variables)` trains in several gloo processes.
+
+    With `stop_at` they end after the checkpoint of that step. `variables` are added to the environment.
+    """
+
+    def run(config: TrainConfig, processes: int, stop_at: int | None = None, **variables: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+        failures = [tmp_path / f"failure-{rank}" for rank in range(processes)]
+        ranks = [
+            start_process(
+                RANK,
+                environment=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables,
+                config=config.model_dump_json(),
+                stop_at=stop_at,
+                failure=str(failures[rank]),
+            )
+            for rank in range(processes)
+        ]
+        for process in ranks:
+            process.join()
+        for failure in failures:
+            assert not failure.exists(), failure.read_text()
+        assert [process.exitcode for process in ranks] == [0] * processes
+
+    return run
 
 
 @pytest.fixture

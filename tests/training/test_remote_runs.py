@@ -1,7 +1,6 @@
 """Training from an object store, and into one."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from training import run as run_module
 from training.mirror import COMPLETE
 from training.trainer import train
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 2
 SETTINGS: dict[str, Any] = {
     "weights": {"preset": "dense"},
@@ -121,8 +121,8 @@ def test_a_stopped_run_goes_on_on_another_machine(
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
 
-    def stop_after_saving(self: Any, accelerator: Any, step: int) -> None:
-        save(self, accelerator, step)
+    def stop_after_saving(self: Any, accelerator: Any, state: Any, step: int) -> None:
+        save(self, accelerator, state, step)
         if step == 4:
             raise KeyboardInterrupt
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     killed = subprocess.run([sys.executable, "-c", KILLED, broken.model_dump_json()], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     files = set(walk(broken.output / "checkpoints"))
-    assert "step-00000004/model.safetensors" in files
+    assert f"step-00000004/{SHARD}" in files
     assert [name for name in files if name.endswith(COMPLETE)] == [f"step-00000002/{COMPLETE}"]
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
     continued: list[int] = []
@@ -180,10 +180,10 @@ def test_a_checkpoint_that_lost_a_file_does_not_count(config: Callable[..., Trai
     run = config(s3 / "run")
     train(run)
     (run.output / "summary.json").unlink()
-    (run.output / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"cut")
+    (run.output / "checkpoints" / "step-00000006" / SHARD).write_bytes(b"cut")
     assert train(run)["steps"] == 6
     (run.output / "summary.json").unlink()
-    damaged = run.output / "checkpoints" / "step-00000006" / "model.safetensors"
+    damaged = run.output / "checkpoints" / "step-00000006" / SHARD
     damaged.write_bytes(bytes(damaged.stat().st_size))
     with pytest.raises(UserError, match=f"{run.output}/checkpoints/step-00000006: cannot be loaded"):
         train(run)
@@ -201,36 +201,17 @@ def test_a_store_that_holds_something_else_is_left_alone(
 
 
 @pytest.mark.slow
-def test_two_ranks_share_one_mirror(config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path) -> None:
+def test_two_ranks_share_one_mirror(
+    config: Callable[..., TrainConfig], launch: Callable[..., None], s3: UPath, tmp_path: Path
+) -> None:
     """Two gloo processes of one machine, stopped and continued with another cache."""
     one, two = config(tmp_path / "one"), config(s3 / "two")
     train(one)
-    runner = tmp_path / "runner.py"
-    runner.write_text(
-        "import os, sys\n"
-        "from schemas.configs import TrainConfig\n"
-        "from schemas import locks\n"
-        "from training.run import RunDirectory\n"
-        "from training.trainer import train\n"
-        "locks.RENEWAL_SECONDS = 0.3\n"
-        "save = RunDirectory.save_checkpoint\n"
-        "def save_and_stop(self, accelerator, step):\n"
-        "    save(self, accelerator, step)\n"
-        "    if str(step) == os.environ.get('STOP_AT'): os._exit(0)\n"
-        "RunDirectory.save_checkpoint = save_and_stop\n"
-        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for machine, stop in enumerate(({"STOP_AT": "4"}, {})):
-        settings["XDG_CACHE_HOME"] = str(tmp_path / f"machine {machine}")
-        done = subprocess.run(
-            [*launch, str(runner), two.model_dump_json()], capture_output=True, env=os.environ | settings | stop
-        )
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for machine, stop in enumerate((4, None)):
+        launch(two, 2, stop_at=stop, XDG_CACHE_HOME=str(tmp_path / f"machine {machine}"))
         found = walk(two.output)
-        assert {f"checkpoints/step-00000004/random_states_{rank}.pkl" for rank in (0, 1)} < set(found)
-        assert ("summary.json" in found) == (not stop)
+        assert {f"checkpoints/step-00000004/random-0000{rank}.pt" for rank in (0, 1)} < set(found)
+        assert ("summary.json" in found) == (stop is None)
     for a, b in zip(metrics(one.output), metrics(two.output), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     for name, value in trained(one.output).items():

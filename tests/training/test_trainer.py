@@ -1,7 +1,6 @@
 """Whole training runs: resuming, accumulation, ranks, and every mistake a user can make."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from schemas.shard_set import ShardSet
 from training import run as run_module
 from training.trainer import train
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
 
 
@@ -89,8 +89,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
 
-    def die_after_saving(self: Any, accelerator: Any, step: int) -> None:
-        save(self, accelerator, step)
+    def die_after_saving(self: Any, accelerator: Any, state: Any, step: int) -> None:
+        save(self, accelerator, state, step)
         if step == die_at:
             raise KeyboardInterrupt
 
@@ -111,14 +111,14 @@ def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(config: Call
     whole, broken = config("whole"), config("broken")
     script = (
         "import os, signal, sys\n"
-        "from accelerate import Accelerator\n"
         "from schemas.configs import TrainConfig\n"
+        "from training.checkpoint import TrainingState\n"
         "from training.trainer import train\n"
-        "save = Accelerator.save_state\n"
-        "def save_and_die(self, path, **kwargs):\n"
-        "    save(self, path, **kwargs)\n"
-        "    if path.endswith('step-00000008'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Accelerator.save_state = save_and_die\n"
+        "save = TrainingState.save\n"
+        "def save_and_die(self, accelerator, path):\n"
+        "    save(self, accelerator, path)\n"
+        "    if path.name.endswith('step-00000008'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "TrainingState.save = save_and_die\n"
         "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, broken.model_dump_json()], capture_output=True)
@@ -146,32 +146,15 @@ def test_micro_batches_do_not_change_the_result(normalization: str, config: Call
             torch.testing.assert_close(value, results[0][1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(config: Callable[..., TrainConfig]) -> None:
+def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(
+    config: Callable[..., TrainConfig], launch: Callable[..., None]
+) -> None:
     """Two gloo processes with half the rows each, stopped and continued, log the same losses as one process."""
     one, two = config("one", max_steps=8, log_every=4), config("two", max_steps=8, log_every=4, checkpoint_every=3)
     train(one)
-    runner = two.output.with_suffix(".py")
-    runner.write_text(
-        "import os, sys\n"
-        "from schemas.configs import TrainConfig\n"
-        "from training.run import RunDirectory\n"
-        "from training.trainer import train\n"
-        "save = RunDirectory.save_checkpoint\n"
-        "def save_and_stop(self, accelerator, step):\n"
-        "    save(self, accelerator, step)\n"
-        "    if str(step) == os.environ.get('STOP_AT'): os._exit(0)\n"
-        "RunDirectory.save_checkpoint = save_and_stop\n"
-        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for stop in ({"STOP_AT": "6"}, {}):
-        done = subprocess.run(
-            [*launch, str(runner), two.model_dump_json()],
-            capture_output=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | stop,
-        )
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        assert (two.output / "summary.json").exists() == (not stop)
+    for stop in (6, None):
+        launch(two, 2, stop_at=stop)
+        assert (two.output / "summary.json").exists() == (stop is None)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     for name, value in trained(one).items():
@@ -246,7 +229,7 @@ def test_damaged_files_of_a_run_are_named(config: Callable[..., TrainConfig]) ->
     train(run)
     (run.output / "summary.json").unlink()
     checkpoint = run.output / "checkpoints" / "step-00000012"
-    (checkpoint / "model.safetensors").write_bytes(b"cut")
+    (checkpoint / SHARD).write_bytes(b"cut")
     with pytest.raises(UserError, match=r"step-00000012: cannot be loaded .* remove it to continue"):
         train(run)
     shutil.rmtree(checkpoint)

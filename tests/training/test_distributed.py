@@ -1,0 +1,190 @@
+"""One process, DDP, FSDP2 and Ray Train compute the same, and continue each other's runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from schemas.configs import TrainConfig
+from schemas.errors import UserError
+from schemas.shard_set import ShardSet
+from training.run import RunDirectory
+from training.trainer import train
+
+LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
+
+
+@pytest.fixture
+def config(
+    tmp_path: Path, model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
+) -> Callable[..., TrainConfig]:
+    """`config(name, **changes)` are the settings of a short run of a tied Llama with decoder heads in float32."""
+    shards, held_out = scored_set(LENGTHS), scored_set(LENGTHS[:6], name="held-out", seed=1)
+    defaults: dict[str, Any] = {
+        "input": shards.path,
+        "model": str(model_dir("llama-tied")),
+        "eval_input": held_out.path,
+        "weights": {"preset": "dense", "lam": 0.25},
+        "heads": {"offsets": (1, 2), "block": "decoder"},
+        "optimizer": {"learning_rate": 1e-3},
+        "dtype": "float32",
+        "sequence_length": 64,
+        "batch_size": 4,
+        "micro_batch_size": 1,
+        "max_steps": 20,
+        "checkpoint_every": 8,
+        "log_every": 1,
+    }
+    return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
+
+
+def metrics(config: TrainConfig) -> list[dict[str, float]]:
+    """Logged metrics without those that measure time."""
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def trained(config: TrainConfig) -> dict[str, Tensor]:
+    """All parameters of a finished run."""
+    trunk = load_file(config.output / "model" / "model.safetensors")
+    return trunk | load_file(config.output / "heads" / "heads.safetensors")
+
+
+def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> None:
+    """The same metrics at every step, held-out losses among them, and the same parameters."""
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        assert b == pytest.approx(a, rel=rel)
+    parameters = trained(other)
+    assert list(parameters) == list(trained(one))
+    for name, value in trained(one).items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "block"), [("llama-tied", "decoder"), ("llama", "residual")])
+def test_two_ranks_equal_one(
+    architecture: str,
+    block: str,
+    config: Callable[..., TrainConfig],
+    model_dir: Callable[..., Path],
+    launch: Callable[..., None],
+) -> None:
+    """DDP and FSDP2, two micro-batches in each rank, four in one process."""
+    settings = {"model": str(model_dir(architecture)), "heads": {"offsets": (1, 2), "block": block}}
+    one, ddp, fsdp = config("one", **settings), config("ddp", **settings), config("fsdp", fsdp=True, **settings)
+    train(one)
+    launch(ddp, 2)
+    launch(fsdp, 2)
+    assert_equal(one, ddp)
+    assert_equal(one, fsdp)
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_four_micro_batches(config: Callable[..., TrainConfig], launch: Callable[..., None]) -> None:
+    one, four = config("one"), config("four", fsdp=True)
+    train(one)
+    launch(four, 4)
+    assert_equal(one, four)
+
+
+def test_a_checkpoint_continues_on_other_ranks(
+    config: Callable[..., TrainConfig], launch: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From two shards to one process and back."""
+    settings = {"max_steps": 6, "checkpoint_every": 2}
+    whole, broken = config("whole", **settings), config("broken", fsdp=True, **settings)
+    train(whole)
+    launch(broken, 2, stop_at=2)
+    save = RunDirectory.save_checkpoint
+
+    def stop_after_saving(self: Any, accelerator: Any, state: Any, step: int) -> None:
+        save(self, accelerator, state, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save_checkpoint", stop_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    assert sorted(path.name for path in (broken.output / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    launch(broken, 2)
+    assert_equal(whole, broken)
+
+
+def test_shards_resume_bit_for_bit(
+    config: Callable[..., TrainConfig], model_dir: Callable[..., Path], launch: Callable[..., None]
+) -> None:
+    """With dropout, whose random states each rank has of its own."""
+    settings = {"model": str(model_dir("gpt2-dropout")), "fsdp": True, "max_steps": 4, "checkpoint_every": 2}
+    whole, broken = config("whole", **settings), config("broken", **settings)
+    launch(whole, 2)
+    launch(broken, 2, stop_at=2)
+    launch(broken, 2)
+    assert metrics(whole) == metrics(broken)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(broken)[name]), name
+
+
+def test_a_checkpoint_that_lost_a_shard_is_refused(
+    config: Callable[..., TrainConfig], launch: Callable[..., None]
+) -> None:
+    run = config("run", fsdp=True, max_steps=2)
+    launch(run, 2)
+    (run.output / "summary.json").unlink()
+    second = run.output / "checkpoints" / "step-00000002" / "shard-00002-model-00001-of-00001.safetensors"
+    embeddings = load_file(second)["model.trunk.model.embed_tokens.weight"]
+    assert len(embeddings) == 258 // 2
+    second.unlink()
+    with pytest.raises(UserError, match=r"step-00000002: cannot be loaded .*shard-00002.* remove it to continue"):
+        train(run)
+
+
+@pytest.mark.slow
+def test_shards_in_bfloat16_train_as_one_process_does(
+    config: Callable[..., TrainConfig], launch: Callable[..., None]
+) -> None:
+    one, two = config("one", dtype="bfloat16"), config("two", dtype="bfloat16", fsdp=True)
+    train(one)
+    launch(two, 2)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-2)
+    assert all(value.dtype == torch.float32 for value in trained(two).values())
+
+
+@pytest.mark.parametrize("block", ["decoder", "residual"])
+def test_activation_checkpointing_changes_nothing(block: str, config: Callable[..., TrainConfig]) -> None:
+    heads = {"offsets": (1, 2), "block": block}
+    plain = config("plain", heads=heads, max_steps=4)
+    checkpointed = config("other", heads=heads, max_steps=4, activation_checkpointing=True)
+    train(plain)
+    train(checkpointed)
+    assert_equal(plain, checkpointed)
+
+
+def test_activation_checkpointing_of_shards(config: Callable[..., TrainConfig], launch: Callable[..., None]) -> None:
+    plain = config("plain", max_steps=4)
+    checkpointed = config("other", max_steps=4, fsdp=True, activation_checkpointing=True)
+    train(plain)
+    launch(checkpointed, 2)
+    assert_equal(plain, checkpointed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_compiled_layers_compute_the_same(activation_checkpointing: bool, config: Callable[..., TrainConfig]) -> None:
+    plain = config("plain")
+    compiled = config("compiled", compile=True, activation_checkpointing=activation_checkpointing)
+    train(plain)
+    train(compiled)
+    assert_equal(plain, compiled, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_shards(config: Callable[..., TrainConfig], launch: Callable[..., None]) -> None:
+    plain, compiled = config("plain"), config("compiled", compile=True, fsdp=True)
+    train(plain)
+    launch(compiled, 2)
+    assert_equal(plain, compiled, rel=1e-4)

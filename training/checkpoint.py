@@ -1,0 +1,120 @@
+"""The full training state in a directory, in one format for one process, DDP and FSDP2.
+
+shard-*.safetensors   parameters and optimizer state by name, each process's share in a file of its own
+state.pt              learning rate schedule, loop, loader, and what files there are
+random-00000.pt       random states of process 0
+
+torch.distributed.checkpoint reassembles the tensors for any number of processes. Nothing is unpickled: tensors are in
+safetensors files, all else is read with `weights_only`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+STATE = "state.pt"
+
+
+class TrainingState:
+    """All that a checkpoint holds: `model` is the unwrapped one; `parts` have a `state_dict` that is small.
+
+    `seed` continues randomness where the number of processes has changed.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, parts: dict[str, Any], seed: int
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.parts = parts | {"scheduler": scheduler}
+        self.seed = seed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, buffers and optimizer state by name; what is tied has one name."""
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            tensors[f"model.{name}"] = value.detach()
+            for key, moment in self.optimizer.state.get(value, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = moment
+        return tensors
+
+    def save(self, accelerator: Accelerator, directory: Path) -> None:
+        """Write into `directory`, which exists and is empty; all processes must call it, each writes its own files."""
+        writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        save(self.tensors(), storage_writer=writer, no_dist=not distributed.is_initialized())
+        torch.save(_random_states(accelerator), directory / _random_file(accelerator))
+        written = [_random_file(accelerator), *(path.name for path in directory.glob("*.safetensors"))]
+        sizes = dict(gather_object([(name, (directory / name).stat().st_size) for name in written]))
+        if accelerator.is_main_process:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"processes": accelerator.num_processes, "files": sizes}
+            torch.save(state, directory / STATE)
+
+    def load(self, accelerator: Accelerator, directory: Path) -> None:
+        """Continue from `directory`, which any number of processes may have written.
+
+        Random states are those of the checkpoint if the number of processes is the same, else new ones.
+
+        Raises:
+            Exception: something is missing or damaged; what kind depends on what it is.
+        """
+        state = torch.load(directory / STATE, weights_only=True)
+        for name, size in state["files"].items():
+            if (directory / name).stat().st_size != size:
+                raise ValueError(f"{name} does not have its {size} bytes")
+        _make_state(self.optimizer)
+        try:
+            reader = HuggingFaceStorageReader(str(directory))
+            load(self.tensors(), storage_reader=reader, no_dist=not distributed.is_initialized())
+        except CheckpointException as error:  # one reason per process, below a traceback
+            raise next(iter(error.failures.values()))[0] from error
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        if state["processes"] == accelerator.num_processes:
+            random_states = torch.load(directory / _random_file(accelerator), weights_only=True)
+            torch.set_rng_state(random_states["cpu"])
+            if accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(random_states["device"], accelerator.device)
+        else:
+            entropy = [self.seed, self.scheduler.last_epoch, accelerator.process_index]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+def _random_file(accelerator: Accelerator) -> str:
+    return f"random-{accelerator.process_index:05d}.pt"
+
+
+def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(accelerator.device)
+    return states
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that its first step would make, to be filled; the parameters do not move."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

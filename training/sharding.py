@@ -1,0 +1,121 @@
+"""Several devices: every process holds the whole model (DDP), or a shard of it (FSDP2).
+
+Under FSDP2 each decoder layer of the trunk is gathered while it runs. Everything else, that is embeddings, norms, the
+unembedding and all heads, is gathered while `MTPModel.forward` runs, which uses the unembedding for its loss.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from schemas.errors import UserError
+from training.layers import trunk_layers
+from training.model import MTPModel
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; use FSDP2 "
+    "(accelerate launch --use_fsdp --fsdp_version 2)",
+}
+UNSUPPORTED_WITH_FSDP = {
+    "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params is not supported; leave it out",
+    "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing: give --activation_checkpointing to wmtp train "
+    "instead",
+}
+
+
+@contextmanager
+def sharding_requested(fsdp: bool) -> Iterator[bool]:
+    """Whether to shard, by the setting or by `accelerate launch --use_fsdp`; inside, accelerate does not know of it.
+
+    Knowing it, accelerate would wrap more modules than may be wrapped, refuse CPUs, and transformers would leave the
+    weights of all processes but the first uninitialised.
+
+    Raises:
+        UserError: `accelerate launch` was asked for something that training cannot do.
+    """
+    launched = _is_set("ACCELERATE_USE_FSDP")
+    for variable, sentence in UNSUPPORTED.items():
+        if _is_set(variable):
+            raise UserError(sentence)
+    if launched:
+        if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+            raise UserError(f"accelerate launch --use_fsdp: FSDP {version} is not supported; give --fsdp_version 2")
+        for variable, sentence in UNSUPPORTED_WITH_FSDP.items():
+            if _is_set(variable):
+                raise UserError(f"accelerate launch {sentence}")
+    with patch_environment(accelerate_use_fsdp="false"):
+        yield fsdp or launched
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.Module:
+    """Place `model` on the devices: sharded in place if so wanted, under DDP otherwise, as it is for one process."""
+    if not (shard and distributed.is_initialized()):
+        return accelerator.prepare(model)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    bfloat16 = accelerator.mixed_precision == "bf16"
+    # Matrix products run in the autocast dtype anyway: layers are sent in it. Sums of gradients are float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in trunk_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if bfloat16:
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        model.forward = autocast(model.forward)  # type: ignore[method-assign]
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return model
+
+
+def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
+    """Add up gradients in this process only; the next backward pass outside brings them together."""
+    return _no_sync_sharded(model) if isinstance(model, FSDPModule) else accelerator.no_sync(model)
+
+
+@contextmanager
+def _no_sync_sharded(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass left gathered, so that parameters are shards again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def all_finite(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether every parameter, in every process, is finite."""
+    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    finite = torch.stack([torch.isfinite(p).all() for p in parameters]).all()
+    return int(accelerator.reduce(finite.int(), "sum")) == accelerator.num_processes
+
+
+def full_state(accelerator: Accelerator, model: MTPModel) -> dict[str, Tensor] | None:
+    """The whole state dict in CPU memory of the main process, None in the others; tied parameters stay tied.
+
+    All processes must call it: every tensor is gathered by itself.
+    """
+    gathered: dict[int, Any] = {}
+    names = model.state_dict(keep_vars=True)
+    for value in names.values():
+        if id(value) not in gathered:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            gathered[id(value)] = whole.detach().cpu() if accelerator.is_main_process else None
+    return {name: gathered[id(value)] for name, value in names.items()} if accelerator.is_main_process else None
