@@ -98,7 +98,7 @@ class RowLoader:
                     at, block = next(blocks)
                     row = 0
                 self.state = at.model_copy(update={"row": row})
-                yield Rows.concatenate(parts)
+                yield Rows.concatenate(parts) if parts[1:] else parts[0]
 
     def once(self, rows: int) -> Iterator[Rows]:
         """Yield the set once through in batches of at most `rows` rows."""

@@ -111,15 +111,18 @@ def pack(
     tokens = np.bincount(row, pieces).astype(np.int64)
     first = np.cumsum(pieces) - pieces + row * row_length - (np.cumsum(tokens) - tokens)[row]
     last = np.append(first[1:], size) - first - 1  # how far the piece and the padding behind it reach
-    positions = np.ones(size, dtype=np.int32)
+    # One array for all that is kept: the kernel gives large ones large pages. Small ones cost more than the packing.
+    packed = np.ones((3, size), dtype=np.int32)
+    packed_ids, positions, packed_weights = packed[0], packed[1], packed[2].view(np.float32)
     positions[first] = np.append(0, -last[:-1])
     np.cumsum(positions, out=positions)
     source = np.ones(size, dtype=np.int64)
     source[first] = np.append(starts[0], np.diff(starts) - last[:-1])
     np.cumsum(source, out=source)
-    np.minimum(source, len(input_ids) - 1, out=source)  # padding has no source
-    packed_ids, packed_weights = input_ids[source], weights[source]
-    padding = np.flatnonzero(np.arange(row_length) >= tokens[:, None])
+    np.take(input_ids, source, out=packed_ids, mode="clip")  # padding has no source
+    np.take(weights, source, out=packed_weights, mode="clip")
+    free = row_length - tokens
+    padding = np.arange(free.sum()) + np.repeat(np.arange(1, count + 1) * row_length - np.cumsum(free), free)
     for values in (packed_ids, positions, packed_weights):
         values[padding] = 0
 

@@ -1,5 +1,6 @@
 """Values prepared ahead in threads, handed out in order."""
 
+import atexit
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
@@ -40,13 +41,19 @@ def prefetch(load: Callable[[Key, Event], Value], keys: Iterator[Key], workers: 
         Thread(target=work, daemon=True).start()
         return key, future
 
+    def leave() -> None:
+        left.set()
+        wait([future for _, future in ahead], timeout=PATIENCE)
+
     ahead = deque(map(start, islice(keys, workers)))
+    atexit.register(leave)  # a thread that dies with the process inside of Arrow would abort it
     try:
         while ahead:
-            key, future = ahead.popleft()
+            key, future = ahead[0]
             value = future.result()
+            ahead.popleft()
             ahead.extend(map(start, islice(keys, 1)))
             yield key, value
     finally:
-        left.set()
-        wait([future for _, future in ahead], timeout=PATIENCE)
+        atexit.unregister(leave)
+        leave()

@@ -84,6 +84,19 @@ def test_threads_end_when_the_iterator_is_closed() -> None:
         assert not thread.is_alive()
 
 
+def test_threads_end_before_a_process_that_forgot_to_close(tmp_path: Path) -> None:
+    script = (
+        "import itertools, pathlib, sys\n"
+        "from training.prefetch import prefetch\n"
+        "def load(key, left):\n"
+        "    if key: left.wait(60); pathlib.Path(sys.argv[1]).touch()\n"
+        "values = prefetch(load, itertools.count(), 1)\n"
+        "next(values)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "left")], check=True, timeout=50)
+    assert (tmp_path / "left").exists()
+
+
 @pytest.mark.parametrize("waits", ["for the value", "elsewhere"])
 def test_an_interrupted_process_does_not_wait_for_a_slow_store(waits: str, tmp_path: Path) -> None:
     """Ctrl-C while a thread hangs in a read that takes a minute and looks at nothing."""

@@ -1,0 +1,249 @@
+"""Tokens per CPU second of the training loader, and what a training step waits for it.
+
+    .venv/bin/python benchmarks/loader.py [--set SCORED_SET] [--rounds 5] [--steps 150]
+
+Everything reads the ids and one score column of the same shards, with one thread on one core: this project's loader
+(row groups in random order, weights, packing, rows shuffled), `datasets` streaming the sequences as torch tensors and
+as Python lists, and pyarrow reading the row groups and no more. The readers take turns, and figures are medians over
+the rounds. Without --set the shards hold the Python standard library's text, repeated, with made-up scores.
+
+Before that a very small Llama is trained with the code of `wmtp train` on all cores, with the time measured for which
+each step waits for its rows.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import disable_progress_bars, load_dataset
+from rich.console import Console
+from rich.table import Table
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from data.python_library import documentation, sources
+from schemas.configs import TrainConfig, WeightsConfig
+from schemas.files import TOKENIZER
+from schemas.fingerprints import directory_digest, tokenizer_fingerprint
+from schemas.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from schemas.shard_set import ShardSet, finish_shard_set
+from schemas.shards import list_column, shard_name, write_shard
+from schemas.value_counts import ValueCounts
+from schemas.zipped import ZippedSets
+from training.loader import RowLoader
+from training.packing import Rows, split_long
+from training.trainer import train
+from training.weights import make_weighting
+
+VOCABULARY = 4096
+LENGTH = 2048
+BATCH = 32
+COLUMN = "excess_loss"
+STEP = {"sequence_length": 512, "batch_size": 16, "micro_batch_size": 16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", type=Path, help=f"scored shard set with {COLUMN}; default: one is made")
+    parser.add_argument("--tokens", type=int, default=1 << 23, help="tokens of the set that is made")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each reader reads the set")
+    parser.add_argument("--steps", type=int, default=150, help="training steps; a block of the loader is 128 of them")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    disable_progress_bars()
+    console = Console(width=130)
+    if arguments.train:
+        console.print(waiting(ShardSet.open(arguments.set), arguments.train, arguments.steps))
+        return
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as work:
+        shards = ShardSet.open(arguments.set) if arguments.set else make_set(Path(work) / "set", arguments.tokens)
+        cores = os.sched_getaffinity(0)
+        print(f"{len(cores)} cores, load average before {os.getloadavg()[0]:.1f}, in {shards.path}", flush=True)
+        # As `wmtp` does it, in a process whose threads were not told to share one core.
+        command = [sys.executable, __file__, "--set", str(shards.path), "--train", work]
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
+        subprocess.run([*command, "--steps", str(arguments.steps)], env=environment, check=True)
+        os.sched_setaffinity(0, {min(cores)})
+        pa.set_cpu_count(1)
+        torch.set_num_threads(1)
+        console.print(throughput(shards, arguments.rounds))
+        console.print(packing(shards))
+
+
+def make_set(path: Path, tokens: int) -> ShardSet:
+    """A scored set of at least `tokens` tokens in shards of 2^22, made of real texts and a random contrast."""
+    texts = [text for _, text in [*documentation(), *sources()]]
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts[::5], VOCABULARY, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer)
+    tokenizer.save_pretrained(path / TOKENIZER)
+    encoded = [np.array(encoding.ids, np.int32) for encoding in backend.encode_batch(texts)]
+    rng = np.random.default_rng(0)
+    documents: list[np.ndarray] = []
+    while sum(map(len, documents)) < tokens:
+        documents += [encoded[index] for index in rng.permutation(len(encoded))]
+    ends = np.cumsum([len(document) for document in documents])
+    parts = np.split(np.arange(len(documents)), np.searchsorted(ends, np.arange(1 << 22, ends[-1], 1 << 22)))
+    counts, entries = ValueCounts(), []
+    for number, part in enumerate(parts):
+        lengths = split_long(np.array([len(documents[index]) for index in part]), LENGTH)[1]
+        ids = np.concatenate([documents[index] for index in part])
+        scores = (np.round(rng.normal(0.1, 0.7, len(ids)) * 512) / 512).astype(np.float16)
+        scores[np.cumsum(lengths) - lengths] = np.nan
+        counts.add(scores)
+        columns = {
+            "document_id": pa.array([f"document-{row}" for row in range(len(lengths))]),
+            "start": pa.array(np.zeros(len(lengths), np.int64)),
+            "input_ids": list_column(ids, lengths),
+            COLUMN: list_column(scores, lengths),
+        }
+        entries.append(write_shard(path / shard_name(number, len(parts)), pa.table(columns)))
+    contrast = Column(origin=Contrast(minuend="loss_base", subtrahend="loss_reference"), statistics=counts.statistics())
+    manifest = Manifest(
+        corpus=CorpusInfo(
+            input="Python standard library",
+            text_field="text",
+            max_length=LENGTH,
+            adds_bos=False,
+            adds_eos=False,
+            documents=len(documents),
+            rejects=0,
+        ),
+        tokenizer=TokenizerInfo(
+            name="bpe",
+            fingerprint=tokenizer_fingerprint(tokenizer),
+            files_sha256=directory_digest(path / TOKENIZER),
+            vocab_size=VOCABULARY,
+            bos_token_id=None,
+            eos_token_id=None,
+        ),
+        columns={COLUMN: contrast},
+        shards=entries,
+        request={"command": "benchmark"},
+    )
+    return finish_shard_set(path, manifest, {COLUMN: counts})
+
+
+def make_loader(shards: ShardSet, preset: str, sequence_length: int = LENGTH) -> RowLoader:
+    """The loader as `wmtp train` makes it."""
+    zipped = ZippedSets((shards,))
+    config = WeightsConfig(preset=preset, column=None if preset == "uniform" else COLUMN)
+    return RowLoader(zipped, make_weighting(config, zipped), sequence_length)
+
+
+def read_loader(shards: ShardSet, preset: str) -> int:
+    """Rows of the loader's stream until it gave as many tokens as the set has."""
+    tokens = 0
+    for batch in make_loader(shards, preset).batches(BATCH):
+        tokens += int(batch.tokens.sum())
+        if tokens >= shards.manifest.tokens:
+            break
+    return tokens
+
+
+def read_datasets(shards: ShardSet, form: str | None) -> int:
+    """All sequences of the set, one after the other, in a format of `datasets`."""
+    files = [str(shards.path / shard.name) for shard in shards.manifest.shards]
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["input_ids", COLUMN])
+    return sum(len(row["input_ids"]) for row in (rows.with_format(form) if form else rows))
+
+
+def read_pyarrow(shards: ShardSet) -> int:
+    """All row groups of the set as Arrow tables."""
+    tokens = 0
+    for shard in shards.manifest.shards:
+        with pq.ParquetFile(shards.path / shard.name) as file:
+            for group in range(file.num_row_groups):
+                tokens += len(file.read_row_group(group, ["input_ids", COLUMN])["input_ids"].combine_chunks().flatten())
+    return tokens
+
+
+def throughput(shards: ShardSet, rounds: int) -> Table:
+    """Every reader reads the whole set `rounds` times, in turns; what else the machine does must not count."""
+    readers: dict[str, Callable[[], int]] = {
+        "loader, rho1-static": lambda: read_loader(shards, "rho1-static"),
+        "loader, dense": lambda: read_loader(shards, "dense"),
+        "loader, sparse": lambda: read_loader(shards, "sparse"),
+        "loader, uniform": lambda: read_loader(shards, "uniform"),
+        "pyarrow, row groups": lambda: read_pyarrow(shards),
+        "datasets streaming, python": lambda: read_datasets(shards, None),
+        "datasets streaming, torch": lambda: read_datasets(shards, "torch"),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(rounds):
+        for name, read in readers.items():
+            started = time.process_time()
+            tokens = read()
+            rates[name].append(tokens / (time.process_time() - started))
+    slowest = rates["datasets streaming, torch"]
+    title = f"{shards.manifest.tokens:,} tokens, {shards.manifest.rows:,} sequences, rows of {LENGTH}, one thread"
+    table = Table("reader", title=title)
+    for name in ("Mtok per CPU second", "least", "most", "times datasets, torch"):
+        table.add_column(name, justify="right")
+    for name, values in rates.items():
+        ratio = statistics.median(own / other for own, other in zip(values, slowest, strict=True))
+        figures = (f"{rate / 1e6:.2f}" for rate in (statistics.median(values), min(values), max(values)))
+        table.add_row(name, *figures, f"{ratio:.1f}")
+    table.caption = f"medians of {rounds} rounds; the ratio is the median of the rounds' ratios"
+    return table
+
+
+def packing(shards: ShardSet) -> Table:
+    """How full rows of several lengths are over the first epoch."""
+    table = Table("tokens per row", "rows", "not padding", title="packing")
+    for length in (512, LENGTH, 8192, 32768):
+        parts = list(make_loader(shards, "uniform", length).once(1024))
+        rows = sum(len(part.tokens) for part in parts)
+        tokens = sum(int(part.tokens.sum()) for part in parts)
+        table.add_row(f"{length:,}", f"{rows:,}", f"{tokens / rows / length:.2%}")
+    return table
+
+
+def waiting(shards: ShardSet, work: Path, steps: int) -> Table:
+    """Train a small model and measure what each step waits for its rows."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vocabulary = shards.manifest.tokenizer.vocab_size
+    LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes).save_pretrained(work / "model")
+    waits: list[float] = []
+    batches = RowLoader.batches
+
+    def timed(self: RowLoader, rows: int) -> Iterator[Rows]:
+        own = batches(self, rows)
+        while True:
+            started = time.perf_counter()
+            batch = next(own)
+            waits.append(time.perf_counter() - started)
+            yield batch
+
+    RowLoader.batches = timed  # type: ignore[method-assign]
+    weights = {"preset": "rho1-static", "column": COLUMN}
+    settings = {"weights": weights, "heads": {"offsets": (1,)}, "from_scratch": True}
+    settings |= {"max_steps": steps, "checkpoint_every": steps}
+    summary = train(TrainConfig(input=shards.path, model=str(work / "model"), output=work / "run", **settings, **STEP))
+    first, later = waits[0], waits[1:]
+    seconds = summary["seconds"] - first
+    table = Table("training step", title=f"{steps} steps of {STEP['batch_size']} rows of {STEP['sequence_length']}")
+    table.add_column("", justify="right")
+    table.add_row("step, ms", f"{1000 * seconds / len(later):.1f}")
+    table.add_row(
+        "waiting for rows, ms: median / most", f"{1000 * statistics.median(later):.2f} / {1000 * max(later):.2f}"
+    )
+    table.add_row("waiting, of the time of all steps", f"{sum(later) / seconds:.2%}")
+    table.add_row("waiting for the first rows of the run, ms", f"{1000 * first:.0f}")
+    table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()
