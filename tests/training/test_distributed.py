@@ -46,7 +46,7 @@ def config(
 def metrics(config: TrainConfig) -> list[dict[str, float]]:
     """Logged metrics without those that measure time."""
     lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
 
 
 def trained(config: TrainConfig) -> dict[str, Tensor]:
