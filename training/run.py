@@ -24,7 +24,7 @@ from training.mirror import CHECKPOINTS, Mirror
 
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
+    "log_every", "trackers", "fsdp", "activation_checkpointing", "compile", "ray_workers", "ray_address",
 }  # fmt: skip
 """Settings that may change when a stopped run is continued: they do not touch what is trained."""
 
