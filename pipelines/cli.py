@@ -114,11 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         status, sentence = 2, usage_sentence(error, command, COMMANDS)
     except Exception as error:
-        if debugging() or not (isinstance(error, (UserError, OSError)) or is_store_error(error)):
+        if debugging() or not is_for_users(error):
             raise
         status, sentence = 1, describe(error, config)
     print(f"{name}: error: {sentence}", file=sys.stderr)
     return status
+
+
+def is_for_users(error: Exception) -> bool:
+    """Whether an exception is a mistake of the user or the trouble of a machine, and no bug."""
+    return isinstance(error, (UserError, OSError)) or is_store_error(error)
 
 
 def debugging() -> bool:

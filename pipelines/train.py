@@ -9,10 +9,15 @@ from training.trainer import train
 
 
 def run(config: TrainConfig) -> None:
-    """Train, then print a one-screen summary."""
-    summary = train(config)
-    if not PartialState().is_main_process:
-        return
+    """Train, here or on Ray, then print a one-screen summary."""
+    if config.ray_workers:
+        from pipelines.ray_train import train_on_ray  # Ray takes seconds to import
+
+        summary = train_on_ray(config)
+    else:
+        summary = train(config)
+        if not PartialState().is_main_process:
+            return
     done = "already complete" if summary.get("already_complete") else "trained"
     table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
     table.add_row("steps", f"{summary['steps']:,}")

@@ -290,6 +290,12 @@ class TrainConfig(Config):
         False, description="compute decoder layers again in the backward pass: less memory, more time"
     )
     compile: bool = Field(False, description="compile decoder layers with torch.compile; needs a C++ compiler")
+    ray_workers: Positive | None = Field(
+        None, description="train in this many processes that Ray starts, each on a GPU where there are GPUs"
+    )
+    ray_address: str | None = Field(
+        None, description="Ray cluster for --ray_workers; default starts Ray on this machine"
+    )
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
@@ -311,11 +317,13 @@ class TrainConfig(Config):
         return mix
 
     @model_validator(mode="after")
-    def _check_offsets(self) -> "TrainConfig":
+    def _check(self) -> "TrainConfig":
         if self.sequence_length is not None and self.heads.offsets[-1] >= self.sequence_length:
             raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
         if self.trainable == "heads" and len(self.heads.offsets) == 1:
             raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
+        if self.ray_address and not self.ray_workers:
+            raise ValueError("--ray_address needs --ray_workers")
         return self
 
 

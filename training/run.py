@@ -25,6 +25,7 @@ from training.mirror import CHECKPOINTS, Mirror
 OPERATIONAL = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
     "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile", "max_bad_steps",
+    "ray_workers", "ray_address",
 }  # fmt: skip
 """Settings that may change when a stopped run is continued: they do not touch what is trained."""
 

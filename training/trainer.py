@@ -139,7 +139,11 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
 def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
     """An Accelerator whose compute type is `dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
-    return Accelerator(mixed_precision="bf16" if bfloat16 else "no", step_scheduler_with_optimizer=False, **kwargs)
+    return Accelerator(
+        mixed_precision="bf16" if bfloat16 else "no",
+        cpu=not torch.accelerator.is_available(),  # unless told so, processes on CPUs would not know of each other
+        **kwargs,
+    )
 
 
 def place_model(accelerator: Accelerator, model: MTPModel, config: TrainConfig, *, shard: bool) -> nn.Module:

@@ -90,7 +90,7 @@ def launch(start_process: Callable[..., BaseProcess], tmp_path: Path) -> Callabl
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+        group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         failures = [tmp_path / f"failure-{rank}" for rank in range(processes)]
         ranks = [
             start_process(
