@@ -21,6 +21,7 @@ from training.heads import Heads, TrunkPass, make_heads
 from training.live import LiveWeighting
 from training.losses import HeadGroup, multi_head_cross_entropy
 from training.targets import target_rows
+from training.trainable import merge_adapters
 from training.trunk import LayerCall, check_trunk, decoder_parts, load_trunk, recorded_call, softcap
 
 HEADS_CONFIG = "config.json"
@@ -106,7 +107,7 @@ class MTPModel(nn.Module):
         return TrunkPass(tuple(inputs), position_ids, last)
 
     def save(self, directory: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write the trunk as an ordinary Hugging Face checkpoint to `model/` and the heads to `heads/`.
+        """Write the trunk as an ordinary Hugging Face checkpoint to `model/`, adapters merged, the heads to `heads/`.
 
         Args:
             directory: where to.
@@ -117,7 +118,7 @@ class MTPModel(nn.Module):
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             for prefix in ("trunk.", "heads.")
         )
-        self.trunk.save_pretrained(directory / "model", state_dict=trunk)
+        self.trunk.save_pretrained(directory / "model", state_dict=merge_adapters(self.trunk, trunk))
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
         write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")

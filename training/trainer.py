@@ -32,6 +32,7 @@ from training.mixing import make_loader, mix_identity, open_mix
 from training.model import MTPModel, build_model
 from training.run import TRACKING, RunDirectory
 from training.sharding import distribute, full_state, sharding_requested
+from training.trainable import add_adapters, freeze_trunk
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -74,6 +75,10 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
     for data in filter(None, (shards, *mixed, held_out)):
         check_model(mtp_model, config.model, data.first, sequence_length)
+    if config.trainable == "heads":
+        freeze_trunk(mtp_model.trunk)
+    elif config.trainable == "lora":
+        add_adapters(mtp_model.trunk, config.lora)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = make_loader(config, shards, mixed, sequence_length)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)

@@ -1,0 +1,57 @@
+"""What learns: everything, the extra heads alone, or these and low-rank adapters of the trunk."""
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+
+from schemas.configs import LoRAConfig
+from schemas.errors import UserError, first_line
+
+ADAPTER = "default"
+
+
+def freeze_trunk(trunk: nn.Module) -> None:
+    """Let the trunk stay as it is; heads learn alone, as in the first stage of L-MTP (arXiv 2505.17505) and Medusa."""
+    trunk.requires_grad_(False)
+
+
+def add_adapters(trunk: nn.Module, config: LoRAConfig) -> None:
+    """Freeze the trunk and put low-rank adapters into it, in place (LoRA, arXiv 2106.09685).
+
+    Raises:
+        UserError: it has no modules of these names, or none that can have an adapter.
+    """
+    targets = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        LoraModel(trunk, settings, ADAPTER)
+    except ValueError as error:
+        raise UserError(
+            f"--lora.targets {','.join(config.targets)}: {first_line(error)}; name other modules"
+        ) from error
+
+
+def merge_adapters(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the trunk as it was before `add_adapters`, with `scale * B @ A` added to each matrix.
+
+    Args:
+        trunk: the module with adapters, which is not changed.
+        state: its whole state dict.
+    """
+    merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    layers: dict[str, Any] = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        low, high = (state[f"{name}.lora_{part}.{ADAPTER}.weight"] for part in ("A", "B"))
+        delta = (high.float() @ low.float()) * layer.scaling[ADAPTER]
+        matrix = merged[f"{name}.weight"]
+        delta = delta.T if layer.fan_in_fan_out else delta
+        merged[f"{name}.weight"] = (matrix.float() + delta).to(matrix.dtype)
+    return merged
