@@ -133,13 +133,18 @@ def model_dir(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., Path]:
 def scored_set(make_shard_set: Callable[..., ShardSet]) -> Callable[..., ShardSet]:
     """`scored_set(lengths)` writes sequences of random bytes whose scores are a function of the token.
 
-    Columns `excess_loss` and `long_short` hold `(id - 128) / 64`, NaN at every position 0.
+    Columns `excess_loss` and `long_short` hold `(id - 128) / 64`, NaN at every position 0; -1 in all sequences after
+    the first `silent_after`.
     """
 
-    def build(lengths: list[int], name: str = "set", shards: int = 2, seed: int = 0) -> ShardSet:
+    def build(
+        lengths: list[int], name: str = "set", shards: int = 2, seed: int = 0, silent_after: int | None = None
+    ) -> ShardSet:
         rng = np.random.default_rng(seed)
         sequences = [rng.integers(0, 256, length).tolist() for length in lengths]
         scores = [[math.nan] + [(token - 128) / 64 for token in sequence[1:]] for sequence in sequences]
+        if silent_after is not None:
+            scores[silent_after:] = [[math.nan] + [-1.0] * (length - 1) for length in lengths[silent_after:]]
         rows_per_shard = -(-len(lengths) // shards)
         return make_shard_set(sequences, {"excess_loss": scores, "long_short": scores}, name, rows_per_shard)
 

@@ -1,6 +1,7 @@
 """Whole training runs: resuming, accumulation, ranks, and every mistake a user can make."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from schemas.errors import UserError
 from schemas.manifest import write_manifest
 from schemas.shard_set import ShardSet
 from training import run as run_module
+from training.loop import TrainingLoop
+from training.model import MTPModel
+from training.packing import Rows
 from training.trainer import train
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -324,8 +328,8 @@ def test_a_mixture_continues_bit_for_bit_and_only_as_it_was(
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
 
-    def stop_after_saving(self: Any, accelerator: Any, step: int) -> None:
-        save(self, accelerator, step)
+    def stop_after_saving(self: Any, accelerator: Any, state: Any, step: int) -> None:
+        save(self, accelerator, state, step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -380,3 +384,73 @@ def test_a_mixed_set_may_be_zipped(config: Callable[..., TrainConfig], add_colum
     for run in runs:
         train(run)
     assert metrics(runs[0]) == metrics(runs[1])
+
+
+def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One micro-batch of step 4 has an infinite loss: that step must leave no trace but a count."""
+    run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=12)
+    forward, calls = MTPModel.forward, []
+
+    def spoiled(self: MTPModel, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        loss, sums = forward(self, *args, **kwargs)
+        calls.append(self.training)
+        return (loss * math.inf, sums * math.nan) if sum(calls) == 7 else (loss, sums)
+
+    monkeypatch.setattr(MTPModel, "forward", spoiled)
+    summary = train(run)
+    assert summary["bad_steps"] == 1
+    lines = metrics(run)
+    assert [line["bad_steps"] for line in lines if "loss" in line] == [0, 0, 0] + [1] * 9
+    parameters = [
+        torch.cat([value.flatten() for _, value in sorted(load_checkpoint(run, step).items())]) for step in (3, 4, 5)
+    ]
+    assert torch.equal(parameters[0], parameters[1])
+    assert not torch.equal(parameters[1], parameters[2])
+
+
+def load_checkpoint(config: TrainConfig, step: int) -> dict[str, Tensor]:
+    """Parameters in a checkpoint of one process."""
+    [file] = (config.output / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
+    return {name: value for name, value in load_file(file).items() if name.startswith("model.")}
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_too_many_bad_steps_name_the_shard(
+    allowed: int, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss is infinite for rows that hold sequences of the second shard, from step 3 on."""
+    run = config("run", max_bad_steps=allowed, log_every=1, checkpoint_every=1, micro_batch_size=1)
+    steps = []
+
+    def spoil(self: TrainingLoop, part: Rows, denominator: float, *, last: bool) -> Tensor:
+        sums = run_part(self, part, denominator, last=last)
+        steps.append(self.step)
+        return sums * math.nan if self.step >= 2 and 1 in part.sources[0] else sums
+
+    run_part = TrainingLoop._run_part
+    monkeypatch.setattr(TrainingLoop, "_run_part", spoil)
+    with pytest.raises(UserError, match=rf"shard-00001-of-00002.parquet: .* for {allowed + 1} steps in a row"):
+        train(run)
+    assert max(steps) >= 2 + allowed
+    monkeypatch.undo()
+    assert train(run)["steps"] == 12  # goes on from the last good checkpoint
+
+
+def test_steps_without_signal_change_nothing_and_are_counted(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    """Only tokens of 4 of 36 sequences have a positive score, so most steps have nothing to learn from."""
+    shards = scored_set(LENGTHS, name="silent", silent_after=4)
+    run = config(
+        "run", input=shards.path, weights={"preset": "soft-threshold"}, log_every=1, batch_size=2, checkpoint_every=1,
+        keep_checkpoints=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
+    )  # fmt: skip
+    summary = train(run)
+    lines = [line for line in metrics(run) if "loss" in line]
+    counts = [line["no_signal_steps"] for line in lines]
+    assert 3 <= counts[-1] == summary["no_signal_steps"] < 12
+    assert summary["no_signal_documents"] > 10
+    silent = next(step for step in range(2, 12) if counts[step - 1] > counts[step - 2])
+    before, after = load_checkpoint(run, silent - 1), load_checkpoint(run, silent)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert lines[silent - 1]["selected_share"] == 0
