@@ -12,6 +12,7 @@ from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.evaluation import HeadLoss, evaluate_model
 from training.model import load_model
+from training.sharding import sharding_requested
 from training.trainer import check_model, check_tokenizer, make_accelerator
 
 
@@ -25,15 +26,16 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     trained = trained_sequence_length(place)
     sequence_length = config.sequence_length or trained or shards.manifest.corpus.max_length
     check_model(model, config.model, shards, sequence_length)
-    accelerator = make_accelerator(config.dtype)
-    losses = evaluate_model(
-        accelerator,
-        accelerator.prepare(model),
-        ZippedSets((shards,)),
-        sequence_length=sequence_length,
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens,
-    )
+    with sharding_requested(False):  # the model is whole in every process, whatever accelerate launch was given
+        accelerator = make_accelerator(config.dtype)
+        losses = evaluate_model(
+            accelerator,
+            accelerator.prepare(model),
+            ZippedSets((shards,)),
+            sequence_length=sequence_length,
+            batch_size=config.batch_size,
+            max_tokens=config.max_tokens,
+        )
     columns = ("offset", "loss (nats)", "perplexity", "accuracy", "targets")
     table = Table(*columns, title=f"{config.model} on {config.input}")
     for head in losses:

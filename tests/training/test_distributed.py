@@ -188,3 +188,21 @@ def test_compiled_shards(config: Callable[..., TrainConfig], launch: Callable[..
     train(plain)
     launch(compiled, 2)
     assert_equal(plain, compiled, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported; give --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+    ],
+)
+def test_what_accelerate_launch_may_not_ask_for(
+    variables: dict[str, str], sentence: str, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence):
+        train(config("run"))
+    assert not config("run").output.exists()
