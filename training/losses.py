@@ -175,22 +175,7 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
         parameter_grads: list[Tensor | None] = []
         results: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for group in plan.groups:
-            tasks = [plan.tasks[head] for head in group.heads]
-            if plan.live:
-                tasks = _weigh_live(plan.live, group, tasks, inputs, output_layer, results)
-            with torch.set_grad_enabled(plan.grad_enabled):
-                hidden = group.hidden_states(inputs, [task.rows for task in tasks])
-            hidden_grads = []
-            for head, task, states in zip(group.heads, tasks, hidden, strict=True):
-                weights = task.weights * plan.coefficients[head]
-                losses, correct, grad = output_layer.losses_and_gradients(states, task.targets, weights)
-                hidden_grads.append(grad)
-                results.setdefault(head, (losses, correct, task.weights))
-            grads = _differentiate(hidden, hidden_grads, [*inputs, *group.parameters])
-            for i, grad in enumerate(grads[:n_inputs]):
-                total = input_grads[i]
-                input_grads[i] = grad if total is None else total if grad is None else total + grad
-            parameter_grads += grads[n_inputs:]
+            parameter_grads += _run_group(plan, group, inputs, output_layer, input_grads, results)
 
         ctx.grads = (output_layer.grad_matrix, output_layer.grad_bias, *input_grads, *parameter_grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (unembedding, bias, *tensors)]
@@ -211,6 +196,36 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
         # In place, as nobody else holds them: the largest is as large as the unembedding.
         scaled = (g if g is None else g.mul_(grad_total).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return None, None, *scaled
+
+
+def _run_group(
+    plan: _Plan,
+    group: HeadGroup,
+    inputs: Sequence[Tensor],
+    output_layer: OutputLayer,
+    input_grads: list[Tensor | None],
+    results: dict[int, tuple[Tensor, Tensor, Tensor]],
+) -> list[Tensor | None]:
+    """Enter losses into `results`, add to `input_grads` in place, and return the gradients of the group's parameters.
+
+    Nothing else of the group is left when the next one comes.
+    """
+    tasks = [plan.tasks[head] for head in group.heads]
+    if plan.live:
+        tasks = _weigh_live(plan.live, group, tasks, inputs, output_layer, results)
+    with torch.set_grad_enabled(plan.grad_enabled):
+        hidden = group.hidden_states(inputs, [task.rows for task in tasks])
+    hidden_grads = []
+    for head, task, states in zip(group.heads, tasks, hidden, strict=True):
+        weights = task.weights * plan.coefficients[head]
+        losses, correct, grad = output_layer.losses_and_gradients(states, task.targets, weights)
+        hidden_grads.append(grad)
+        results.setdefault(head, (losses, correct, task.weights))
+    grads = _differentiate(hidden, hidden_grads, [*inputs, *group.parameters])
+    for i, grad in enumerate(grads[: len(inputs)]):
+        total = input_grads[i]
+        input_grads[i] = grad if total is None else total if grad is None else total.add_(grad)
+    return grads[len(inputs) :]
 
 
 def _weigh_live(

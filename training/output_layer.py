@@ -66,19 +66,21 @@ class OutputLayer:
         losses = torch.empty(len(targets), dtype=self.wide, device=targets.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            buffer = self._buffer(len(targets))
             for start in range(0, len(targets), self.chunk_rows):
                 rows = slice(start, start + self.chunk_rows)
                 states = hidden_states[rows].to(self.narrow)
-                logits = (states @ self.matrix.T).to(self.wide)
+                logits = torch.mm(states, self.matrix.T, out=buffer[: len(states)]).to(self.wide)
                 if self.bias is not None:
                     logits += self.bias
+                slope = None
                 if self.softcap is not None:
-                    logits = self.softcap * torch.tanh(logits / self.softcap)
-                if weights is None:
-                    losses[rows], correct[rows], _ = _cross_entropy(logits, targets[rows])
-                    continue
-                slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
+                    logits.div_(self.softcap).tanh_()
+                    slope = 1 - logits.square() if weights is not None else None
+                    logits.mul_(self.softcap)
                 losses[rows], correct[rows], sums = _cross_entropy(logits, targets[rows])
+                if weights is None:
+                    continue
                 grad_logits = logits.mul_(weights[rows, None] / sums)
                 grad_logits.scatter_add_(-1, targets[rows, None], -weights[rows, None])
                 if slope is not None:
@@ -94,6 +96,10 @@ class OutputLayer:
                     else:
                         self.grad_matrix += narrow.T @ states
         return losses, correct
+
+    def _buffer(self, rows: int) -> Tensor:
+        """Room for a chunk of logits, which all chunks share: to get new memory for each costs time on a CPU."""
+        return self.matrix.new_empty(min(rows, self.chunk_rows), len(self.matrix))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
