@@ -78,6 +78,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
         scaling = place_workers(config.ray_workers)
         desk = ray.remote(num_cpus=0)(Desk).remote()
         job = {"config": config.model_dump_json(), "desk": desk, "directory": os.getcwd()}
+        reason = "it said nothing"
         for restart in range(RESTARTS + 1):
             try:
                 with tempfile.TemporaryDirectory() as scratch, printing(desk):
