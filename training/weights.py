@@ -124,21 +124,23 @@ def sparse(scores: np.ndarray, lengths: np.ndarray, fraction: float) -> np.ndarr
     """
     if fraction == 1:
         return np.ones(len(scores), dtype=np.float32)
-    segment = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-    magnitude = np.abs(scores).astype(np.float16).view(np.uint16)
     # Bit patterns of non-negative float16 order like the values, so one integer sort ranks all sequences at once.
-    ranked = np.sort((segment << 16) | magnitude)
+    wide = np.uint32 if len(lengths) < 1 << 16 else np.uint64
+    first_keys = np.arange(len(lengths), dtype=wide) << 16
+    keys = np.repeat(first_keys, lengths)
+    keys |= np.abs(scores).astype(np.float16).view(np.uint16)
+    ranked = np.sort(keys)
     ends = np.cumsum(lengths)
-    present = lengths > 0
     kept = np.ceil(fraction * lengths - 1e-9).astype(np.int64)
-    threshold = np.full(len(lengths), 1 << 16, dtype=np.int64)
-    threshold[present] = ranked[ends[present] - kept[present]] & 0xFFFF
-    has_signal = np.zeros(len(lengths), dtype=bool)
-    has_signal[present] = (ranked[ends[present] - 1] & 0xFFFF) > 0
-    selected = (magnitude >= threshold[segment]) & has_signal[segment]
-    counts = _segment_sums(selected, lengths)
-    scale = lengths / np.maximum(counts, 1)
-    return (selected * scale[segment]).astype(np.float32)
+    threshold = np.full(len(lengths), np.iinfo(wide).max, dtype=wide)
+    has_signal = lengths > 0
+    has_signal[has_signal] = ranked[ends[has_signal] - 1] > first_keys[has_signal]
+    threshold[has_signal] = ranked[(ends - kept)[has_signal]]
+    selected = keys >= np.repeat(threshold, lengths)
+    total = np.append(0, np.cumsum(selected, dtype=np.int64))
+    counts = total[ends] - total[ends - lengths]
+    scale = (lengths / np.maximum(counts, 1)).astype(np.float32)
+    return selected * np.repeat(scale, lengths)
 
 
 def shuffle_within(weights: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
