@@ -33,6 +33,7 @@ from training.model import MTPModel, build_model
 from training.run import TRACKING, RunDirectory
 from training.sharding import distribute, full_state, sharding_requested
 from training.trainable import add_adapters, freeze_trunk
+from training.trunk import choose_attention
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
         return finished | {"already_complete": True}
 
     set_seed(config.seed)
-    attention = None if config.attention == "auto" else config.attention
+    attention = choose_attention(config.attention, accelerator.device)
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
     for data in filter(None, (shards, *mixed, held_out)):
         check_model(mtp_model, config.model, data.first, sequence_length)

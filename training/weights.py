@@ -126,7 +126,7 @@ def sparse(scores: np.ndarray, lengths: np.ndarray, fraction: float) -> np.ndarr
         return np.ones(len(scores), dtype=np.float32)
     # Bit patterns of non-negative float16 order like the values, so one integer sort ranks all sequences at once.
     wide = np.uint32 if len(lengths) < 1 << 16 else np.uint64
-    first_keys = np.arange(len(lengths), dtype=wide) << 16
+    first_keys = np.left_shift(np.arange(len(lengths)), 16).astype(wide)
     keys = np.repeat(first_keys, lengths)
     keys |= np.abs(scores).astype(np.float16).view(np.uint16)
     ranked = np.sort(keys)

@@ -13,7 +13,7 @@ from schemas.configs import HeadsConfig
 from schemas.errors import UserError
 from training.model import MTPModel, build_model, load_model
 from training.targets import count_targets
-from training.trunk import decoder_parts, recorded_call
+from training.trunk import choose_attention, decoder_parts, recorded_call
 
 ARCHITECTURES = ["llama", "qwen2-tied", "gemma2", "gpt2", "gpt_neox"]
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 0, 0]])
@@ -94,6 +94,28 @@ def test_packed_loss_and_gradients_equal_documents_alone(
     own, reference = (torch.autograd.grad(value, parameters) for value in (loss, expected))
     for a, b in zip(own, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_every_attention_separates_documents(attention: str, architecture: str, model_dir: Callable[..., Path]) -> None:
+    model = build_model(
+        str(model_dir(architecture)), HeadsConfig(offsets=(1,)), from_scratch=False, attention=attention
+    )
+    assert model.trunk.config._attn_implementation == attention
+    ids, positions, weights = batch()
+    torch.testing.assert_close(
+        model(ids, positions, weights)[0], plain_loss(model, ids, weights, (1.0,)), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_attention_follows_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_attention("auto", cpu) is None
+    assert choose_attention("sdpa", cpu) == "sdpa"
+    assert choose_attention("flex_attention", gpu) == "flex_attention"
+    with pytest.raises(UserError, match="--attention flex_attention: trains on a GPU only; use sdpa"):
+        choose_attention("flex_attention", cpu)
 
 
 def test_worked_by_hand(model_dir: Callable[..., Path]) -> None:
