@@ -1,5 +1,7 @@
 """The weighted linear cross-entropy against PyTorch's own, value and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +38,48 @@ def test_equals_autograd_in_float64(softcap: float | None, chunk_rows: int) -> N
         torch.autograd.grad(2.5 * loss, leaves), torch.autograd.grad(2.5 * expected, leaves), strict=True
     ):
         torch.testing.assert_close(own, reference, rtol=1e-10, atol=1e-12)
+
+
+class Repeatable(torch.autograd.Function):
+    """The operation for `gradcheck`, which differentiates a result many times: its gradients, taken once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        leaves = [tensor.detach().requires_grad_() for tensor in (hidden, matrix, bias)]
+        with torch.enable_grad():
+            loss, _ = weighted_linear_cross_entropy(leaves[0], leaves[1], *rest[:2], bias=leaves[2], softcap=rest[2])
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad * own for own in ctx.saved_tensors), None, None, None
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(softcap: float | None) -> None:
+    hidden, matrix, bias, targets, weights = inputs(torch.float64, rows=5)
+    assert torch.autograd.gradcheck(Repeatable.apply, (hidden, matrix, bias, targets, weights, softcap))
+
+
+def test_gradients_are_handed_out_once() -> None:
+    hidden, matrix, _, targets, weights = inputs(torch.float32)
+    loss, _ = weighted_linear_cross_entropy(hidden, matrix, targets, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up by an earlier backward pass"):
+        loss.backward()
+
+
+def test_losses_beyond_what_float32_can_hold_as_a_probability() -> None:
+    """exp(-200) is 0 in float32; the loss and its gradient are exact all the same."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    loss, losses = weighted_linear_cross_entropy(
+        hidden, torch.tensor([[200.0], [0.0]]), torch.tensor([1]), torch.ones(1)
+    )
+    loss.backward()
+    assert losses.tolist() == [200.0]
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[200.0]]
 
 
 def test_worked_by_hand() -> None:
