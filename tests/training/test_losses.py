@@ -1,5 +1,7 @@
 """The weighted linear cross-entropy against PyTorch's own, value and gradients."""
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from training.losses import weighted_linear_cross_entropy
+from training.losses import HeadGroup, HeadRows, multi_head_cross_entropy, weighted_linear_cross_entropy
 
 
 def inputs(dtype: torch.dtype, rows: int = 37) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -132,3 +134,26 @@ def test_no_gradients_are_formed_under_no_grad(monkeypatch: pytest.MonkeyPatch) 
         weighted_linear_cross_entropy(hidden, matrix, targets, weights)
     with pytest.raises(pytest.fail.Exception):
         weighted_linear_cross_entropy(hidden, matrix, targets, weights)
+
+
+def test_heads_add_up_and_each_finds_the_memory_of_the_one_before_free() -> None:
+    hidden, matrix, _, targets, weights = inputs(torch.float64)
+    earlier: list[weakref.ref[Tensor]] = []
+
+    def doubled(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+        assert all(states() is None for states in earlier)
+        states = 2 * tensors[0]
+        earlier.append(weakref.ref(states))
+        return [states]
+
+    task = HeadRows(torch.arange(len(targets)), targets, weights)
+    groups = [HeadGroup([head], doubled) for head in range(3)]
+    coefficients = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    result = multi_head_cross_entropy([hidden], groups, [task] * 3, matrix, coefficients)
+    assert len(earlier) == 3
+    expected = 1.75 * (cross_entropy(2 * hidden @ matrix.T, targets, reduction="none") * weights).sum()
+    leaves = (hidden, matrix)
+    for own, reference in zip(
+        torch.autograd.grad(result.total, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(own, reference, rtol=1e-10, atol=1e-12)
