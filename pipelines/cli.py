@@ -199,7 +199,12 @@ def command_parser(name: str, config: type[Config]) -> ArgumentParser:
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with settings")
     for key, field in positionals.items():
         parser.add_argument(key, type=UPath, nargs=POSITIONALS[key], metavar=key.upper(), help=field.description)
+    groups = {parser.add_argument_group(heading): names for heading, names in config.HELP_GROUPS.items()}
     parser.add_class_arguments(config, None, as_group=False, skip=set(positionals))
+    for group, names in groups.items():
+        for action in [action for action in parser._optionals._group_actions if action.dest in names]:
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
     return parser
 
 

@@ -26,9 +26,14 @@ def run(config: TrainConfig) -> None:
     offsets = len(config.heads.offsets)
     table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1), f"{summary['loss']:.4f}")
     table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
+    for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
+        if summary[counter]:
+            table.add_row(name, f"{summary[counter]:,}")
     for offset in config.heads.offsets:
         if f"eval_loss_{offset}" in summary:
-            table.add_row(f"held-out loss, offset {offset}", f"{summary[f'eval_loss_{offset}']:.4f} nats")
+            loss, accuracy = summary[f"eval_loss_{offset}"], summary[f"eval_accuracy_{offset}"]
+            table.add_row(f"held-out, offset {offset}", f"{loss:.4f} nats, {accuracy:.1%} right")
+    table.add_row("peak memory", f"{summary['memory_gib']:.2f} GiB")
     table.add_row("trunk (Hugging Face)", str(config.output / "model"))
     table.add_row("heads", str(config.output / "heads"))
     table.add_row("metrics", str(config.output / "metrics.jsonl"))

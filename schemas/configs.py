@@ -6,7 +6,7 @@ Field names are the command line's flags and the keys of a YAML file; descriptio
 import os.path
 from fractions import Fraction as Exact
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -47,6 +47,9 @@ class Config(BaseModel):
     """Base of all settings: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    HELP_GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Headings of `--help` and the settings below each; the others come first."""
 
 
 class PrepareConfig(Config):
@@ -243,6 +246,16 @@ class LoRAConfig(Config):
 
 class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
+
+    HELP_GROUPS = {
+        "what learns": ("model", "from_scratch", "trainable", "attention", "dtype"),
+        "steps": ("batch_size", "sequence_length", "max_steps", "epochs", "normalization", "seed", "max_bad_steps"),
+        "speed and memory": ("micro_batch_size", "loader_workers", "activation_checkpointing", "compile"),
+        "several devices (see also accelerate launch)": ("fsdp", "ray_workers", "ray_address"),
+        "evaluation, checkpoints and logs": (
+            "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "trackers",
+        ),
+    }  # fmt: skip
 
     input: ShardSets = Field(
         description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"

@@ -127,6 +127,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
         "tokens_per_second": loop.tokens / loop.seconds,
         "loss": loop.metrics["loss"],
         "selected_share": loop.metrics["selected_share"],
+        "memory_gib": loop.metrics["memory_gib"],
         **loop.window.counters,
         **evaluation,
     }
