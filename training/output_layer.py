@@ -98,7 +98,7 @@ class OutputLayer:
         return losses, correct
 
     def _buffer(self, rows: int) -> Tensor:
-        """Room for a chunk of logits, which all chunks share: to get new memory for each costs time on a CPU."""
+        """Room for a chunk of logits, shared by all chunks: each would else be made while the one before is held."""
         return self.matrix.new_empty(min(rows, self.chunk_rows), len(self.matrix))
 
 

@@ -1,0 +1,440 @@
+"""Seconds of a training step: what weights and heads cost, and what the trainers of others take for the same rows.
+
+    .venv/bin/python benchmarks/training.py [--only selection] [--rounds 10] [--threads 2]
+    .venv/bin/python benchmarks/training.py --only weighting --rows 1 --rounds 20
+    .venv/bin/python benchmarks/training.py --model qwen2.5-0.5b [--compile] [--attention NAME]
+
+The third command is for a GPU, which is used where there is one. It also runs Hugging Face's Trainer with Liger's
+kernels, and prints memory and model FLOP utilisation. TRL comes with `pip install -e .[bench]`, Liger with
+`pip install liger-kernel`; what is missing is left out.
+
+Every step is a whole one: batch, forward and backward pass, clipping, AdamW. Ours go through `TrainingLoop`, rows come
+from a shard set of random tokens and scores, and all contestants start from the same random model. On a CPU they take
+turns, a step each in every round, and time is that of one thread's own work (`--threads` above 1: of the clock). On a
+GPU one runs after the other, so that each has the memory to itself.
+"""
+
+from pathlib import Path
+
+# A script's directory is searched before anything else: in this one, let this file lead to the package of its name.
+__path__ = [str(Path(__file__).resolve().parents[1] / "training")]
+
+import argparse
+import gc
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models
+from transformers import (
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    logging,
+)
+
+from schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
+from schemas.files import TOKENIZER
+from schemas.fingerprints import directory_digest
+from schemas.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from schemas.shard_set import finish_shard_set
+from schemas.shards import list_column, shard_name, write_shard
+from schemas.value_counts import ValueCounts
+from schemas.zipped import ZippedSets
+from training.flops import StepFlops, peak_flops
+from training.loader import RowLoader
+from training.loop import TrainingLoop
+from training.model import HEAD_SUMS, MTPModel, build_model
+from training.packing import Rows
+from training.targets import target_rows
+from training.trainer import make_accelerator, make_optimizer
+from training.weights import make_weighting
+
+CONSOLE = Console(width=130)
+GPU = torch.cuda.is_available()
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+ATTENTION_HEADS = ("num_attention_heads", "num_key_value_heads")
+CONFIGS = {
+    "small": LlamaConfig(**dict(zip(SIZES + ATTENTION_HEADS, (32000, 512, 1376, 8, 8, 8), strict=True))),
+    "qwen2.5-0.5b": Qwen2Config(
+        **dict(zip(SIZES + ATTENTION_HEADS, (151936, 896, 4864, 24, 14, 2), strict=True)), tie_word_embeddings=True
+    ),
+}
+SHAPES = {"small": (2, 256), "qwen2.5-0.5b": (16, 4096)}
+"""Rows of a step and their length, unless told otherwise."""
+
+UNIFORM = WeightsConfig()
+DENSE = WeightsConfig(preset="dense", lam=0.25)
+PLAIN, UNIFORM_4, DENSE_4 = "next token, uniform", "4 heads, uniform", "4 heads, all weighted"
+AGAIN, SELECTED_60, SELECTED_25 = "4 heads, uniform, once more", "4 heads, 60 % selected", "4 heads, 25 % selected"
+TRAINER, LIGER, TRL = "Trainer, next token", "Trainer with Liger, next token", "SFTTrainer, next token"
+OURS = {
+    PLAIN: (UNIFORM, 1),
+    UNIFORM_4: (UNIFORM, 4),
+    AGAIN: (UNIFORM, 4),
+    DENSE_4: (DENSE, 4),
+    SELECTED_60: (WeightsConfig(preset="rho1-static", fraction=0.6), 4),
+    SELECTED_25: (WeightsConfig(preset="rho1-static", fraction=0.25), 4),
+}
+PACKAGES = {TRAINER: "transformers", LIGER: "liger_kernel", TRL: "trl"}
+COMPARISONS = {
+    "selection": [(SELECTED_60, DENSE_4, 0.75), (SELECTED_25, PLAIN, 1.15)],
+    "weighting": [(DENSE_4, UNIFORM_4, 1.01), (AGAIN, UNIFORM_4, None)],
+    "trainers": [(PLAIN, TRAINER, 1.0), (PLAIN, LIGER, 1.0), (PLAIN, TRL, 1.0)],
+}
+"""What is divided by what, and the most that the quotient should be; of a thing and itself it shows the noise."""
+
+
+class Job(NamedTuple):
+    """What all contestants share: arguments of the command, a directory with model and shard set, and a clock."""
+
+    arguments: argparse.Namespace
+    directory: Path
+    now: Callable[[], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(CONFIGS), default="small")
+    parser.add_argument("--only", choices=list(COMPARISONS), help="one group of comparisons; default all")
+    parser.add_argument("--rows", type=int, help="rows of a step; default 2, for qwen2.5-0.5b 16")
+    parser.add_argument("--length", type=int, help="tokens of a row; default 256, for qwen2.5-0.5b 4096")
+    parser.add_argument("--rounds", type=int, default=3, help="steps that count, of each contestant")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
+    parser.add_argument("--compile", action="store_true", help="compile decoders with torch.compile")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU")
+    arguments = parser.parse_args()
+    rows, length = SHAPES[arguments.model]
+    arguments.rows, arguments.length = arguments.rows or rows, arguments.length or length
+    torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    now = synchronized_time if GPU else time.process_time if arguments.threads == 1 else time.perf_counter
+    comparisons = [c for group, found in COMPARISONS.items() if arguments.only in (None, group) for c in found]
+    names = [name for name in (*OURS, *PACKAGES) if any(name in pair[:2] for pair in comparisons)]
+    for name in [name for name in names if name in PACKAGES and not available(name)]:
+        CONSOLE.print(f"{name}: left out, {PACKAGES[name]} is not installed or needs a GPU")
+        names.remove(name)
+    with tempfile.TemporaryDirectory() as directory:
+        job = Job(arguments, Path(directory), now)
+        write_model(job)
+        write_shards(job)
+        seconds, notes = one_by_one(job, names) if GPU else in_turns(job, names)
+        tokens = float(job_rows(job, UNIFORM).tokens.mean()) * arguments.rows
+    report(seconds, notes, tokens, title(arguments))
+    compare(seconds, comparisons)
+
+
+def available(name: str) -> bool:
+    """Whether a trainer of others can run here."""
+    return find_spec(PACKAGES[name]) is not None and (name != LIGER or GPU)
+
+
+def title(arguments: argparse.Namespace) -> str:
+    """What is measured, and where."""
+    place = torch.cuda.get_device_name() if GPU else f"{arguments.threads} thread(s)"
+    compiled = ", compiled" if arguments.compile else ""
+    return f"{arguments.model}, {arguments.rows} x {arguments.length} tokens, {arguments.dtype}{compiled}, {place}"
+
+
+def synchronized_time() -> float:
+    """Seconds, once the GPU has done what it was told."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def write_model(job: Job) -> None:
+    """The config of the model, and a tokenizer for trainers that want one."""
+    config = CONFIGS[job.arguments.model]
+    config.save_pretrained(job.directory / "model")
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.save_pretrained(job.directory / "set" / TOKENIZER)
+
+
+def write_shards(job: Job) -> None:
+    """A shard set of random tokens that packs well, with the score columns `excess_loss` and `long_short`."""
+    length, vocabulary = job.arguments.length, CONFIGS[job.arguments.model].vocab_size
+    rng = np.random.default_rng(0)
+    first = rng.integers(length // 8, length - length // 8, 64 * job.arguments.rows)
+    lengths = np.stack([first, length - first], 1).ravel()
+    starts = np.cumsum(lengths) - lengths
+    columns, counts = {}, {}
+    for name in ("excess_loss", "long_short"):
+        scores = rng.standard_normal(lengths.sum()).astype(np.float16)
+        scores[starts] = np.nan
+        columns[name] = list_column(scores, lengths)
+        counts[name] = ValueCounts()
+        counts[name].add(scores)
+    tokens = {
+        "document_id": pa.array([f"document-{number}" for number in range(len(lengths))]),
+        "start": pa.array(np.zeros(len(lengths), np.int64)),
+        "input_ids": list_column(rng.integers(0, vocabulary, lengths.sum()).astype(np.int32), lengths),
+    }
+    path = job.directory / "set"
+    shard = write_shard(path / shard_name(0, 1), pa.table(tokens | columns))
+    origin = Contrast(minuend="loss_base", subtrahend="loss_reference")
+    manifest = Manifest(
+        corpus=CorpusInfo(
+            input="random",
+            text_field="text",
+            max_length=length,
+            adds_bos=False,
+            adds_eos=False,
+            documents=len(lengths),
+            rejects=0,
+        ),
+        tokenizer=TokenizerInfo(
+            name="none",
+            fingerprint="",
+            files_sha256=directory_digest(path / TOKENIZER),
+            vocab_size=vocabulary,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        columns={name: Column(origin=origin, statistics=counts[name].statistics()) for name in columns},
+        shards=[shard],
+        request={"command": "benchmark"},
+    )
+    finish_shard_set(path, manifest, counts)
+
+
+def job_loader(job: Job, weights: WeightsConfig) -> RowLoader:
+    """The rows of a run; their order is the same for all weights."""
+    shards = ZippedSets.open([str(job.directory / "set")])
+    return RowLoader(shards, make_weighting(weights, shards), job.arguments.length)
+
+
+def job_rows(job: Job, weights: WeightsConfig) -> Rows:
+    """The first rows of a run, enough for some steps."""
+    return next(job_loader(job, weights).batches(8 * job.arguments.rows))
+
+
+def job_model(job: Job, heads: HeadsConfig) -> MTPModel:
+    """The model that everyone starts from."""
+    torch.manual_seed(0)
+    source = str(job.directory / "model")
+    model = build_model(source, heads, from_scratch=True, attention=job.arguments.attention)
+    model.trunk.config.use_cache = False  # else documents in a row see each other
+    return model
+
+
+class Contestant:
+    """Someone who takes optimizer steps."""
+
+    flops: float
+    """Operations of a step on average."""
+
+    def run(self, steps: int) -> list[float]:
+        """Take steps and return the seconds of each."""
+        raise NotImplementedError
+
+
+class Ours(Contestant):
+    """Steps of `TrainingLoop`; one is taken before any that counts."""
+
+    def __init__(self, job: Job, weights: WeightsConfig, heads: int) -> None:
+        arguments = job.arguments
+        config = TrainConfig(
+            input=str(job.directory / "set"),
+            model=str(job.directory / "model"),
+            output=str(job.directory / "run"),
+            weights=weights,
+            heads=HeadsConfig(offsets=tuple(range(1, heads + 1))),
+            batch_size=arguments.rows,
+            micro_batch_size=arguments.rows,
+            log_every=1_000_000,
+        )
+        accelerator = make_accelerator(arguments.dtype)
+        model = job_model(job, config.heads)
+        self.flops = mean_flops(model, job, weights)
+        if arguments.compile:
+            model.trunk.get_decoder().compile()
+        optimizer, scheduler = make_optimizer(model, config.optimizer, steps=1_000_000)
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        loader = job_loader(job, weights)
+        flops = StepFlops(model)
+        loop = TrainingLoop(accelerator, config, prepared, optimizer, scheduler, loader, flops, steps=1_000_000)
+        self.now = job.now
+        self.steps: Iterator[Any] = loop.run()
+        self.run(1)
+
+    def run(self, steps: int) -> list[float]:
+        """Take steps."""
+        seconds = []
+        for _ in range(steps):
+            started = self.now()
+            next(self.steps)
+            seconds.append(self.now() - started)
+        return seconds
+
+
+class Others(Contestant):
+    """Steps of Hugging Face's `Trainer` or of what is derived from it; the first of every call does not count."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self.job, self.name = job, name
+        model = job_model(job, HeadsConfig(offsets=(1,)))
+        self.flops = mean_flops(model, job, UNIFORM)
+        self.model = model.trunk
+        self.rows = job_rows(job, UNIFORM)
+
+    def run(self, steps: int) -> list[float]:
+        """Train for one step more."""
+        clock = StepClock(self.job.now)
+        trainer = (self._sft_trainer if self.name == TRL else self._trainer)(steps + 1)
+        trainer.add_callback(clock)
+        trainer.train()
+        return [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
+
+    def _settings(self, steps: int) -> dict[str, Any]:
+        arguments = self.job.arguments
+        return {
+            "output_dir": str(self.job.directory / "trainer"),
+            "per_device_train_batch_size": arguments.rows,
+            "max_steps": steps,
+            "adam_beta2": 0.95,
+            "weight_decay": 0.1,
+            "bf16": arguments.dtype == "bfloat16" or (arguments.dtype == "auto" and GPU),
+            "use_liger_kernel": self.name == LIGER,
+            "torch_compile": arguments.compile,
+            "use_cpu": not GPU,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+
+    def _trainer(self, steps: int) -> Trainer:
+        ids, positions = (torch.from_numpy(values).long() for values in self.rows[:2])
+        labels = ids.masked_fill(positions == 0, -100)
+        rows = [
+            dict(zip(("input_ids", "position_ids", "labels"), row, strict=True))
+            for row in zip(ids, positions, labels, strict=True)
+        ]
+        settings = TrainingArguments(**self._settings(steps), remove_unused_columns=False)
+        return Trainer(self.model, settings, train_dataset=rows, data_collator=default_data_collator)
+
+    def _sft_trainer(self, steps: int) -> Trainer:
+        """TRL packs rows without padding and, unless that would need a mask of (B T)^2, makes one row of a batch."""
+        from trl import SFTConfig, SFTTrainer
+
+        arguments = self.job.arguments
+        rows = []
+        for ids, positions, tokens in zip(self.rows.input_ids, self.rows.position_ids, self.rows.tokens, strict=True):
+            starts = np.flatnonzero(positions[:tokens] == 0)
+            labels = np.where(positions[:tokens] == 0, -100, ids[:tokens])
+            lengths = np.diff(np.append(starts, tokens))
+            rows.append({"input_ids": ids[:tokens], "labels": labels, "seq_lengths": lengths})
+        settings = SFTConfig(
+            **self._settings(steps),
+            padding_free=not GPU or arguments.attention.startswith("flash"),
+            max_length=None,
+            gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.job.directory / "set" / TOKENIZER)
+        return SFTTrainer(self.model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+class StepClock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(self.now())
+
+
+def mean_flops(model: MTPModel, job: Job, weights: WeightsConfig) -> float:
+    """Operations of a step, on average over the first ones."""
+    rows = job_rows(job, weights)
+    ids, positions, values = (torch.from_numpy(array) for array in rows[:3])
+    sums = torch.zeros(len(model.config.offsets), len(HEAD_SUMS))
+    for number, offset in enumerate(model.config.offsets):
+        sums[number, HEAD_SUMS.index("selected")] = len(target_rows(ids, positions, values, offset).rows)
+    pairs = float(rows.position_ids.sum(dtype="int64") + rows.tokens.sum())
+    return StepFlops(model)(float(rows.tokens.sum()), pairs, sums) * job.arguments.rows / len(rows.tokens)
+
+
+def make(job: Job, name: str) -> Contestant:
+    """A contestant that is ready to run."""
+    return Others(job, name) if name in PACKAGES else Ours(job, *OURS[name])
+
+
+def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Seconds of each step of all, in rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        contestants = {name: make(job, name) for name in names}
+        for number in range(job.arguments.rounds):
+            for name in names if number % 2 else names[::-1]:
+                seconds[name] += contestants[name].run(1)
+    return seconds, {}
+
+
+def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Seconds of each step of all, and for each its peak memory and model FLOP utilisation."""
+    seconds, notes = {}, {}
+    peak = peak_flops(torch.device("cuda"))
+    for name in names:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            contestant = make(job, name)
+            contestant.run(3)
+            torch.cuda.reset_peak_memory_stats()
+            seconds[name] = contestant.run(job.arguments.rounds)
+        used = contestant.flops / statistics.median(seconds[name]) / peak if peak else float("nan")
+        notes[name] = [f"{torch.cuda.max_memory_allocated() / 2**30:.1f}", f"{used:.1%}"]
+        del contestant
+        gc.collect()
+        torch.cuda.empty_cache()
+    return seconds, notes
+
+
+def report(seconds: dict[str, list[float]], notes: dict[str, list[str]], tokens: float, title: str) -> None:
+    """Print the time of a step, tokens per second, and on a GPU memory and utilisation."""
+    result = Table("training step", title=title)
+    for column in ("fastest, s", "median, s", "tokens/s", *(("GiB", "MFU") if notes else ())):
+        result.add_column(column, justify="right")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        row = [f"{min(values):.3f}", f"{median:.3f}", f"{tokens / median:,.0f}"]
+        result.add_row(name, *row, *notes.get(name, []))
+    CONSOLE.print(result)
+
+
+def compare(seconds: dict[str, list[float]], comparisons: list[tuple[str, str, float | None]]) -> None:
+    """Print how contestants compare: fastest steps, median steps, and quartiles of the quotients in each round."""
+    result = Table("step time of", "divided by", title="ratios")
+    for column in ("fastest", "medians", "quartiles of rounds", "at most"):
+        result.add_column(column, justify="right")
+    for name, other, target in comparisons:
+        if name in seconds and other in seconds:
+            a, b = seconds[name], seconds[other]
+            quotients = np.array(a) / np.array(b)
+            medians = statistics.median(a) / statistics.median(b)
+            spread = "{:.3f}, {:.3f}, {:.3f}".format(*np.quantile(quotients, (0.25, 0.5, 0.75)))
+            aim = "" if target is None else f"{target:.2f}"
+            result.add_row(name, other, f"{min(a) / min(b):.3f}", f"{medians:.3f}", spread, aim)
+    CONSOLE.print(result)
+
+
+if __name__ == "__main__":
+    main()
