@@ -34,7 +34,7 @@ def exact(share: float) -> Exact:
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeValidator(split_paths)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]

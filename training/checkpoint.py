@@ -8,6 +8,8 @@ torch.distributed.checkpoint reassembles the tensors for any number of processes
 safetensors files, all else is read with `weights_only`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ class TrainingState:
     def save(self, accelerator: Accelerator, directory: Path) -> None:
         """Write into `directory`, which exists and is empty; all processes must call it, each writes its own files."""
         writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        save(self.tensors(), storage_writer=writer, no_dist=not distributed.is_initialized())
+        with _plain_errors():
+            save(self.tensors(), storage_writer=writer, no_dist=not distributed.is_initialized())
         torch.save(_random_states(accelerator), directory / _random_file(accelerator))
         written = [_random_file(accelerator), *(path.name for path in directory.glob("*.safetensors"))]
         sizes = dict(gather_object([(name, (directory / name).stat().st_size) for name in written]))
@@ -77,11 +80,9 @@ class TrainingState:
             if (directory / name).stat().st_size != size:
                 raise ValueError(f"{name} does not have its {size} bytes")
         _make_state(self.optimizer)
-        try:
+        with _plain_errors():
             reader = HuggingFaceStorageReader(str(directory))
             load(self.tensors(), storage_reader=reader, no_dist=not distributed.is_initialized())
-        except CheckpointException as error:  # one reason per process, below a traceback
-            raise next(iter(error.failures.values()))[0] from error
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
@@ -89,11 +90,20 @@ class TrainingState:
         if state["processes"] == accelerator.num_processes:
             random_states = torch.load(directory / _random_file(accelerator), weights_only=True)
             torch.set_rng_state(random_states["cpu"])
-            if accelerator.device.type == "cuda":
+            if accelerator.device.type == "cuda" and "device" in random_states:
                 torch.cuda.set_rng_state(random_states["device"], accelerator.device)
         else:
             entropy = [self.seed, self.scheduler.last_epoch, accelerator.process_index]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the reason of a process instead of an exception that is none of `Exception` and holds those of all."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _random_file(accelerator: Accelerator) -> str:

@@ -1,7 +1,7 @@
 """Floating point operations of a training step, and what devices can do."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.model import HEAD_SUMS, MTPModel
 
@@ -26,7 +26,8 @@ class StepFlops:
 
     def __init__(self, model: MTPModel) -> None:
         trunk, config = model.trunk, model.trunk.config
-        matrices = [p for name, p in trunk.get_decoder().named_parameters() if p.ndim == 2 and "emb" not in name]
+        modules = [module for module in trunk.get_decoder().modules() if not isinstance(module, nn.Embedding)]
+        matrices = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
         learning = sum(p.requires_grad for p in matrices)
         # With adapters alone no frozen matrix needs a gradient of its own, but its input does.
         passes = 3 if learning == len(matrices) else 2 if learning else 1
@@ -34,7 +35,7 @@ class StepFlops:
         unembedding = trunk.get_output_embeddings().weight
         self.row = 2.0 * (3 if unembedding.requires_grad else 2) * unembedding.numel()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.pair = 4.0 * passes * config.num_hidden_layers * config.num_attention_heads * head_dim
+        self.pair = 4.0 * (3 if learning else 1) * config.num_hidden_layers * config.num_attention_heads * head_dim
         self.head_row = 0.0
         if len(model.heads):
             head = 6.0 * sum(p.numel() for p in model.heads.parameters() if p.ndim == 2)

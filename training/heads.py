@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from schemas.errors import UserError
 from training.losses import HeadGroup
+from training.targets import valid_targets
 from training.trunk import LayerCall, decoder_parts, make_layer, shorten
 
 
@@ -166,7 +167,7 @@ class SequentialHeads(Heads):
 
 def shift_within(values: Tensor, position_ids: Tensor, offset: int) -> Tensor:
     """`values[:, t + offset]` where t is not first in its document and t + offset lies in it, else zeros (B, T, D)."""
-    inside = (position_ids[:, offset:] == position_ids[:, :-offset] + offset) & (position_ids[:, :-offset] > 0)
+    inside = valid_targets(position_ids, offset) & (position_ids[:, :-offset] > 0)
     ahead = torch.where(inside[..., None], values[:, offset:], 0)
     return nn.functional.pad(ahead, (0, 0, 0, offset))
 

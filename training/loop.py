@@ -2,7 +2,7 @@
 
 A step takes the rows of the whole optimizer step, adds up the denominator over all micro-batches and processes, and
 only then runs the micro-batches, each loss divided by that one denominator. So neither the number of devices nor the
-split into micro-batches changes what is computed.
+split into micro-batches changes what is computed, live weights excepted, which are ranked within a forward pass.
 """
 
 import math
@@ -114,11 +114,13 @@ class TrainingLoop:
         parts = [batch.take(slice(at, min(at + size, first + share))) for at in range(first, first + share, size)]
         targets, weight_sum = self._count(batch)
         self.tokens += int(batch.tokens.sum())
-        self.window.enter(batch, targets)
+        self.window.enter(batch)
         if weight_sum:
             denominator = targets if self.config.normalization == "tokens" else weight_sum
-            sums = [self._run_part(part, denominator, last=part is parts[-1]) for part in parts]
-            self._update(parts, sums)
+            coefficients = self._coefficients()
+            sums = torch.stack([self._run_part(p, denominator, coefficients, last=p is parts[-1]) for p in parts])
+            if self._update(parts, sums):
+                self.window.add(sums.sum(0), coefficients, targets)
         else:
             self.window.counters["no_signal_steps"] += 1
         self.scheduler.step()
@@ -130,36 +132,40 @@ class TrainingLoop:
         targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.live is not None)
         return float(targets), float(weight_sum)
 
-    def _run_part(self, part: Rows, denominator: float, *, last: bool) -> Tensor:
+    def _run_part(self, part: Rows, denominator: float, coefficients: Tensor, *, last: bool) -> Tensor:
         """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
-            loss, sums = self.model(*micro_batch, coefficients=self._coefficients(), live=self.live)
+            loss, sums = self.model(*micro_batch, coefficients=coefficients, live=self.live)
             # DDP and FSDP2 average gradients over processes; this loss is to be summed.
             self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
         sums[:, 0] /= denominator
         return sums
 
-    def _update(self, parts: list[Rows], sums: list[Tensor]) -> None:
-        """Take the optimizer step, unless a loss or the gradient is not finite.
+    def _update(self, parts: list[Rows], sums: Tensor) -> bool:
+        """Take the optimizer step, unless a loss or the gradient is not finite; says whether it was taken.
+
+        Args:
+            parts: the micro-batches.
+            sums: (micro-batches, K, 6) their head sums.
 
         Raises:
             UserError: too many steps in a row were not taken.
         """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
         self.grad_norm = float(norm)
-        finite = [bool(part_sums.isfinite().all()) for part_sums in sums]
-        bad = torch.tensor(float(not all(finite)), device=self.accelerator.device)
-        if math.isfinite(self.grad_norm) and not self.accelerator.reduce(bad, "sum"):
+        finite = sums.isfinite().flatten(1).all(1)
+        good = self.accelerator.reduce(finite.all().int(), "sum") == self.accelerator.num_processes
+        if math.isfinite(self.grad_norm) and good:
             self.optimizer.step()
-            self.window.add(torch.stack(sums).sum(0), self._coefficients())
             self.bad_in_a_row = 0
-            return
+            return True
         self.window.counters["bad_steps"] += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row > self.config.max_bad_steps:
-            suspects = [part for part, good in zip(parts, finite, strict=True) if not good] or parts
+            suspects = [part for part, good in zip(parts, finite.tolist(), strict=True) if not good] or parts
             raise UserError(self._not_finite(suspects))
+        return False
 
     def _coefficients(self) -> Tensor:
         """The factor of each offset in this step (K,)."""

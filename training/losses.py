@@ -179,13 +179,11 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
 
         ctx.grads = (output_layer.grad_matrix, output_layer.grad_bias, *input_grads, *parameter_grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (unembedding, bias, *tensors)]
-        losses, correct, weights = (
-            torch.cat(parts) for parts in zip(*(results[head] for head in sorted(results)), strict=True)
-        )
+        by_head = [results[head] for head in sorted(results)]
+        losses, correct, weights = (torch.cat(parts) for parts in zip(*by_head, strict=True))
         ctx.mark_non_differentiable(losses, correct, weights)
-        counts = torch.tensor([len(task.rows) for task in plan.tasks], device=losses.device)
-        scaled = weights * plan.coefficients.repeat_interleave(counts)
-        return (losses * scaled).sum(), losses, correct, weights
+        weighted = torch.stack([own @ used.to(own.dtype) for own, _, used in by_head])
+        return weighted @ plan.coefficients.to(weighted.dtype), losses, correct, weights
 
     @staticmethod
     @once_differentiable
@@ -211,14 +209,20 @@ def _run_group(
     Nothing else of the group is left when the next one comes.
     """
     tasks = [plan.tasks[head] for head in group.heads]
-    if plan.live:
-        tasks = _weigh_live(plan.live, group, tasks, inputs, output_layer, results)
     with torch.set_grad_enabled(plan.grad_enabled):
         hidden = group.hidden_states(inputs, [task.rows for task in tasks])
     hidden_grads = []
-    for head, task, states in zip(group.heads, tasks, hidden, strict=True):
-        weights = task.weights * plan.coefficients[head]
-        losses, correct, grad = output_layer.losses_and_gradients(states, task.targets, weights)
+    for i, (head, task) in enumerate(zip(group.heads, tasks, strict=True)):
+        if plan.live:
+            losses, correct = output_layer.losses(hidden[i], task.targets)
+            weights = plan.live(losses, task)
+            results[head] = losses, correct, weights
+            kept = weights > 0
+            task = HeadRows(task.rows[kept], task.targets[kept], weights[kept])
+            with torch.set_grad_enabled(plan.grad_enabled):
+                hidden[i] = hidden[i][kept]
+        scaled = task.weights * plan.coefficients[head]
+        losses, correct, grad = output_layer.losses_and_gradients(hidden[i], task.targets, scaled)
         hidden_grads.append(grad)
         results.setdefault(head, (losses, correct, task.weights))
     grads = _differentiate(hidden, hidden_grads, [*inputs, *group.parameters])
@@ -226,26 +230,6 @@ def _run_group(
         total = input_grads[i]
         input_grads[i] = grad if total is None else total if grad is None else total.add_(grad)
     return grads[len(inputs) :]
-
-
-def _weigh_live(
-    live: WeighLive,
-    group: HeadGroup,
-    tasks: Sequence[HeadRows],
-    inputs: Sequence[Tensor],
-    output_layer: OutputLayer,
-    results: dict[int, tuple[Tensor, Tensor, Tensor]],
-) -> list[HeadRows]:
-    """Enter the losses of a group and the weights made of them into `results`; return the rows that got a weight."""
-    kept_tasks = []
-    hidden = group.hidden_states([tensor.detach() for tensor in inputs], [task.rows for task in tasks])
-    for head, task, states in zip(group.heads, tasks, hidden, strict=True):
-        losses, correct = output_layer.losses(states, task.targets)
-        weights = live(losses, task)
-        results[head] = losses, correct, weights
-        kept = weights > 0
-        kept_tasks.append(HeadRows(task.rows[kept], task.targets[kept], weights[kept]))
-    return kept_tasks
 
 
 def _differentiate(

@@ -1,5 +1,6 @@
 """What is counted between two lines of the log, and the numbers made of it."""
 
+import math
 import resource
 from typing import Any
 
@@ -20,7 +21,7 @@ class Window:
         head_sums: (K, 6) `HEAD_SUMS` of this process, the weighted losses divided by the denominators of their steps.
         loss: L of these steps, this process's part.
         steps: how many steps these are; steps without an update are not among them.
-        targets: targets of the first offset in all steps and processes, with weight or without.
+        targets: targets of the first offset in these steps and all processes, with weight or without.
         tokens: tokens of all steps and processes.
         pairs: tokens that these see, all together.
         started: seconds of training before the window.
@@ -45,15 +46,15 @@ class Window:
         self.targets = self.tokens = self.pairs = 0.0
         self.started = seconds
 
-    def enter(self, batch: Rows, targets: float) -> None:
-        """Count the rows of a whole step, which has so many targets."""
-        self.targets += targets
+    def enter(self, batch: Rows) -> None:
+        """Count the rows of a whole step."""
         self.counters["no_signal_documents"] += int(batch.silent.sum())
         self.tokens += float(batch.tokens.sum())
         self.pairs += float(batch.position_ids.sum(dtype="int64") + batch.tokens.sum())
 
-    def add(self, head_sums: Tensor, coefficients: Tensor) -> None:
-        """Count this process's part of a step that was taken."""
+    def add(self, head_sums: Tensor, coefficients: Tensor, targets: float) -> None:
+        """Count this process's part of a step that was taken, with so many targets in all processes."""
+        self.targets += targets
         self.head_sums += head_sums
         self.loss += coefficients @ head_sums[:, 0]
         self.steps += 1
@@ -61,18 +62,21 @@ class Window:
     def close(
         self, accelerator: Accelerator, flops: StepFlops, seconds: float, peak_flops: float | None
     ) -> dict[str, float]:
-        """Metrics over all processes, `seconds` of training after the first step; the next window begins here."""
+        """Metrics over all processes after `seconds` of training; the next window begins here.
+
+        What is a mean over nothing is NaN.
+        """
         self.gather(accelerator)
-        steps = max(self.steps, 1)
+        steps = self.steps or math.nan
         metrics = {"loss": self.loss.item() / steps}
         rows = self.head_sums.double().tolist()
         for offset, (weighted, plain, selected, correct, _, _) in zip(self.heads.offsets, rows, strict=True):
             metrics[f"weighted_loss_{offset}"] = weighted / steps
-            metrics[f"plain_loss_{offset}"] = plain / selected if selected else float("nan")
-            metrics[f"accuracy_{offset}"] = correct / selected if selected else float("nan")
+            metrics[f"plain_loss_{offset}"] = plain / (selected or math.nan)
+            metrics[f"accuracy_{offset}"] = correct / (selected or math.nan)
         _, _, selected, _, weight, squared = rows[0]
-        metrics["selected_share"] = selected / self.targets if self.targets else 0.0
-        metrics["effective_share"] = weight**2 / squared / self.targets if squared else 0.0
+        metrics["selected_share"] = selected / (self.targets or math.nan)
+        metrics["effective_share"] = weight**2 / (squared * self.targets or math.nan)
         elapsed = seconds - self.started
         metrics["tokens_per_second"] = self.tokens / elapsed
         if peak_flops is not None:

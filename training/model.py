@@ -64,11 +64,12 @@ class MTPModel(nn.Module):
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
             (K, 6) float32 sums without gradients: `HEAD_SUMS` of each offset.
         """
-        trunk = self._run_trunk(input_ids, position_ids)
+        # Before the trunk: what has weight decides shapes, for which a GPU has to be waited for.
         tasks = [
             target_rows(input_ids, position_ids, weights, offset, scored=live is not None)
             for offset in self.config.offsets
         ]
+        trunk = self._run_trunk(input_ids, position_ids)
         if coefficients is None:
             coefficients = torch.tensor(self.config.loss_coefficients, device=input_ids.device)
         unembedding = self.trunk.get_output_embeddings()
@@ -82,12 +83,9 @@ class MTPModel(nn.Module):
             softcap=softcap(self.trunk),
             live=live.of_batch(position_ids) if live else None,
         )
-        sums = [
-            torch.stack([(w * losses).sum(), losses[w > 0].sum(), (w > 0).sum(), correct[w > 0].sum(), w.sum(), w @ w])
-            for losses, correct, w in zip(
-                *(values.split([len(task.rows) for task in tasks]) for values in result[1:]), strict=True
-            )
-        ]
+        counts = [len(task.rows) for task in tasks]
+        per_head = zip(*(values.split(counts) for values in result[1:]), strict=True)
+        sums = [_add_up(losses, correct, used) for losses, correct, used in per_head]
         return result.total, torch.stack(sums)
 
     def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkPass:
@@ -122,6 +120,15 @@ class MTPModel(nn.Module):
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
         write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")
+
+
+def _add_up(losses: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
+    """`HEAD_SUMS` (6,) of a head, from losses, hits and weights (R,)."""
+    carries = weights > 0
+    plain = torch.where(carries, losses, 0)
+    return torch.stack(
+        [weights @ losses, plain.sum(), carries.sum(), (correct & carries).sum(), weights.sum(), weights @ weights]
+    )
 
 
 def _own_hidden_states(inputs: Any, rows: Any) -> list[Tensor]:

@@ -27,7 +27,9 @@ OPERATIONAL = {
     "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile", "max_bad_steps",
     "ray_workers", "ray_address",
 }  # fmt: skip
-"""Settings that may change when a stopped run is continued: they do not touch what is trained."""
+"""Settings that may change when a stopped run is continued: they do not touch what is trained.
+
+Live weights depend on `micro_batch_size`, too."""
 
 TRACKING = "wmtp"
 """Project name of the trackers; those that write files make a directory of this name."""
@@ -39,22 +41,25 @@ LOCATIONS = {"input", "mix", "model"}
 class RunDirectory:
     """Files of one training run; only the main process writes, and in `path`, whose content `publish` passes on."""
 
-    def __init__(self, config: TrainConfig, inputs: dict[str, str], mirror: Mirror | None) -> None:
+    def __init__(self, config: TrainConfig, inputs: dict[str, str], mirror: Mirror | None, processes: int) -> None:
         """Describe a run.
 
         Args:
             config: its settings.
             inputs: digests of what it reads.
             mirror: where it works if its output is in an object store.
+            processes: how many share the work.
         """
         self.output = config.output
         self.mirror = mirror
         self.path = path = mirror.path if mirror else Path(str(config.output))
         self.config = config
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "config": config.model_dump(mode="json", exclude=OPERATIONAL | LOCATIONS),
             "inputs": inputs,
         }
+        if config.weights.is_live:  # losses are ranked within one forward pass of one process
+            self.identity["passes"] = {"micro_batch_size": config.micro_batch_size, "processes": processes}
         self.record = path / "run.json"
         self.checkpoints = path / CHECKPOINTS
         self.summary_file = path / "summary.json"
@@ -115,9 +120,10 @@ class RunDirectory:
         self.publish("summary.json")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`, null for what is not a number."""
+        known = {name: None if value != value else value for name, value in record.items()}
         with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(known) + "\n")
 
     def latest_checkpoint(self) -> Path | None:
         """Newest complete checkpoint."""
@@ -149,7 +155,9 @@ class RunDirectory:
         """
         final = self.checkpoints / f"step-{step:08d}"
         partial = self.checkpoints / f".step-{step:08d}"
-        if accelerator.is_local_main_process:  # a killed run may have had more processes, so more files
+        # Machines that work in a store have a directory each, others share one.
+        if accelerator.is_local_main_process if self.mirror else accelerator.is_main_process:
+            # A killed run may have had more processes, so more files.
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
@@ -165,8 +173,8 @@ class RunDirectory:
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if self.mirror:
+                self.publish("metrics.jsonl", TRACKING)  # lines that are too new do no harm, missing ones would
                 self.mirror.complete_checkpoint(final.name, self.config.keep_checkpoints)
-                self.publish("metrics.jsonl", TRACKING)
             fsync_tree(partial)
             partial.replace(final)
             fsync(self.checkpoints)

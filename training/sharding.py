@@ -6,7 +6,7 @@ unembedding and all heads, is gathered while `MTPModel.forward` runs, which uses
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,17 +81,11 @@ def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.
 
 
 def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
-    """Add up gradients in this process only; the next backward pass outside brings them together."""
-    return _no_sync_sharded(model) if isinstance(model, FSDPModule) else accelerator.no_sync(model)
+    """Under DDP, add up gradients in this process only; the next backward pass outside brings them together.
 
-
-@contextmanager
-def _no_sync_sharded(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
+    Shards are brought together after each backward pass, or every process would hold all gradients meanwhile.
+    """
+    return nullcontext() if isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
 
 def reshard(model: nn.Module) -> None:

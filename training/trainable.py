@@ -17,11 +17,11 @@ def freeze_trunk(trunk: nn.Module) -> None:
     trunk.requires_grad_(False)
 
 
-def add_adapters(trunk: nn.Module, config: LoRAConfig) -> None:
+def add_adapters(trunk: Any, config: LoRAConfig) -> None:
     """Freeze the trunk and put low-rank adapters into it, in place (LoRA, arXiv 2106.09685).
 
     Raises:
-        UserError: it has no modules of these names, or none that can have an adapter.
+        UserError: it has no modules of these names, or some that cannot have an adapter.
     """
     targets = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
     settings = LoraConfig(
@@ -31,12 +31,15 @@ def add_adapters(trunk: nn.Module, config: LoRAConfig) -> None:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    names = ",".join(config.targets)
     try:
         LoraModel(trunk, settings, ADAPTER)
     except ValueError as error:
-        raise UserError(
-            f"--lora.targets {','.join(config.targets)}: {first_line(error)}; name other modules"
-        ) from error
+        raise UserError(f"--lora.targets {names}: {first_line(error)}; name other modules") from error
+    decoder = set(trunk.get_decoder().modules())
+    for name, module in trunk.named_modules():
+        if isinstance(module, LoraLayer) and (module not in decoder or isinstance(module.base_layer, nn.Embedding)):
+            raise UserError(f"--lora.targets {names}: {name} is no linear layer of the decoder; name other modules")
 
 
 def merge_adapters(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
     config = config.model_copy(update={"sequence_length": sequence_length})
     check_settings(config, sequence_length, accelerator.num_processes)
     inputs = {"input": shards.digest, "model": model_identity(config), **mix_identity(config, mixed)}
-    run = RunDirectory(config, inputs, mirror)
+    run = RunDirectory(config, inputs, mirror, accelerator.num_processes)
     run.fetch(accelerator)
     run.check()
     if (finished := run.summary()) is not None:
@@ -228,6 +228,8 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
             f"--model {name}: has {size} embeddings but the tokenizer of {shards.path} has {needed} ids; "
             "use a model made for this tokenizer"
         )
+    if (furthest := model.config.offsets[-1]) >= sequence_length:
+        raise UserError(f"--sequence_length {sequence_length}: has no token {furthest} ahead, which a head predicts")
     positions = getattr(model.trunk.config, "max_position_embeddings", None)
     longest = min(sequence_length, shards.manifest.corpus.max_length)
     if positions is not None and positions < longest:

@@ -32,8 +32,7 @@ class Weighting:
 
     `column` is the score column it reads (None for uniform weights). Calling it turns the flat float16 scores of
     consecutive sequences (T,), their lengths (S,), and a random generator for the controls into float32 weights (T,).
-    Tokens without a score get weight 0, as do all tokens of a sequence without any signal (all scores zero) in the
-    schemes that normalise by sequence.
+    Tokens without a score get weight 0.
     """
 
     column: str | None

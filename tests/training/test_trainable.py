@@ -115,9 +115,11 @@ def test_a_frozen_trunk_keeps_no_activations(model_dir: Callable[..., Path]) -> 
     assert model.heads[0].linear.weight.grad.abs().max() > 0
 
 
-def test_unknown_modules_name_the_flag(config: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(UserError, match=r"--lora.targets nothing_here: .*; name other modules"):
-        train(config("llama", trainable="lora", lora={"targets": ("nothing_here",)}))
+@pytest.mark.parametrize("wrong", ["nothing_here", "lm_head", "embed_tokens"])
+def test_modules_that_cannot_have_an_adapter_name_the_flag(wrong: str, config: Callable[..., TrainConfig]) -> None:
+    targets = (wrong,) if wrong == "nothing_here" else ("q_proj", wrong)
+    with pytest.raises(UserError, match=rf"--lora.targets {','.join(targets)}: .*; name other modules"):
+        train(config("llama", trainable="lora", lora={"targets": targets}))
 
 
 def test_saved_tensors_do_not_name_adapters(config: Callable[..., TrainConfig]) -> None:

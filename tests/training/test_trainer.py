@@ -1,5 +1,6 @@
 """Whole training runs: resuming, accumulation, ranks, and every mistake a user can make."""
 
+import errno
 import json
 import math
 import shutil
@@ -399,8 +400,10 @@ def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], m
     monkeypatch.setattr(MTPModel, "forward", spoiled)
     summary = train(run)
     assert summary["bad_steps"] == 1
-    lines = metrics(run)
-    assert [line["bad_steps"] for line in lines if "loss" in line] == [0, 0, 0] + [1] * 9
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0] + [1] * 9
+    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] + [False] * 8
+    assert all(line["selected_share"] == 1 for line in lines if line["loss"])
     parameters = [
         torch.cat([value.flatten() for _, value in sorted(load_checkpoint(run, step).items())]) for step in (3, 4, 5)
     ]
@@ -422,8 +425,8 @@ def test_too_many_bad_steps_name_the_shard(
     run = config("run", max_bad_steps=allowed, log_every=1, checkpoint_every=1, micro_batch_size=1)
     steps = []
 
-    def spoil(self: TrainingLoop, part: Rows, denominator: float, *, last: bool) -> Tensor:
-        sums = run_part(self, part, denominator, last=last)
+    def spoil(self: TrainingLoop, part: Rows, *args: Any, last: bool) -> Tensor:
+        sums = run_part(self, part, *args, last=last)
         steps.append(self.step)
         return sums * math.nan if self.step >= 2 and 1 in part.sources[0] else sums
 
@@ -453,4 +456,27 @@ def test_steps_without_signal_change_nothing_and_are_counted(
     silent = next(step for step in range(2, 12) if counts[step - 1] > counts[step - 2])
     before, after = load_checkpoint(run, silent - 1), load_checkpoint(run, silent)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert lines[silent - 1]["selected_share"] == 0
+    assert lines[silent - 1]["loss"] is None
+
+
+def test_live_weights_fix_the_passes_that_they_are_ranked_in(config: Callable[..., TrainConfig]) -> None:
+    live = {"preset": "rho1", "column": "long_short"}
+    train(config("run", weights=live))
+    with pytest.raises(UserError, match=r"other settings \(passes.micro_batch_size\)"):
+        train(config("run", weights=live, micro_batch_size=4))
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config("run")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", full)
+        with pytest.raises(UserError, match=r"step-00000004: cannot be written \(.*No space left.*free some space"):
+            train(run)
+    assert not list((run.output / "checkpoints").iterdir())
+    assert train(run)["steps"] == 12
