@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/training.py [--only selection] [--rounds 10] [--threads 2]
     .venv/bin/python benchmarks/training.py --only weighting --rows 1 --rounds 20
-    .venv/bin/python benchmarks/training.py --model qwen2.5-0.5b [--compile] [--attention NAME]
+    .venv/bin/python benchmarks/training.py --model qwen2.5-0.5b --rounds 20 [--compile] [--attention NAME]
 
 The third command is for a GPU, which is used where there is one. It also runs Hugging Face's Trainer with Liger's
 kernels, and prints memory and model FLOP utilisation. TRL comes with `pip install -e .[bench]`, Liger with
@@ -67,6 +67,7 @@ from training.weights import make_weighting
 
 CONSOLE = Console(width=130)
 GPU = torch.cuda.is_available()
+WARM_UP = 3  # steps that do not count on a GPU, besides the first
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 ATTENTION_HEADS = ("num_attention_heads", "num_key_value_heads")
 CONFIGS = {
@@ -75,7 +76,7 @@ CONFIGS = {
         **dict(zip(SIZES + ATTENTION_HEADS, (151936, 896, 4864, 24, 14, 2), strict=True)), tie_word_embeddings=True
     ),
 }
-SHAPES = {"small": (2, 256), "qwen2.5-0.5b": (16, 4096)}
+SHAPES = {"small": (2, 256), "qwen2.5-0.5b": (4, 4096)}
 """Rows of a step and their length, unless told otherwise."""
 
 UNIFORM = WeightsConfig()
@@ -112,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(CONFIGS), default="small")
     parser.add_argument("--only", choices=list(COMPARISONS), help="one group of comparisons; default all")
-    parser.add_argument("--rows", type=int, help="rows of a step; default 2, for qwen2.5-0.5b 16")
+    parser.add_argument("--rows", type=int, help="rows of a step; default 2, for qwen2.5-0.5b 4")
     parser.add_argument("--length", type=int, help="tokens of a row; default 256, for qwen2.5-0.5b 4096")
     parser.add_argument("--rounds", type=int, default=3, help="steps that count, of each contestant")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
@@ -391,15 +392,14 @@ def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[s
 
 
 def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """Seconds of each step of all, and for each its peak memory and model FLOP utilisation."""
+    """Seconds of each step of all but the first ones, and for each its peak memory and model FLOP utilisation."""
     seconds, notes = {}, {}
     peak = peak_flops(torch.device("cuda"))
     for name in names:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             contestant = make(job, name)
-            contestant.run(3)
             torch.cuda.reset_peak_memory_stats()
-            seconds[name] = contestant.run(job.arguments.rounds)
+            seconds[name] = contestant.run(WARM_UP + job.arguments.rounds)[WARM_UP:]
         used = contestant.flops / statistics.median(seconds[name]) / peak if peak else float("nan")
         notes[name] = [f"{torch.cuda.max_memory_allocated() / 2**30:.1f}", f"{used:.1%}"]
         del contestant
