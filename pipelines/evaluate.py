@@ -10,10 +10,11 @@ from schemas.files import read_json
 from schemas.locations import Location, locate
 from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
+from training.checks import check_model, check_tokenizer
 from training.evaluation import HeadLoss, evaluate_model
 from training.model import load_model
 from training.sharding import sharding_requested
-from training.trainer import check_model, check_tokenizer, make_accelerator
+from training.trainer import make_accelerator
 
 
 def run(config: EvaluateConfig) -> list[HeadLoss]:

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
 from schemas.configs import OptimizerConfig, TrainConfig
 from schemas.errors import UserError, first_line
 from schemas.files import copy_files, fsync, fsync_tree, sha256_file
-from schemas.fingerprints import model_fingerprint, tokenizer_fingerprint
+from schemas.fingerprints import model_fingerprint
 from schemas.locations import local_name, locate
 from schemas.locks import exclusive
 from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.checkpoint import TrainingState
+from training.checks import check_model, check_same_tokenizer, check_settings, check_tokenizer
 from training.evaluation import evaluate_model
 from training.flops import StepFlops
 from training.layers import checkpoint_activations, compile_layers
@@ -172,71 +172,6 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tup
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return optimizer, get_scheduler(name, optimizer, round(config.warmup_ratio * steps), steps)
-
-
-def check_settings(config: TrainConfig, sequence_length: int, processes: int) -> None:
-    """Refuse settings that do not fit the number of processes, the rows, or what is installed.
-
-    Raises:
-        UserError: a batch that cannot be split, an offset beyond the end of a row, or a tracker that is missing.
-    """
-    if config.batch_size % processes:
-        raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
-    if config.heads.offsets[-1] >= sequence_length:
-        raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
-    if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
-        name = min(missing)
-        raise UserError(f"--trackers: the package of '{name}' is not installed; install it or leave '{name}' out")
-
-
-def check_tokenizer(model: str, shards: ShardSet) -> None:
-    """Refuse a model that comes with another tokenizer than the corpus. A directory without one is not refused.
-
-    Raises:
-        UserError: the fingerprints differ, or the tokenizer cannot be loaded.
-    """
-    source = local_name(model)
-    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*.json")):
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
-        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); restore it") from error
-    expected = shards.manifest.tokenizer
-    if tokenizer_fingerprint(tokenizer) != expected.fingerprint:
-        raise UserError(
-            f"--model {model}: its tokenizer is not that of {shards.path} ({expected.name}); "
-            "prepare the corpus with this model's tokenizer"
-        )
-
-
-def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
-    """Raise UserError unless two shard sets have the same tokenizer."""
-    if shards.manifest.tokenizer.fingerprint != other.manifest.tokenizer.fingerprint:
-        raise UserError(f"{other.path}: has another tokenizer than {shards.path}; prepare both with the same one")
-
-
-def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:
-    """Refuse a model that has fewer embeddings than the corpus has ids, or fewer positions than a document may take.
-
-    Raises:
-        UserError: the model is too small for the shard set.
-    """
-    size, needed = model.trunk.get_output_embeddings().weight.shape[0], shards.manifest.tokenizer.vocab_size
-    if size < needed:
-        raise UserError(
-            f"--model {name}: has {size} embeddings but the tokenizer of {shards.path} has {needed} ids; "
-            "use a model made for this tokenizer"
-        )
-    if (furthest := model.config.offsets[-1]) >= sequence_length:
-        raise UserError(f"--sequence_length {sequence_length}: has no token {furthest} ahead, which a head predicts")
-    positions = getattr(model.trunk.config, "max_position_embeddings", None)
-    longest = min(sequence_length, shards.manifest.corpus.max_length)
-    if positions is not None and positions < longest:
-        raise UserError(
-            f"--model {name}: reads at most {positions} tokens, {shards.path} has sequences of up to {longest}; "
-            f"give --sequence_length {positions}, or prepare with --max_length {positions}"
-        )
 
 
 def model_identity(config: TrainConfig) -> str:
