@@ -57,6 +57,7 @@ from schemas.shards import list_column, shard_name, write_shard
 from schemas.value_counts import ValueCounts
 from schemas.zipped import ZippedSets
 from training.flops import StepFlops, peak_flops
+from training.layers import compile_layers
 from training.loader import RowLoader
 from training.loop import TrainingLoop
 from training.model import HEAD_SUMS, MTPModel, build_model
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="steps that count, of each contestant")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
-    parser.add_argument("--compile", action="store_true", help="compile decoders with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile decoder layers with torch.compile")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU")
     arguments = parser.parse_args()
     rows, length = SHAPES[arguments.model]
@@ -265,7 +266,7 @@ class Ours(Contestant):
         model = job_model(job, config.heads)
         self.flops = mean_flops(model, job, weights)
         if arguments.compile:
-            model.trunk.get_decoder().compile()
+            compile_layers(model)
         optimizer, scheduler = make_optimizer(model, config.optimizer, steps=1_000_000)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         loader = job_loader(job, weights)
