@@ -43,7 +43,7 @@ class Weighting:
         """Weights (T,) float32 of the flat scores (T,) of sequences with the given lengths (S,)."""
         scored = np.isfinite(scores)
         scored_lengths = np.add.reduceat(scored, _starts(lengths), dtype=np.int64)
-        weights = self.scheme(scores[scored].astype(np.float32), scored_lengths)
+        weights = self.scheme(scores[scored], scored_lengths)
         if self.control == "shuffled":
             weights = shuffle_within(weights, scored_lengths, rng)
         elif self.control == "random":
@@ -109,7 +109,7 @@ def dense(scores: np.ndarray, lengths: np.ndarray, lam: float) -> np.ndarray:
 
     A sequence of all zero scores carries no signal: its weights are `lam`.
     """
-    magnitude = np.abs(scores)
+    magnitude = np.abs(scores.astype(np.float32))
     means = _segment_sums(magnitude, lengths) / np.maximum(lengths, 1)
     relative = magnitude / np.repeat(np.where(means > 0, means, 1), lengths)
     return (lam + (1 - lam) * relative).astype(np.float32)
@@ -127,7 +127,7 @@ def sparse(scores: np.ndarray, lengths: np.ndarray, fraction: float) -> np.ndarr
     wide = np.uint32 if len(lengths) < 1 << 16 else np.uint64
     first_keys = np.left_shift(np.arange(len(lengths)), 16).astype(wide)
     keys = np.repeat(first_keys, lengths)
-    keys |= np.abs(scores).astype(np.float16).view(np.uint16)
+    keys |= scores.astype(np.float16, copy=False).view(np.uint16) & 0x7FFF
     ranked = np.sort(keys)
     ends = np.cumsum(lengths)
     kept = np.ceil(fraction * lengths - 1e-9).astype(np.int64)
