@@ -32,15 +32,19 @@ class Weighting:
 
     `column` is the score column it reads (None for uniform weights). Calling it turns the flat float16 scores of
     consecutive sequences (T,), their lengths (S,), and a random generator for the controls into float32 weights (T,).
-    Tokens without a score get weight 0.
+    Tokens without a score get weight 0. A weight that follows from the score alone is looked up in a `table` of all
+    float16 values (65536,), several times faster than it is computed.
     """
 
     column: str | None
     scheme: Callable[[np.ndarray, np.ndarray], np.ndarray]
     control: Literal["none", "shuffled", "random"] = "none"
+    table: np.ndarray | None = None
 
     def __call__(self, scores: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Weights (T,) float32 of the flat scores (T,) of sequences with the given lengths (S,)."""
+        if self.table is not None and self.control == "none":
+            return self.table[scores.view(np.uint16)]
         scored = np.isfinite(scores)
         scored_lengths = np.add.reduceat(scored, _starts(lengths), dtype=np.int64)
         weights = self.scheme(scores[scored], scored_lengths)
@@ -71,13 +75,16 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting | Sto
         UserError: no set has the score column, its statistics are missing, or no token would have weight.
     """
     if config.preset == "uniform":
-        return Weighting(None, lambda scores, lengths: np.ones(len(scores), dtype=np.float32))
+        return elementwise(None, lambda scores: np.ones(len(scores), dtype=np.float32))
     column = config.column or ("loss_short" if config.live else DEFAULT_COLUMNS[config.preset])
     holder = shards.holder(column)
+    counts = holder.value_counts()[column]
+    values = counts.distinct()[0]
+    if not len(values):
+        raise UserError(f"{holder.path}: column '{column}' has no score at all; choose another --weights.column")
     if config.is_live:
         return StoredScores(column)
-    counts = holder.value_counts()[column]
-    if not np.abs(counts.distinct()[0]).any():
+    if not values.any():
         raise UserError(f"{holder.path}: column '{column}' has no value but 0; choose another --weights.column")
     if config.preset == "dense":
         return Weighting(column, partial(dense, lam=config.lam), config.control)
@@ -91,7 +98,20 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting | Sto
     mean = counts.mean_of(weigh)
     if mean == 0:
         raise UserError(f"{holder.path}: column '{column}' is positive nowhere; choose another --weights.preset")
-    return Weighting(column, lambda scores, lengths: weigh(scores) * np.float32(1 / mean), config.control)
+    return elementwise(column, lambda scores: weigh(scores) * np.float32(1 / mean), config.control)
+
+
+def elementwise(
+    column: str | None,
+    weigh: Callable[[np.ndarray], np.ndarray],
+    control: Literal["none", "shuffled", "random"] = "none",
+) -> Weighting:
+    """The scheme in which the weight of a token is `weigh` of its score, float32."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = np.isfinite(values)
+    table = np.zeros(1 << 16, dtype=np.float32)
+    table[finite] = weigh(values[finite].astype(np.float32))
+    return Weighting(column, lambda scores, lengths: table[scores.view(np.uint16)], control, table)
 
 
 def at_least(scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -111,8 +131,9 @@ def dense(scores: np.ndarray, lengths: np.ndarray, lam: float) -> np.ndarray:
     """
     magnitude = np.abs(scores.astype(np.float32))
     means = _segment_sums(magnitude, lengths) / np.maximum(lengths, 1)
-    relative = magnitude / np.repeat(np.where(means > 0, means, 1), lengths)
-    return (lam + (1 - lam) * relative).astype(np.float32)
+    magnitude *= np.repeat(((1 - lam) / np.where(means > 0, means, 1)).astype(np.float32), lengths)
+    magnitude += np.float32(lam)
+    return magnitude
 
 
 def sparse(scores: np.ndarray, lengths: np.ndarray, fraction: float) -> np.ndarray:
