@@ -167,11 +167,19 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
 
 def spell_out_switches(arguments: Sequence[str]) -> Iterator[str]:
     """Give `--flag` the value true where it is a yes or no and no value follows."""
-    fields = [field for config in COMMANDS.values() for field in config.model_fields.items()]
-    switches = {f"--{name}" for name, field in fields if field.annotation is bool}
+    switches = {f"--{name}" for config in COMMANDS.values() for name in switch_names(config)}
     for argument, following in pairwise([*arguments, "--"]):
         alone = argument in switches and following.startswith("--")
         yield f"{argument}=true" if alone else argument
+
+
+def switch_names(config: type[Config]) -> Iterator[str]:
+    """Names of the settings that are a yes or no, with dots."""
+    for name, field in config.model_fields.items():
+        if field.annotation is bool:
+            yield name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from (f"{name}.{inner}" for inner in switch_names(field.annotation))
 
 
 def build_parser() -> ArgumentParser:

@@ -1,11 +1,13 @@
 """`wmtp evaluate`: held-out loss of every head of a trained model."""
 
 import math
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from schemas.configs import EvaluateConfig
+from schemas.errors import UserError
 from schemas.files import read_json
 from schemas.locations import Location, locate
 from schemas.shard_set import ShardSet
@@ -21,10 +23,13 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     """Evaluate, print a table, and return the loss of every head."""
     shards = ShardSet.open(config.input)
     place = locate(config.model)
-    trunk = place / "model"
-    check_tokenizer(str(trunk) if trunk.is_dir() else config.model, shards)
+    record = run_record(place)
+    if record is None:
+        check_tokenizer(config.model, shards)
+    elif record["inputs"]["tokenizer"] != shards.manifest.tokenizer.fingerprint:
+        raise UserError(f"--input {config.input}: has another tokenizer than {config.model} was trained with")
     model = load_model(config.model)
-    trained = trained_sequence_length(place)
+    trained = record["config"]["sequence_length"] if record else None
     sequence_length = config.sequence_length or trained or shards.manifest.corpus.max_length
     check_model(model, config.model, shards, sequence_length)
     with sharding_requested(False):  # the model is whole in every process, whatever accelerate launch was given
@@ -47,9 +52,15 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     return losses
 
 
-def trained_sequence_length(run_directory: Location) -> int | None:
-    """Row length of a training run; None for a model that is not one."""
-    record = run_directory / "run.json"
+def run_record(place: Location) -> dict[str, Any] | None:
+    """What a training run says of itself; None for a model that is not one.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    record = place / "run.json"
     if not record.exists():
         return None
-    return int(read_json(record)["config"]["sequence_length"])
+    if not (place / "model").is_dir():
+        raise UserError(f"--model {place}: this training run is not finished; repeat its command first")
+    return read_json(record)

@@ -24,8 +24,9 @@ def run(config: TrainConfig) -> None:
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
     offsets = len(config.heads.offsets)
-    table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1), f"{summary['loss']:.4f}")
-    table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
+    if (loss := summary["loss"]) is not None and loss == loss:
+        table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1), f"{loss:.4f}")
+        table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
     for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:
             table.add_row(name, f"{summary[counter]:,}")

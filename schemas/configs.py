@@ -210,6 +210,8 @@ class HeadsConfig(Config):
             raise ValueError("--heads.offsets must start with 1 and increase, for example [1,2,3,4]")
         if self.coefficients is not None and len(self.coefficients) != len(self.offsets):
             raise ValueError(f"--heads.coefficients needs {len(self.offsets)} entries, one for each offset")
+        if self.kind == "sequential" and self.block != "residual":
+            raise ValueError("--heads.block is for --heads.kind parallel; sequential heads are decoder layers")
         if self.coefficients is not None and not any(self.coefficients):
             raise ValueError("--heads.coefficients must not all be 0, or there is nothing to learn")
         return self
@@ -335,6 +337,10 @@ class TrainConfig(Config):
             raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
         if self.trainable == "heads" and len(self.heads.offsets) == 1:
             raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
+        if self.trainable == "heads" and not any(self.heads.loss_coefficients[1:]):
+            raise ValueError("--trainable heads needs a factor above 0 among --heads.coefficients after the first")
+        if self.trainable != "lora" and self.lora != LoRAConfig():
+            raise ValueError("--lora needs --trainable lora")
         if self.ray_address and not self.ray_workers:
             raise ValueError("--ray_address needs --ray_workers")
         return self

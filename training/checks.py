@@ -35,12 +35,16 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
         UserError: the fingerprints differ, or the tokenizer cannot be loaded.
     """
     source = local_name(model)
-    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*.json")):
+    is_directory = Path(source).is_dir()
+    if is_directory and not any(Path(source).glob("tokenizer*.json")):
         return
+    if not is_directory and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        raise UserError(f"--model {model}: no such directory; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
-        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); restore it") from error
+        remedy = "restore it" if is_directory else "check the name, or give a directory"
+        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); {remedy}") from error
     expected = shards.manifest.tokenizer
     if tokenizer_fingerprint(tokenizer) != expected.fingerprint:
         raise UserError(

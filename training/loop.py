@@ -191,8 +191,7 @@ class TrainingLoop:
         own = self.loader.files(source for rows in suspects for source in rows.sources)
         names = sorted(set(gather_object(own)))
         return (
-            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: loss or gradient was not finite for "
-            f"{self.bad_in_a_row} steps in a row, up to step {self.step + 1}; lower --optimizer.learning_rate "
-            f"{self.config.optimizer.learning_rate:g}, or check these shards with 'wmtp verify'; "
-            "the last checkpoint is from before"
+            f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: loss or gradient was not finite for "
+            f"{self.bad_in_a_row} steps in a row, up to step {self.step + 1}; lower it and choose another --output, or "
+            f"check the shards of these steps with 'wmtp verify': {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
         )

@@ -38,6 +38,11 @@ LOCATIONS = {"input", "mix", "model"}
 """Settings that a continued run compares by content."""
 
 
+def without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for NaN, which JSON does not have."""
+    return {name: None if value != value else value for name, value in record.items()}
+
+
 class RunDirectory:
     """Files of one training run; only the main process writes, and in `path`, whose content `publish` passes on."""
 
@@ -116,14 +121,13 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary of a run whose model is saved."""
         self.publish("model", "heads", "metrics.jsonl", TRACKING)
-        write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+        write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
         self.publish("summary.json")
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, null for what is not a number."""
-        known = {name: None if value != value else value for name, value in record.items()}
         with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(known) + "\n")
+            file.write(json.dumps(without_nan(record)) + "\n")
 
     def latest_checkpoint(self) -> Path | None:
         """Newest complete checkpoint."""

@@ -36,6 +36,9 @@ def add_adapters(trunk: Any, config: LoRAConfig) -> None:
         LoraModel(trunk, settings, ADAPTER)
     except ValueError as error:
         raise UserError(f"--lora.targets {names}: {first_line(error)}; name other modules") from error
+    for target in set(config.targets) - {"all-linear"}:
+        if not any(isinstance(m, LoraLayer) and f".{n}".endswith(f".{target}") for n, m in trunk.named_modules()):
+            raise UserError(f"--lora.targets {names}: there is no '{target}'; name other modules")
     decoder = set(trunk.get_decoder().modules())
     for name, module in trunk.named_modules():
         if isinstance(module, LoraLayer) and (module not in decoder or isinstance(module.base_layer, nn.Embedding)):

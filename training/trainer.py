@@ -64,7 +64,13 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
     sequence_length = config.sequence_length or longest
     config = config.model_copy(update={"sequence_length": sequence_length})
     check_settings(config, sequence_length, accelerator.num_processes)
-    inputs = {"input": shards.digest, "model": model_identity(config), **mix_identity(config, mixed)}
+    tokenizer = shards.first.manifest.tokenizer.fingerprint
+    inputs = {
+        "input": shards.digest,
+        "tokenizer": tokenizer,
+        "model": model_identity(config),
+        **mix_identity(config, mixed),
+    }
     run = RunDirectory(config, inputs, mirror, accelerator.num_processes)
     run.fetch(accelerator)
     run.check()
@@ -119,6 +125,12 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
             loop.prepare_checkpoint()
             run.save_checkpoint(accelerator, state, loop.step)
 
+    left_out = loop.window.counters["bad_steps"] + loop.window.counters["no_signal_steps"]
+    if left_out >= steps:
+        raise UserError(
+            f"--weights.preset {config.weights.preset}: none of the {steps} steps had a target with weight and a finite "
+            "loss, so nothing was learnt; choose other weights and another --output"
+        )
     evaluation = evaluate()
     summary = {
         "steps": loop.step,
