@@ -128,8 +128,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
     left_out = loop.window.counters["bad_steps"] + loop.window.counters["no_signal_steps"]
     if left_out >= steps:
         raise UserError(
-            f"--weights.preset {config.weights.preset}: none of the {steps} steps had a target with weight and a finite "
-            "loss, so nothing was learnt; choose other weights and another --output"
+            f"--weights.preset {config.weights.preset}: none of the {steps} steps had a target with weight and a "
+            "finite loss, so nothing was learnt; choose other weights and another --output"
         )
     evaluation = evaluate()
     summary = {

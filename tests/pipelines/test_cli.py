@@ -88,6 +88,9 @@ def test_a_switch_needs_no_value(configured) -> None:
     assert configured([*SCORE, "--dry_run", "--entropy"]).dry_run
     assert configured([*SCORE, "--dry_run", "--entropy"]).entropy
     assert not configured([*SCORE, "--dry_run", "false"]).dry_run
+    live = configured([*TRAIN, "--weights.preset", "dense", "--weights.live", "--fsdp"])
+    assert live.weights.live
+    assert live.fsdp
     assert configured([*SCORE, "--entropy=true"]).entropy
 
 

@@ -480,3 +480,15 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(
             train(run)
     assert not list((run.output / "checkpoints").iterdir())
     assert train(run)["steps"] == 12
+
+
+def test_a_run_that_learnt_nothing_is_no_success(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    shards = scored_set(LENGTHS, name="silent", silent_after=1)
+    run = config(
+        "run", input=shards.path, weights={"preset": "soft-threshold"}, batch_size=1, micro_batch_size=1, max_steps=1
+    )
+    with pytest.raises(UserError, match="none of the 1 steps had a target with weight"):
+        train(run)
+    assert not (run.output / "model").exists()

@@ -24,6 +24,13 @@ from training.weights import (
 RNG = np.random.default_rng(0)
 
 
+def test_a_column_without_any_score_is_refused(make_shard_set: Callable[..., ShardSet]) -> None:
+    shards = ZippedSets((make_shard_set([[1, 2, 3]], {"loss_reference": [[np.nan] * 3]}),))
+    for config in (WeightsConfig(preset="rho1"), WeightsConfig(preset="dense", column="loss_reference")):
+        with pytest.raises(UserError, match="column 'loss_reference' has no score at all; choose another"):
+            make_weighting(config, shards)
+
+
 def test_dense_by_hand() -> None:
     """|s| = 1, 3 | 0, 0 | 2 has means 2, 0, 2; the middle sequence carries no signal and keeps only lambda."""
     weights = dense(np.array([-1, 3, 0, 0, 2], np.float32), np.array([2, 2, 1]), 0.5)
