@@ -65,7 +65,9 @@ def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> Non
         torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "block"), [("llama-tied", "decoder"), ("llama", "residual")])
+@pytest.mark.parametrize(
+    ("architecture", "block"), [("llama-tied", "decoder"), pytest.param("llama", "residual", marks=pytest.mark.slow)]
+)
 def test_two_ranks_equal_one(
     architecture: str,
     block: str,
@@ -114,6 +116,7 @@ def test_a_checkpoint_continues_on_other_ranks(
     assert_equal(whole, broken)
 
 
+@pytest.mark.slow
 def test_shards_resume_bit_for_bit(
     config: Callable[..., TrainConfig], model_dir: Callable[..., Path], launch: Callable[..., None]
 ) -> None:
@@ -164,6 +167,7 @@ def test_activation_checkpointing_changes_nothing(block: str, config: Callable[.
     assert_equal(plain, checkpointed)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_of_shards(config: Callable[..., TrainConfig], launch: Callable[..., None]) -> None:
     plain = config("plain", max_steps=4)
     checkpointed = config("other", max_steps=4, fsdp=True, activation_checkpointing=True)

@@ -108,6 +108,24 @@ def test_loss_and_gradients_equal_full_logits(settings: dict, model_dir: Callabl
     assert sums[0, 4].item() == pytest.approx(candidates.item())  # weights of mean 1
 
 
+@pytest.mark.parametrize("heads", [{"block": "residual"}, {"block": "decoder"}, {"kind": "sequential"}])
+@pytest.mark.parametrize(
+    "settings", [{"preset": "rho1", "fraction": 1.0}, {"preset": "dense", "live": True, "lam": 1.0}]
+)
+def test_plain_ends_equal_uniform_weights_for_all_heads(
+    settings: dict, heads: dict, model_dir: Callable[..., Path]
+) -> None:
+    model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2, 4), **heads), from_scratch=False)
+    scores = stored_scores()
+    parameters = list(model.parameters())
+    found = []
+    for weights, scheme in ((scores, live(**settings)), (scores.isfinite().float(), None)):
+        loss, _ = model(IDS, POSITIONS, weights, live=scheme)
+        found.append((loss.detach(), *torch.autograd.grad(loss, parameters)))
+    for own, plain in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_only_selected_rows_pay_for_gradients(model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2)), from_scratch=False)
     with_gradients = []
