@@ -266,7 +266,9 @@ class TrainConfig(Config):
         {},
         description="further shard sets and their shares of the rows, as '{scored/code: 0.3}'; --input gives the rest",
     )
-    model: NameSetting = Field(description="Hugging Face decoder-only model: directory or id")
+    model: NameSetting = Field(
+        description="Hugging Face decoder-only model: directory or id; or a finished run, with its heads"
+    )
     output: LocationSetting = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")

@@ -1,14 +1,16 @@
 """Whether settings, model, shard sets and devices fit together, before anything is computed."""
 
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import get_available_trackers
 from transformers import AutoTokenizer
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError, first_line
+from schemas.files import read_json
 from schemas.fingerprints import tokenizer_fingerprint
-from schemas.locations import local_name
+from schemas.locations import Location, local_name, locate
 from schemas.shard_set import ShardSet
 from training.model import MTPModel
 
@@ -34,6 +36,12 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
     Raises:
         UserError: the fingerprints differ, or the tokenizer cannot be loaded.
     """
+    if (record := run_record(locate(model))) is not None:
+        if record["inputs"]["tokenizer"] != shards.manifest.tokenizer.fingerprint:
+            raise UserError(
+                f"{shards.path}: has another tokenizer than {model} was trained with; prepare it with that one"
+            )
+        return
     source = local_name(model)
     is_directory = Path(source).is_dir()
     if is_directory and not any(Path(source).glob("tokenizer*.json")):
@@ -51,6 +59,20 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
             f"--model {model}: its tokenizer is not that of {shards.path} ({expected.name}); "
             "prepare the corpus with this model's tokenizer"
         )
+
+
+def run_record(place: Location) -> dict[str, Any] | None:
+    """What a training run says of itself; None for a model that is not one.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    record = place / "run.json"
+    if not record.exists():
+        return None
+    if not (place / "model").is_dir():
+        raise UserError(f"--model {place}: this training run is not finished; repeat its command first")
+    return read_json(record)
 
 
 def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:

@@ -140,27 +140,51 @@ def build_model(name: str, config: HeadsConfig, *, from_scratch: bool, attention
 
     With decoder heads a pretrained trunk stays whole and every extra head starts as a copy of its last layer. From
     scratch the trunk gives up as many layers as there are extra heads, so that the parameters match those of the
-    model without heads (arXiv 2404.19737, section 2).
+    model without heads (arXiv 2404.19737, section 2). A training run brings its heads along.
 
     Raises:
-        UserError: the model cannot be loaded, has too few layers, or computes its logits in an unsupported way.
+        UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or is a
+            run with other heads.
     """
-    trunk = load_trunk(name, from_scratch=from_scratch, attention=attention)
+    saved = saved_heads(name)
+    source = name if saved is None else str(locate(name) / "model")
+    trunk = load_trunk(source, from_scratch=from_scratch, attention=attention)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     check_trunk(trunk, name)
-    return MTPModel(trunk, heads, config)
-
-
-def load_model(path: str) -> MTPModel:
-    """Load a trained run (its `model/` and `heads/`) or any Hugging Face causal language model, in float32."""
-    run = locate(path)
-    heads_directory = run / "heads"
-    if not (heads_directory / HEADS_CONFIG).exists():
-        return build_model(path, HeadsConfig(offsets=(1,)), from_scratch=False)
-    try:
-        config = HeadsConfig.model_validate_json((heads_directory / HEADS_CONFIG).read_text())
-        model = build_model(str(run / "model"), config, from_scratch=False)
-        model.heads.load_state_dict(load_file(local_copy(heads_directory) / HEADS_WEIGHTS))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{heads_directory}: cannot be loaded ({first_line(error)}); train the run again") from error
+    model = MTPModel(trunk, heads, config)
+    if saved is not None and not from_scratch:
+        if (saved.kind, saved.block, saved.offsets) != (config.kind, config.block, config.offsets):
+            raise UserError(
+                f"--model {name}: has {saved.kind} {saved.block} heads at offsets {list(saved.offsets)}; repeat --heads "
+                f"of that run, or give {source} to begin with new heads"
+            )
+        directory = locate(name) / "heads"
+        try:
+            model.heads.load_state_dict(load_file(local_copy(directory) / HEADS_WEIGHTS))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{directory}: cannot be loaded ({first_line(error)}); train the run again") from error
     return model
+
+
+def load_model(name: str) -> MTPModel:
+    """Load a training run with its heads, or any Hugging Face causal language model, in float32.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return build_model(name, saved_heads(name) or HeadsConfig(offsets=(1,)), from_scratch=False)
+
+
+def saved_heads(name: str) -> HeadsConfig | None:
+    """The heads of a training run; None for what is not a finished run.
+
+    Raises:
+        UserError: the file that describes them is damaged.
+    """
+    file = locate(name) / "heads" / HEADS_CONFIG
+    if not file.exists():
+        return None
+    try:
+        return HeadsConfig.model_validate_json(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); train the run again") from error

@@ -29,7 +29,7 @@ from training.layers import checkpoint_activations, compile_layers
 from training.loop import TrainingLoop
 from training.mirror import Mirror
 from training.mixing import make_loader, mix_identity, open_mix
-from training.model import MTPModel, build_model
+from training.model import HEADS_WEIGHTS, MTPModel, build_model, saved_heads
 from training.run import TRACKING, RunDirectory
 from training.sharding import distribute, full_state, sharding_requested
 from training.trainable import add_adapters, freeze_trunk
@@ -188,6 +188,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tup
 
 def model_identity(config: TrainConfig) -> str:
     """What a continued run must find under --model: a fingerprint of a directory, else the hub id."""
+    if saved_heads(config.model) is not None:
+        run = locate(config.model)
+        trunk = config.model_copy(update={"model": str(run / "model")})
+        return f"{model_identity(trunk)},{sha256_file(run / 'heads' / HEADS_WEIGHTS)}"
     directory = Path(local_name(config.model))
     if not directory.is_dir():
         return config.model

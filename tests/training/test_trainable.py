@@ -65,6 +65,28 @@ def test_heads_alone_learn_and_leave_the_trunk_as_it_is(
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.parametrize("heads", [{"block": "residual"}, {"kind": "sequential"}])
+def test_a_second_stage_goes_on_with_the_heads_of_the_first(
+    heads: dict[str, Any], config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    first = config("llama", trainable="heads", heads={"offsets": (1, 2), "coefficients": (1.0, 1.0), **heads})
+    before = train(first.model_copy(update={"eval_input": first.input}))
+    second = first.model_copy(
+        update={
+            "model": str(first.output),
+            "output": tmp_path / "second",
+            "trainable": "all",
+            "heads": HeadsConfig(offsets=(1, 2), coefficients=(1.0, 0.1), **heads),
+        }
+    )
+    train(second)
+    # The first step's losses are those the first stage ended with, on other rows; new heads would lose far more.
+    assert logged(second, "plain_loss_2")[0] == pytest.approx(before["eval_loss_2"], abs=0.1)
+    assert train(second)["already_complete"]
+    with pytest.raises(UserError, match=rf"--model {first.output}: has .* heads at offsets \[1, 2\]; repeat --heads"):
+        train(second.model_copy(update={"heads": HeadsConfig(offsets=(1, 3)), "output": tmp_path / "third"}))
+
+
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
 def test_adapters_are_merged_into_an_ordinary_model(
     architecture: str, config: Callable[..., TrainConfig], tmp_path: Path
