@@ -155,8 +155,8 @@ def build_model(name: str, config: HeadsConfig, *, from_scratch: bool, attention
     if saved is not None and not from_scratch:
         if (saved.kind, saved.block, saved.offsets) != (config.kind, config.block, config.offsets):
             raise UserError(
-                f"--model {name}: has {saved.kind} {saved.block} heads at offsets {list(saved.offsets)}; repeat --heads "
-                f"of that run, or give {source} to begin with new heads"
+                f"--model {name}: has other heads ({saved.kind}, {saved.block}, offsets {list(saved.offsets)}); repeat "
+                f"its --heads, or give {source} to begin with new ones"
             )
         directory = locate(name) / "heads"
         try:

@@ -83,7 +83,7 @@ def test_a_second_stage_goes_on_with_the_heads_of_the_first(
     # The first step's losses are those the first stage ended with, on other rows; new heads would lose far more.
     assert logged(second, "plain_loss_2")[0] == pytest.approx(before["eval_loss_2"], abs=0.1)
     assert train(second)["already_complete"]
-    with pytest.raises(UserError, match=rf"--model {first.output}: has .* heads at offsets \[1, 2\]; repeat --heads"):
+    with pytest.raises(UserError, match=rf"--model {first.output}: has other heads \(.*offsets \[1, 2\]\); repeat its"):
         train(second.model_copy(update={"heads": HeadsConfig(offsets=(1, 3)), "output": tmp_path / "third"}))
 
 
