@@ -149,6 +149,7 @@ KILLED = (
 )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_last_object_does_not_count(
     config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

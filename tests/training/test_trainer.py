@@ -151,6 +151,7 @@ def test_micro_batches_do_not_change_the_result(normalization: str, config: Call
             torch.testing.assert_close(value, results[0][1][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(
     config: Callable[..., TrainConfig], launch: Callable[..., None]
 ) -> None:
