@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -226,11 +227,12 @@ def waiting(shards: ShardSet, work: Path, steps: int) -> Table:
             waits.append(time.perf_counter() - started)
             yield batch
 
-    RowLoader.batches = timed  # type: ignore[method-assign]
     weights = {"preset": "rho1-static", "column": COLUMN}
     settings = {"weights": weights, "heads": {"offsets": (1,)}, "from_scratch": True}
     settings |= {"max_steps": steps, "checkpoint_every": steps}
-    summary = train(TrainConfig(input=shards.path, model=str(work / "model"), output=work / "run", **settings, **STEP))
+    config = TrainConfig(input=shards.path, model=str(work / "model"), output=work / "run", **settings, **STEP)
+    with mock.patch.object(RowLoader, "batches", timed):
+        summary = train(config)
     first, later = waits[0], waits[1:]
     seconds = summary["seconds"] - first
     table = Table("training step", title=f"{steps} steps of {STEP['batch_size']} rows of {STEP['sequence_length']}")

@@ -25,6 +25,7 @@ import io
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
@@ -236,15 +237,15 @@ def job_model(job: Job, heads: HeadsConfig) -> MTPModel:
     return model
 
 
-class Contestant:
+class Contestant(ABC):
     """Someone who takes optimizer steps."""
 
     flops: float
     """Operations of a step on average."""
 
+    @abstractmethod
     def run(self, steps: int) -> list[float]:
         """Take steps and return the seconds of each."""
-        raise NotImplementedError
 
 
 class Ours(Contestant):

@@ -6,6 +6,7 @@ left (`TrunkPass`) as `HeadGroup`s, which `training.losses` runs and differentia
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,15 +34,15 @@ class TrunkPass(NamedTuple):
     last_call: LayerCall
 
 
-class Heads(nn.ModuleList):
+class Heads(nn.ModuleList, ABC):
     """The modules for all offsets after the first; head number k of a model is module k - 1."""
 
     reads: Sequence[str] = ()
     """What it reads of the trunk besides the final hidden states: `last_layer_input`, `before_norm`, `embeddings`."""
 
+    @abstractmethod
     def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
         """How to compute the hidden states of heads 1, 2, ..."""
-        raise NotImplementedError
 
 
 class ResidualHead(nn.Module):

@@ -136,7 +136,8 @@ class TrainingLoop:
         """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
-            loss, sums = self.model(*micro_batch, coefficients=coefficients, live=self.live)
+            with self.accelerator.autocast():
+                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=self.live)
             # DDP and FSDP2 average gradients over processes; this loss is to be summed.
             self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
         sums[:, 0] /= denominator

@@ -135,18 +135,20 @@ def _own_hidden_states(inputs: Any, rows: Any) -> list[Tensor]:
     return [inputs[0].flatten(0, 1)[rows[0]]]
 
 
-def build_model(name: str, config: HeadsConfig, *, from_scratch: bool, attention: str | None = None) -> MTPModel:
+def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, attention: str | None = None) -> MTPModel:
     """Build the model to train, in float32, from pretrained weights or from the config alone.
 
     With decoder heads a pretrained trunk stays whole and every extra head starts as a copy of its last layer. From
     scratch the trunk gives up as many layers as there are extra heads, so that the parameters match those of the
-    model without heads (arXiv 2404.19737, section 2). A training run brings its heads along.
+    model without heads (arXiv 2404.19737, section 2). A training run brings its heads along; with None for `config` the
+    heads are those that it has, or none.
 
     Raises:
         UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or is a
             run with other heads.
     """
     saved = saved_heads(name)
+    config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / "model")
     trunk = load_trunk(source, from_scratch=from_scratch, attention=attention)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
@@ -172,7 +174,7 @@ def load_model(name: str) -> MTPModel:
     Raises:
         UserError: it cannot be loaded.
     """
-    return build_model(name, saved_heads(name) or HeadsConfig(offsets=(1,)), from_scratch=False)
+    return build_model(name, None, from_scratch=False)
 
 
 def saved_heads(name: str) -> HeadsConfig | None:

@@ -73,9 +73,6 @@ def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.
     )
     for layer in trunk_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    if bfloat16:
-        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
-        model.forward = autocast(model.forward)  # type: ignore[method-assign]
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return model
 
