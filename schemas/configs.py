@@ -10,7 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from schemas.formulas import FormulaError, Node, Number, is_live, mean_of, parse
 from schemas.locations import LocationSetting, NameSetting, locate
+from schemas.presets import PRESETS
 
 
 def split_paths(value: Any) -> Any:
@@ -148,41 +150,89 @@ class ScoreConfig(Config):
 
 
 class WeightsConfig(Config):
-    """How score columns become one weight per target token."""
+    """How score columns become one weight per target token: a preset, or a formula in the weight language."""
 
-    preset: Literal["uniform", "rho1", "rho1-static", "dense", "sparse", "soft-threshold"] = Field(
-        "uniform", description="weighting scheme; rho1 ranks by what the model in training loses"
-    )
-    live: bool = Field(
-        False,
-        description="dense, sparse: contrast loss_short with what the model in training loses instead of long_short",
+    preset: Literal[
+        "uniform", "rho1", "rho1-static", "self-reference-loss", "self-reference-entropy", "self-reference", "dense",
+        "sparse", "longce", "ppmi", "npmi", "soft-threshold", "reward", "advantage",
+    ] = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")  # fmt: skip
+    formula: str | None = Field(
+        None,
+        description="scheme in the weight language instead of a preset, as 'normalise(top(excess_loss, 0.6))'; "
+        "docs/weights.md describes it",
     )
     column: str | None = Field(
-        None,
-        description="score column; default loss_reference (rho1), excess_loss (rho1-static, soft-threshold), "
-        "long_short (dense, sparse), or loss_short (these two with live)",
+        None, description="score of the preset: a column, or a formula of columns; each preset has its default"
     )
-    fraction: Fraction = Field(0.6, description="rho1, rho1-static, sparse: share of the tokens that is kept")
-    lam: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="dense: share of plain cross-entropy")
-    tau: Annotated[float, Field(gt=0)] = Field(1.0, description="soft-threshold: score at which the weight reaches 1")
+    live: bool = Field(
+        False, description="contrast loss_short (or --weights.column) with what the model in training loses"
+    )
+    fraction: Fraction | None = Field(None, description="share of the tokens that is kept; default 0.6")
+    lam: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="dense: share of plain cross-entropy; default 0.75"
+    )
+    gamma: Annotated[float, Field(gt=0)] | None = Field(None, description="longce: largest weight; default 5")
+    tau: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="soft-threshold: score at which the weight reaches its maximum; default 1"
+    )
+    s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="ppmi, npmi: ratio of probabilities from which on a token counts; default 1"
+    )
+    silent: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="dense, sparse, ppmi, npmi: weight in sequences without any signal; default 0"
+    )
+    group: str | None = Field(None, description="advantage: column of labels within which rewards are compared")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the steps in which weights move from 1 to their own"
+    )
     control: Literal["none", "shuffled", "random"] = Field(
         "none", description="control experiment: the weights shuffled in each sequence, or LogNormal of equal moments"
     )
 
     @model_validator(mode="after")
-    def _check_control(self) -> "WeightsConfig":
-        if self.preset == "uniform" and (self.control != "none" or self.column is not None):
-            raise ValueError("--weights.control and --weights.column need another --weights.preset than uniform")
-        if self.live and self.preset not in ("dense", "sparse"):
-            raise ValueError("--weights.live is for --weights.preset dense and sparse")
-        if self.is_live and self.control != "none":
-            raise ValueError("--weights.control needs weights that are known before training, so not live ones")
+    def _check(self) -> "WeightsConfig":
+        used = PRESETS[self.preset].settings if self.formula is None else set()
+        own = f"--weights.preset {self.preset}" if self.formula is None else "--weights.formula"
+        if self.formula is not None and self.preset != "uniform":
+            raise ValueError("--weights.preset and --weights.formula exclude each other")
+        for name in ("column", "fraction", "lam", "gamma", "tau", "s", "silent", "group"):
+            if getattr(self, name) is not None and name not in used:
+                raise ValueError(f"--weights.{name} does nothing with {own}; leave it out")
+        if self.live and "live" not in used:
+            raise ValueError(f"--weights.live is not for {own}")
+        if "group" in used and not (self.group or "").isidentifier():
+            raise ValueError(f"{own} needs --weights.group, the name of a column of labels")
+        for name, text in (("column", self.column), ("formula", self.formula)):
+            try:
+                parse(text or "1")
+            except FormulaError as error:
+                raise ValueError(f"--weights.{name}: {error}") from error
+        if isinstance(self.node, Number) and self.control != "none":
+            raise ValueError(f"--weights.control needs other weights than those of {own}")
         return self
+
+    @property
+    def text(self) -> str:
+        """The formula, with all settings in it."""
+        if self.formula is not None:
+            return self.formula.strip()
+        preset = PRESETS[self.preset]
+        column = self.column or (preset.live_column if self.live else preset.column) or ""
+        score = column if column.isidentifier() else f"({column})"
+        settings: dict[str, Any] = preset.defaults | {
+            name: value for name in preset.settings - {"column", "live"} if (value := getattr(self, name)) is not None
+        }
+        return preset.formula.format(score=f"({score} - live)" if self.live else score, **settings)
+
+    @property
+    def node(self) -> Node:
+        """The formula as a tree."""
+        return parse(self.text)
 
     @property
     def is_live(self) -> bool:
         """Whether weights depend on the model in training."""
-        return self.live or self.preset == "rho1"
+        return is_live(self.node)
 
 
 class HeadsConfig(Config):
@@ -337,6 +387,11 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         if self.sequence_length is not None and self.heads.offsets[-1] >= self.sequence_length:
             raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
+        if self.normalization == "weight_sum" and self.weights.is_live and mean_of(self.weights.node) is None:
+            raise ValueError(
+                "--normalization weight_sum needs the sum of the weights before they are known: put "
+                "normalise(..., by=batch) around the formula, or use --normalization tokens"
+            )
         if self.trainable == "heads" and len(self.heads.offsets) == 1:
             raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
         if self.trainable == "heads" and not any(self.heads.loss_coefficients[1:]):

@@ -4,9 +4,10 @@ That the rows are the same is checked twice: when the sets are opened, what thei
 shards; when a row group is read, the token ids themselves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import pyarrow as pa
 
@@ -14,6 +15,7 @@ from schemas.errors import UserError
 from schemas.locations import Location
 from schemas.manifest import Manifest, same_origin
 from schemas.shard_set import ShardSet
+from schemas.value_counts import ValueCounts
 
 REMEDY = "give sets that were scored from the same token shards"
 
@@ -53,39 +55,74 @@ class ZippedSets:
         return ",".join(shards.manifest.digest for shards in self.sets)
 
     def holder(self, column: str) -> ShardSet:
-        """The first set that has the score column `column`.
+        """The first set that has `column`, a score or what came with the corpus.
 
         Raises:
             UserError: none has it.
         """
         for shards in self.sets:
-            if column in shards.manifest.columns:
+            if column in shards.manifest.columns or column in shards.manifest.corpus.sequence_columns:
                 return shards
         held = " or ".join(f"{s.path} (score columns: {', '.join(s.manifest.columns) or 'none'})" for s in self.sets)
         raise UserError(f"no column '{column}' in {held}; add it with 'wmtp score'")
 
-    def files(self, shard: int, column: str | None) -> list[Location]:
-        """The files that `read` reads for shard `shard` and score column `column`."""
-        holder = self.holder(column) if column else self.first
-        sets = [self.first] if holder is self.first else [self.first, holder]
-        return [shards.path / shards.manifest.shards[shard].name for shards in sets]
-
-    def read(self, shard: int, column: str | None, row_group: int) -> pa.Table:
-        """Read `input_ids` of one row group, and the score column `column` unless it is None.
-
-        Only the first set and the one that holds the column are read.
+    def kind(self, column: str) -> Literal["score", "number", "label"]:
+        """What a column holds: a score of each token, or a number or a label of each sequence.
 
         Raises:
-            UserError: no set has the column, a shard is damaged, or the two sets differ in token ids.
+            UserError: no set has it.
         """
-        holder = self.holder(column) if column else self.first
-        table = holder.read(shard, ["input_ids", column] if column else ["input_ids"], row_group)
-        if holder is not self.first:
-            expected = self.first.read(shard, ["input_ids"], row_group)
-            if not table["input_ids"].equals(expected["input_ids"]):
+        manifest = self.holder(column).manifest
+        return "score" if column in manifest.columns else manifest.corpus.sequence_columns[column]
+
+    def value_counts(self, column: str) -> ValueCounts:
+        """Exact value counts of a score column.
+
+        Raises:
+            UserError: no set has it, or its statistics are missing.
+        """
+        return self.holder(column).value_counts()[column]
+
+    def files(self, shard: int, columns: Iterable[str]) -> list[Location]:
+        """The files that `read` reads for shard `shard` and these columns."""
+        return [shards.path / shards.manifest.shards[shard].name for shards, _ in self._holders(columns)]
+
+    def read(self, shard: int, columns: Sequence[str], row_group: int) -> pa.Table:
+        """Read `input_ids` of one row group, and these columns.
+
+        Only the first set and those that hold the columns are read.
+
+        Raises:
+            UserError: no set has a column, a shard is damaged, or two sets differ in token ids.
+        """
+        table: pa.Table | None = None
+        for holder, held in self._holders(columns):
+            part = holder.read(shard, ["input_ids", *held], row_group)
+            if table is None:
+                table = part
+                continue
+            if not part["input_ids"].equals(table["input_ids"]):
                 first, other = (s.path / s.manifest.shards[shard].name for s in (self.first, holder))
                 raise UserError(f"{other}: other input_ids than in {first} (row group {row_group}); {REMEDY}")
+            for name in held:
+                table = table.append_column(name, part[name])
+        assert table is not None
         return table
+
+    def read_sequences(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        """Read columns of sequences, `document_id` and `start` among them, of a whole shard.
+
+        Raises:
+            UserError: no set has a column, or a shard is damaged.
+        """
+        return self.first.read(shard, list(columns))
+
+    def _holders(self, columns: Iterable[str]) -> list[tuple[ShardSet, list[str]]]:
+        """The first set, and after it those that hold a column, each with its columns."""
+        columns = list(columns)
+        held = [[name for name in columns if self.holder(name) is shards] for shards in self.sets]
+        pairs = zip(self.sets, held, strict=True)
+        return [(shards, names) for shards, names in pairs if names or shards is self.first]
 
 
 def check_same_corpus(one: ShardSet, other: ShardSet) -> None:

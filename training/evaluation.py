@@ -17,7 +17,7 @@ from training.loader import RowLoader
 from training.model import HEAD_SUMS, MTPModel
 from training.packing import Rows
 from training.sharding import reshard
-from training.weights import make_weighting
+from training.weighting import make_weighting
 
 
 class HeadLoss(NamedTuple):
@@ -30,7 +30,7 @@ class HeadLoss(NamedTuple):
 
 
 def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`input_ids` int64, `position_ids` int64 and `weights` float32 on `device`, all (B, T)."""
+    """`input_ids` int64, `position_ids` int64 and `weights` float32, (B, T) or (B, T, parts)."""
     ids, positions, weights = (torch.from_numpy(values).to(device, non_blocking=True) for values in rows[:3])
     return ids.long(), positions.long(), weights
 

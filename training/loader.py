@@ -18,7 +18,7 @@ from schemas.shards import flat_values, list_lengths
 from schemas.zipped import ZippedSets
 from training.packing import Rows, pack
 from training.prefetch import AbandonedError, prefetch
-from training.weights import StoredScores, Weighting
+from training.weighting import Weighting
 
 BLOCK_TOKENS = 1 << 20
 BLOCK_ROWS = 64
@@ -37,7 +37,7 @@ class RowLoader:
 
     Args:
         shards: the set to read, or sets of the same rows.
-        weighting: turns its score column into weights.
+        weighting: turns its columns into weights.
         sequence_length: tokens per packed row.
         seed: seed of the order and of random controls.
         shuffle: False reads the set once through in its own order of row groups (evaluation).
@@ -48,7 +48,7 @@ class RowLoader:
     def __init__(
         self,
         shards: ZippedSets,
-        weighting: Weighting | StoredScores,
+        weighting: Weighting,
         sequence_length: int,
         *,
         seed: int = 0,
@@ -118,7 +118,7 @@ class RowLoader:
         """Paths of the set's shards that rows with these `Rows.sources` were read from, in order, each once."""
         numbers = {int(number) - self.first_shard for source in sources for number in source}
         held = sorted(number for number in numbers if 0 <= number < len(self.group_ends))
-        return [str(path) for number in held for path in self.shards.files(number, self.weighting.column)]
+        return [str(path) for number in held for path in self.shards.files(number, self.weighting.columns)]
 
     def _positions(self) -> Iterator[LoaderState]:
         """The state at which each block is entered, from `state` on."""
@@ -158,11 +158,8 @@ class RowLoader:
         """Flat ids, flat weights, sequence lengths and shard numbers of the sequences of one row group of the set."""
         shard = int(np.searchsorted(self.group_ends, group, side="right"))
         row_group = group - int(self.group_ends[shard]) + self.shards.first.manifest.shards[shard].row_groups
-        column = self.weighting.column
-        table = self.shards.read(shard, column, row_group)
+        table = self.shards.read(shard, self.weighting.columns, row_group)
         lengths = list_lengths(table["input_ids"])
-        ids = flat_values(table["input_ids"])
-        scores = flat_values(table[column]) if column else np.zeros(len(ids), dtype=np.float16)
-        rng = np.random.default_rng([self.seed, shard, row_group])
+        weights = self.weighting.of_table(table, np.random.default_rng([self.seed, shard, row_group]))
         numbers = np.full(len(lengths), self.first_shard + shard)
-        return ids, self.weighting(scores, lengths, rng), lengths, numbers
+        return flat_values(table["input_ids"]), weights, lengths, numbers

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -21,13 +22,13 @@ from schemas.configs import TrainConfig
 from schemas.errors import UserError
 from training.evaluation import to_device
 from training.flops import StepFlops, peak_flops
-from training.live import LiveWeighting
 from training.loader import RowLoader
 from training.metrics import Window
 from training.mixing import MixedLoader
 from training.packing import Rows
 from training.sharding import all_finite, no_sync
 from training.targets import count_targets
+from training.weighting.batch import BatchWeighting, LiveWeighting
 
 
 class TrainingLoop:
@@ -52,7 +53,7 @@ class TrainingLoop:
         self.loader = loader
         self.flops = flops
         self.steps = steps
-        self.live = LiveWeighting(config.weights) if config.weights.is_live else None
+        self.weighting = BatchWeighting.make(config.weights)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -108,19 +109,23 @@ class TrainingLoop:
                 yield dict(self.metrics) if logged else {}
 
     def _train_step(self, batch: Rows) -> None:
-        share = self.config.batch_size // self.accelerator.num_processes
-        first = share * self.accelerator.process_index
+        share = self._risen(self.config.weights.warmup_ratio)
+        batch = self.weighting.of_rows(batch, share, np.random.default_rng([self.config.seed, self.step]))
+        own = np.random.default_rng([self.config.seed, self.step, self.accelerator.process_index])
+        live = self.weighting.live_weights(share, own)
+        rows = self.config.batch_size // self.accelerator.num_processes
+        first = rows * self.accelerator.process_index
         size = self.config.micro_batch_size
-        parts = [batch.take(slice(at, min(at + size, first + share))) for at in range(first, first + share, size)]
+        parts = [batch.take(slice(at, min(at + size, first + rows))) for at in range(first, first + rows, size)]
         targets, weight_sum = self._count(batch)
         self.tokens += int(batch.tokens.sum())
         self.window.enter(batch)
         if weight_sum:
             denominator = targets if self.config.normalization == "tokens" else weight_sum
             coefficients = self._coefficients()
-            sums = torch.stack([self._run_part(p, denominator, coefficients, last=p is parts[-1]) for p in parts])
-            if self._update(parts, sums):
-                self.window.add(sums.sum(0), coefficients, targets)
+            sums = [self._run_part(p, denominator, coefficients, live, last=p is parts[-1]) for p in parts]
+            if self._update(parts, torch.stack(sums)):
+                self.window.add(torch.stack(sums).sum(0), coefficients, targets)
         else:
             self.window.counters["no_signal_steps"] += 1
         self.scheduler.step()
@@ -129,15 +134,17 @@ class TrainingLoop:
     def _count(self, batch: Rows) -> tuple[float, float]:
         """Targets of the first offset in the whole step, and the sum of their weights."""
         ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
-        targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.live is not None)
+        targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
         return float(targets), float(weight_sum)
 
-    def _run_part(self, part: Rows, denominator: float, coefficients: Tensor, *, last: bool) -> Tensor:
+    def _run_part(
+        self, part: Rows, denominator: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool
+    ) -> Tensor:
         """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
             with self.accelerator.autocast():
-                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=self.live)
+                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=live)
             # DDP and FSDP2 average gradients over processes; this loss is to be summed.
             self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
         sums[:, 0] /= denominator
@@ -171,9 +178,13 @@ class TrainingLoop:
     def _coefficients(self) -> Tensor:
         """The factor of each offset in this step (K,)."""
         first, *others = self.config.heads.loss_coefficients
-        warmup = self.config.heads.warmup_ratio * self.steps
-        share = min(1.0, self.step / warmup) if warmup else 1.0
+        share = self._risen(self.config.heads.warmup_ratio)
         return torch.tensor([first, *(share * other for other in others)], device=self.accelerator.device)
+
+    def _risen(self, warmup_ratio: float) -> float:
+        """How much of what rises in this share of the steps has come at this step, from 0 to 1."""
+        warmup = warmup_ratio * self.steps
+        return min(1.0, self.step / warmup) if warmup else 1.0
 
     def prepare_checkpoint(self) -> None:
         """Bring the window's sums together in the main process, and make sure that the model is worth keeping.

@@ -23,7 +23,7 @@ class HeadRows(NamedTuple):
     Attributes:
         rows: (R,) int64, indices into the flattened positions of a batch.
         targets: (R,) int64, all of them valid token ids.
-        weights: (R,) floating, non-negative.
+        weights: (R,) floating; (R, parts) where live weights will be made of them.
     """
 
     rows: Tensor
@@ -63,7 +63,7 @@ class HeadLosses(NamedTuple):
 
 
 WeighLive = Callable[[Tensor, HeadRows], Tensor]
-"""Turns the current losses (R,) of the rows of a head, whose `weights` are stored scores, into weights (R,)."""
+"""Turns the current losses (R,) of the rows of a head, whose `weights` are what they are made of, into weights (R,)."""
 
 
 def weighted_linear_cross_entropy(
@@ -82,7 +82,7 @@ def weighted_linear_cross_entropy(
         hidden_states: (R, D) rows, any floating dtype.
         unembedding: (V, D).
         targets: (R,) int64, all of them valid token ids.
-        weights: (R,) non-negative.
+        weights: (R,).
         bias: (V,) or None.
         softcap: bound of the logits, or None.
         chunk_rows: rows whose logits are held at once.
@@ -217,7 +217,7 @@ def _run_group(
             losses, correct = output_layer.losses(hidden[i], task.targets)
             weights = plan.live(losses, task)
             results[head] = losses, correct, weights
-            kept = weights > 0
+            kept = weights != 0
             task = HeadRows(task.rows[kept], task.targets[kept], weights[kept])
             with torch.set_grad_enabled(plan.grad_enabled):
                 hidden[i] = hidden[i][kept]

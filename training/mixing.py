@@ -17,7 +17,7 @@ from schemas.configs import TrainConfig, exact, split_paths
 from schemas.zipped import ZippedSets
 from training.loader import LoaderState, RowLoader
 from training.packing import Rows
-from training.weights import make_weighting
+from training.weighting import make_weighting
 
 
 class MixState(BaseModel):

@@ -18,11 +18,11 @@ from schemas.errors import UserError, first_line
 from schemas.files import write_text
 from schemas.locations import local_copy, locate
 from training.heads import Heads, TrunkPass, make_heads
-from training.live import LiveWeighting
 from training.losses import HeadGroup, multi_head_cross_entropy
 from training.targets import target_rows
 from training.trainable import merge_adapters
 from training.trunk import LayerCall, check_trunk, decoder_parts, load_trunk, recorded_call, softcap
+from training.weighting.batch import LiveWeighting
 
 HEADS_CONFIG = "config.json"
 HEADS_WEIGHTS = "heads.safetensors"
@@ -55,8 +55,8 @@ class MTPModel(nn.Module):
         Args:
             input_ids: (B, T) int64.
             position_ids: (B, T) int64, restarting at 0 in every document, 0 for padding.
-            weights: (B, T) float32, the weight of each token as a target; with `live` the stored score that its weight
-                is made from, NaN where there is none.
+            weights: (B, T) float32, the weight of each token as a target; with `live` (B, T, parts), what its weight
+                is made from, NaN where there is no score.
             coefficients: (K,) factor of each offset's loss, by default those of the config.
             live: makes weights from current losses and stored scores.
 
@@ -124,7 +124,7 @@ class MTPModel(nn.Module):
 
 def _add_up(losses: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
     """`HEAD_SUMS` (6,) of a head, from losses, hits and weights (R,)."""
-    carries = weights > 0
+    carries = weights != 0
     plain = torch.where(carries, losses, 0)
     return torch.stack(
         [weights @ losses, plain.sum(), carries.sum(), (correct & carries).sum(), weights.sum(), weights @ weights]

@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,9 @@ import numpy as np
 class Rows(NamedTuple):
     """Packed rows: `input_ids` (B, L) int32, `position_ids` (B, L) int32, `weights` (B, L) float32.
 
+    Weights that wait for the batch are (B, L, parts): what they will be made of, NaN where a token has no score.
     `tokens` (B,) int64 counts the tokens of each row that are not padding. `silent` (B,) int64 counts its documents of
-    at least two tokens that have no target with weight (more than 0, so not NaN either). `sources` (B,) object holds
+    at least two tokens that have no target with weight, or with all parts of it. `sources` (B,) object holds
     for each row the ascending numbers of the shards that its sequences come from; the loader's `files` names them.
     """
 
@@ -92,7 +93,7 @@ def pack(
 
     Args:
         input_ids: (T,) int32, all sequences one after the other.
-        weights: (T,) float32.
+        weights: (T,) float32, or (T, parts).
         lengths: (S,) tokens of each sequence.
         shards: (S,) number of the shard that each sequence comes from.
         row_length: tokens per row.
@@ -112,28 +113,30 @@ def pack(
     first = np.cumsum(pieces) - pieces + row * row_length - (np.cumsum(tokens) - tokens)[row]
     last = np.append(first[1:], size) - first - 1  # how far the piece and the padding behind it reach
     # One array for all that is kept: the kernel gives large ones large pages. Small ones cost more than the packing.
-    packed = np.ones((3, size), dtype=np.int32)
-    packed_ids, positions, packed_weights = packed[0], packed[1], packed[2].view(np.float32)
+    channels = np.atleast_2d(weights.T)
+    packed = np.ones((2 + len(channels), size), dtype=np.int32)
+    packed_ids, positions, packed_weights = packed[0], packed[1], packed[2:].view(np.float32)
     positions[first] = np.append(0, -last[:-1])
     np.cumsum(positions, out=positions)
     source = np.ones(size, dtype=np.int64)
     source[first] = np.append(starts[0], np.diff(starts) - last[:-1])
     np.cumsum(source, out=source)
     np.take(input_ids, source, out=packed_ids, mode="clip")  # padding has no source
-    np.take(weights, source, out=packed_weights, mode="clip")
+    for channel, values in zip(channels, packed_weights, strict=True):
+        np.take(channel, source, out=values, mode="clip")
     free = row_length - tokens
     padding = np.arange(free.sum()) + np.repeat(np.arange(1, count + 1) * row_length - np.cumsum(free), free)
-    for values in (packed_ids, positions, packed_weights):
+    for values in (packed_ids, positions, *packed_weights):
         values[padding] = 0
 
-    signal = packed_weights > 0
-    signal[first] = False  # the first token of a piece is no target
+    signal: Any = np.not_equal(packed_weights[0], 0) if weights.ndim == 1 else np.isfinite(packed_weights).all(axis=0)
+    signal[first] = signal[padding] = False  # the first token of a piece is no target
     silent = (pieces > 1) & ~np.logical_or.reduceat(signal, first)
     shape = (count, row_length)
     return Rows(
         packed_ids.reshape(shape),
         positions.reshape(shape),
-        packed_weights.reshape(shape),
+        packed_weights.reshape(shape) if weights.ndim == 1 else np.stack([*packed_weights], -1).reshape(*shape, -1),
         tokens,
         np.bincount(row, silent, count).astype(np.int64),
         _sources(row, shards, count),

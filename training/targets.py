@@ -17,11 +17,12 @@ def valid_targets(position_ids: Tensor, offset: int) -> Tensor:
 def count_targets(position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False) -> tuple[Tensor, Tensor]:
     """Number of valid targets at `offset`, int64, and the sum of their weights, in the dtype of weights: two scalars.
 
-    With `scored` the weights (B, T) are stored scores: every target that has one counts 1.
+    With `scored` the weights (B, T, parts) are what weights will be made of: a target that has all of it counts 1.
+    Negative weights count by their size.
     """
     valid = valid_targets(position_ids, offset)
     weights = weights[:, offset:]
-    return valid.sum(), ((weights.isfinite().to(weights.dtype) if scored else weights) * valid).sum()
+    return valid.sum(), ((weights.isfinite().all(-1).to(weights.dtype) if scored else weights.abs()) * valid).sum()
 
 
 def target_rows(
@@ -34,13 +35,13 @@ def target_rows(
         position_ids: (B, T) int64.
         weights: (B, T) one weight per token, as a target.
         offset: how far ahead the target lies.
-        scored: `weights` are stored scores, NaN where there is none; all others are taken.
+        scored: `weights` (B, T, parts) are what weights will be made of; targets without NaN there are taken.
 
     Returns:
         Indices into the (B * T) flattened positions, ascending, with targets and weights.
     """
     length = input_ids.shape[1]
     ahead = weights[:, offset:]
-    carries = ahead.isfinite() if scored else ahead > 0
+    carries = ahead.isfinite().all(-1) if scored else ahead != 0
     batch, at = (valid_targets(position_ids, offset) & carries).nonzero(as_tuple=True)
     return HeadRows(batch * length + at, input_ids[batch, at + offset], weights[batch, at + offset])

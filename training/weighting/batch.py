@@ -1,0 +1,109 @@
+"""Weights that are known only when the batch is: ranked within it, or by what the model in training loses.
+
+Weights by batch are made on the CPU, of the rows of the whole optimizer step. Live ones are made in the forward pass of
+a device, for every head by itself: a loss several tokens ahead is larger than the stored loss of the next token, so a
+threshold shared by the heads would leave the near ones out. No second model: the step computes the live loss anyway.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from schemas.configs import WeightsConfig
+from schemas.formulas import LIVE, Node, is_live, waits_for_batch
+from training.losses import WeighLive
+from training.packing import Rows
+from training.weighting.controls import Control, apply_control
+from training.weighting.expressions import Tokens, evaluate
+from training.weighting.segments import ArraySegments, TensorSegments
+from training.weighting.stored import split
+
+
+@dataclass(frozen=True)
+class BatchWeighting:
+    """What is left to do to the weights of a batch when its rows are there.
+
+    Attributes:
+        rest: what weights are made of the loader's parts by, None where it hands on weights.
+        live: whether that takes the losses of the model in training.
+        control: what is made of the weights then.
+    """
+
+    rest: Node | None
+    live: bool
+    control: Control
+
+    @classmethod
+    def make(cls, config: WeightsConfig) -> "BatchWeighting":
+        """That of a scheme."""
+        node = config.node
+        return cls(split(node)[0] if waits_for_batch(node) else None, is_live(node), config.control)
+
+    def of_rows(self, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
+        """The rows of an optimizer step with weights (B, L), unless these are live.
+
+        Args:
+            rows: as the loader made them.
+            share: how far weights have moved from 1 to their own.
+            rng: for the controls.
+        """
+        if self.live:
+            return rows
+        weights = self._of_batch(rows, rng) if self.rest else rows.weights
+        if share < 1:
+            weights = 1 + np.float32(share) * (weights - 1)
+        return rows._replace(weights=weights)
+
+    def _of_batch(self, rows: Rows, rng: np.random.Generator) -> np.ndarray:
+        assert self.rest is not None
+        # The first token of a document is no target, and padding is documents of one token.
+        scored = (rows.position_ids > 0) & np.isfinite(rows.weights).all(-1)
+        documents = np.flatnonzero(rows.position_ids.ravel() == 0)
+        counts = np.add.reduceat(scored.ravel(), documents, dtype=np.int64)
+        columns = {str(number): rows.weights[..., number][scored] for number in range(rows.weights.shape[-1])}
+        segments = {"sequence": ArraySegments(counts), "batch": ArraySegments(counts.sum(keepdims=True))}
+        weights = np.zeros(scored.shape, dtype=np.float32)
+        weights[scored] = apply_control(self.control, evaluate(self.rest, Tokens(columns, segments)), counts, rng)
+        return weights
+
+    def live_weights(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
+        """What makes the weights of a step's forward passes of this process, None unless they are live."""
+        return LiveWeighting(self.rest, self.control, share, rng) if self.live and self.rest else None
+
+
+@dataclass(frozen=True)
+class LiveWeighting:
+    """Weights from current losses and the loader's parts.
+
+    Attributes:
+        rest: the formula, with the loader's parts as columns "0", "1", ...
+        control: what is made of the weights then.
+        share: how far weights have moved from 1 to their own.
+        rng: for the controls.
+    """
+
+    rest: Node
+    control: Control = "none"
+    share: float = 1.0
+    rng: np.random.Generator = field(default_factory=np.random.default_rng)
+
+    def of_batch(self, position_ids: Tensor) -> WeighLive:
+        """What `training.losses` calls for each head of a batch with these position ids (B, T)."""
+        documents = (position_ids.flatten() == 0).cumsum(0)
+        return lambda losses, task: self(losses, task.weights.to(losses.dtype), documents[task.rows])
+
+    def __call__(self, losses: Tensor, parts: Tensor, documents: Tensor) -> Tensor:
+        """Weights (R,) from live losses (R,), the loader's parts (R, parts) and documents (R,), which ascend."""
+        if not len(losses):
+            return losses
+        index = documents.unique_consecutive(return_inverse=True)[1]
+        segments = {"sequence": TensorSegments(index), "batch": TensorSegments(torch.zeros_like(index))}
+        columns = {LIVE: losses} | {str(number): part for number, part in enumerate(parts.unbind(-1))}
+        weights = evaluate(self.rest, Tokens(columns, segments, library=torch))
+        if self.control != "none":
+            counts = segments["sequence"].counts.cpu().numpy()
+            drawn = apply_control(self.control, weights.cpu().numpy(), counts, self.rng)
+            weights = torch.from_numpy(drawn).to(weights)
+        return 1 + self.share * (weights - 1) if self.share < 1 else weights
