@@ -107,7 +107,7 @@ def facts_table(shard_set: ShardSet) -> Table:
 
 
 def columns_table(shard_set: ShardSet) -> Table:
-    """One row for each list column: what it is, what it costs and how its values are distributed."""
+    """One row for each column that was asked for: what it is, what it costs and how its values are distributed."""
     manifest = shard_set.manifest
     table = Table(title="columns", title_justify="left")
     table.add_column("column")
@@ -117,6 +117,8 @@ def columns_table(shard_set: ShardSet) -> Table:
     about = "~" * (len(manifest.shards) > FOOTERS)
     cost = {name: f"{about}{size:.2f}" for name, size in shard_set.bytes_per_token().items()}
     table.add_row("input_ids", "the corpus", cost["input_ids"])
+    for name, kind in manifest.corpus.sequence_columns.items():
+        table.add_row(name, f"the corpus, a {kind} for each document", cost[name])
     for name, column in manifest.columns.items():
         table.add_row(name, Text(column.origin.describe()), cost[name], *describe_statistics(column))
     return table
@@ -182,14 +184,16 @@ def extremes_table(title: str, tokens: list[ScoredToken], tokenizer: Any) -> Tab
 
 def sequences_table(shard_set: ShardSet, tokenizer: Any, samples: int) -> Table:
     """The beginnings of some sequences, spread evenly over the set."""
-    table = Table("document", "start", "tokens", "text", title="sequences", title_justify="left")
+    carried = list(shard_set.manifest.corpus.sequence_columns)
+    table = Table("document", *carried, "start", "tokens", "text", title="sequences", title_justify="left")
     ends = np.cumsum([shard.rows for shard in shard_set.manifest.shards])
     for row in np.unique(np.linspace(0, shard_set.manifest.rows - 1, samples).astype(int)):
         shard = int(np.searchsorted(ends, row, side="right"))
         held = shard_set.manifest.shards[shard].rows
         line = shard_set.read(shard).slice(int(row - (ends[shard] - held)), 1).to_pylist()[0]
         text = printable(decode(tokenizer, line["input_ids"][: TOKENS_BEFORE + TOKENS_AFTER]))
-        table.add_row(Text(line["document_id"]), str(line["start"]), str(len(line["input_ids"])), Text(text))
+        values = [Text(f"{line[name]:g}" if isinstance(line[name], float) else line[name]) for name in carried]
+        table.add_row(Text(line["document_id"]), *values, str(line["start"]), str(len(line["input_ids"])), Text(text))
     return table
 
 

@@ -55,7 +55,8 @@ def read(path: Location) -> Listed | UserError:
         corpus=manifest.corpus.input,
         tokens=manifest.tokens,
         bytes=manifest.bytes,
-        columns={name: column.origin.describe() for name, column in manifest.columns.items()},
+        columns={name: f"{kind} of each document" for name, kind in manifest.corpus.sequence_columns.items()}
+        | {name: column.origin.describe() for name, column in manifest.columns.items()},
     )
 
 

@@ -20,6 +20,7 @@ from schemas.locks import exclusive
 from schemas.manifest import CorpusInfo, Manifest
 from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
 from scoring.corpus import Source, find_sources
+from scoring.documents import Fields
 from scoring.pool import map_in_order
 from scoring.prepare import Tally, write_shards
 from scoring.readers import read_batches
@@ -63,7 +64,8 @@ def prepare(config: PrepareConfig, sources: list[Source], held: Callable[[], boo
     try:
         save_tokenizer(tokenizer, config.output / TOKENIZER)
         prefix, suffix = ids_around(tokenizer, added)
-        encoder = BatchEncoder(tokenizer, prefix, suffix, config.max_length, config.text_field, config.id_field)
+        fields = Fields.of(config)
+        encoder = BatchEncoder(tokenizer, prefix, suffix, config.max_length, fields)
         workers = config.workers or len(os.sched_getaffinity(0))
         encoded = map_in_order(encoder, read_batches(sources, config), workers, "scoring.tokenization")
         entries, tally = write_shards(config.output, with_progress(encoded), config.shard_tokens)
@@ -76,6 +78,7 @@ def prepare(config: PrepareConfig, sources: list[Source], held: Callable[[], boo
                 adds_eos=added.eos,
                 documents=tally.documents,
                 rejects=tally.rejected,
+                sequence_columns=fields.columns,
             ),
             tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
             shards=entries,
@@ -110,6 +113,8 @@ def print_summary(prepared: ShardSet, tally: Tally, seconds: float) -> None:
     table.add_row("documents", f"{tally.documents:,}")
     table.add_row("sequences", f"{tally.sequences:,} of at most {manifest.corpus.max_length:,} tokens")
     table.add_row("tokens", f"{tally.tokens:,} ({tally.text_bytes / tally.tokens:.2f} bytes of text each)")
+    if manifest.corpus.sequence_columns:
+        table.add_row("of each sequence", manifest.corpus.describe_columns())
     table.add_row("shards", f"{len(manifest.shards):,} ({size / tally.tokens:.2f} bytes/token on disk)")
     table.add_row(
         "BOS, EOS",

@@ -4,6 +4,7 @@ Field names are the command line's flags and the keys of a YAML file; descriptio
 """
 
 import os.path
+import re
 from fractions import Fraction as Exact
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -67,6 +68,10 @@ class PrepareConfig(Config):
     )
     text_field: str = Field("text", description="field that holds the text")
     id_field: str | None = Field(None, description="field that names the document; default <file>#<row>")
+    number_fields: tuple[str, ...] = Field(
+        (), description="fields that hold a number, as '[reward]'; become columns of the shards, one value a sequence"
+    )
+    label_fields: tuple[str, ...] = Field((), description="the same of fields that hold a string or an integer")
     sample_by: Literal["document", "paragraph", "line"] = Field(
         "document", description="what is one document in a text file"
     )
@@ -79,6 +84,23 @@ class PrepareConfig(Config):
     append_eos: bool = Field(False, description="put EOS after each document")
     shard_tokens: Positive = Field(1 << 22, description="a shard is closed once it holds this many tokens")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 is one per core")
+
+    @field_validator("number_fields", "label_fields")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"'{name}' should be letters, digits and _; rename the field in the corpus")
+            if re.match("(document_id|start|input_ids)$|loss_|entropy_|gradient_|excess_loss|long_short", name):
+                raise ValueError(f"'{name}' is a name of columns that wmtp writes; rename the field in the corpus")
+        return names
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "PrepareConfig":
+        names = [*self.number_fields, *self.label_fields]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"--number_fields and --label_fields name '{twice[0]}' twice; name each field once")
+        return self
 
 
 class ScoreConfig(Config):

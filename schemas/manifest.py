@@ -15,8 +15,9 @@ from schemas.fingerprints import canonical_json
 from schemas.locations import Location
 from schemas.value_counts import ColumnStatistics
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 Quantity = Literal["loss", "entropy"]
+SequenceKind = Literal["number", "label"]
 
 
 class Record(BaseModel):
@@ -101,7 +102,11 @@ class TokenizerInfo(Record):
 
 
 class CorpusInfo(Record):
-    """How the corpus became token ids."""
+    """How the corpus became token ids.
+
+    `sequence_columns` are the fields of the documents that every sequence of theirs carries: a `number` is a float32
+    column, a `label` one of strings.
+    """
 
     input: str
     text_field: str
@@ -110,6 +115,11 @@ class CorpusInfo(Record):
     adds_eos: bool
     documents: int
     rejects: int
+    sequence_columns: dict[str, SequenceKind] = {}
+
+    def describe_columns(self) -> str:
+        """The sequence columns and their kinds in one line."""
+        return ", ".join(f"{name} ({kind})" for name, kind in self.sequence_columns.items()) or "none"
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -151,7 +161,7 @@ class Manifest(Record):
     scored.
     """
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     created_by: str = f"weighted-mtp {version('weighted-mtp')}"
     corpus: CorpusInfo
     tokenizer: TokenizerInfo

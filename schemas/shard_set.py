@@ -63,7 +63,7 @@ class ShardSet:
 
     def bytes_per_token(self) -> dict[str, float]:
         """Compressed bytes of each column per token, from the Parquet footers of at most `FOOTERS` shards."""
-        sizes = dict.fromkeys(shard_schema(tuple(self.manifest.columns)).names, 0)
+        sizes = dict.fromkeys(manifest_schema(self.manifest).names, 0)
         shards = self.manifest.shards
         sample = shards[:: max(1, -(-len(shards) // FOOTERS))]
         for shard in sample:
@@ -106,7 +106,7 @@ class FileCheck(NamedTuple):
 
 def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
     """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte; go on after a fault."""
-    schema = shard_schema(tuple(manifest.columns))
+    schema = manifest_schema(manifest)
     for shard in manifest.shards:
         fault = check_content(path / shard.name, shard.sha256)
         if fault is None and not read_footer(path / shard.name).schema.to_arrow_schema().equals(schema):
@@ -115,6 +115,11 @@ def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
     yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest))
     if manifest.statistics_sha256 is not None:
         yield FileCheck(STATISTICS, 0, check_content(path / STATISTICS, manifest.statistics_sha256))
+
+
+def manifest_schema(manifest: Manifest) -> pa.Schema:
+    """Arrow schema of the shards that a manifest describes."""
+    return shard_schema(tuple(manifest.columns), manifest.corpus.sequence_columns)
 
 
 def check_tokenizer(path: Location, manifest: Manifest) -> str | None:

@@ -1,13 +1,14 @@
 """One Parquet shard: its Arrow schema, its encoding, how it is written and how it is read.
 
-A row is one sequence: a contiguous span of one document. Score columns are token-aligned lists of float16: entry i
-belongs to `input_ids[i]`. BYTE_STREAM_SPLIT puts the high bytes of all values together, which is where floats repeat,
-and zstd does the rest; dictionaries and statistics would only add bytes.
+A row is one sequence: a contiguous span of one document. Sequence columns hold one value for each, which came with the
+document. Score columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT puts
+the high bytes of all values together, which is where floats repeat, and zstd does the rest; dictionaries and statistics
+would only add bytes.
 """
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ from typing_extensions import Buffer
 from schemas.errors import UserError, first_line
 from schemas.files import atomic_write
 from schemas.locations import Location
-from schemas.manifest import ShardEntry
+from schemas.manifest import SequenceKind, ShardEntry
 
 ROW_GROUP_TOKENS = 1 << 18
 SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
@@ -30,11 +31,29 @@ TOKEN_FIELDS = (
     pa.field("start", pa.int64(), nullable=False),
     pa.field("input_ids", IDS_TYPE, nullable=False),
 )
+SEQUENCE_TYPES: dict[SequenceKind, pa.DataType] = {"number": pa.float32(), "label": pa.string()}
+NO_COLUMNS: Mapping[str, SequenceKind] = {}
 
 
-def shard_schema(score_columns: tuple[str, ...] = ()) -> pa.Schema:
-    """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then the score columns in the order given."""
-    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, SCORE_TYPE, nullable=False) for name in score_columns)])
+def shard_schema(
+    score_columns: tuple[str, ...] = (), sequence_columns: Mapping[str, SequenceKind] = NO_COLUMNS
+) -> pa.Schema:
+    """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then sequence and score columns as given."""
+    of_sequences = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
+    further = of_sequences | dict.fromkeys(score_columns, SCORE_TYPE)
+    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in further.items())])
+
+
+def table_schema(table: pa.Table) -> pa.Schema:
+    """The schema of the shard that a table with the columns of one becomes."""
+    further = list(table.schema)[len(TOKEN_FIELDS) :]
+    scores = tuple(field.name for field in further if pa.types.is_list(field.type))
+    kinds: dict[str, SequenceKind] = {
+        field.name: "label" if pa.types.is_string(field.type) else "number"
+        for field in further
+        if field.name not in scores
+    }
+    return shard_schema(scores, kinds)
 
 
 def shard_name(index: int, total: int) -> str:
@@ -104,8 +123,8 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
         table: columns as in `shard_schema`, in that order.
     """
     lengths = list_lengths(table["input_ids"])
-    schema = shard_schema(tuple(table.column_names[len(TOKEN_FIELDS) :]))
-    lists = [f"{name}.list.element" for name in schema.names[2:]]
+    schema = table_schema(table)
+    lists = [field.name for field in schema if pa.types.is_list(field.type)]
     row_groups = list(split_by_tokens(lengths, ROW_GROUP_TOKENS))
     with atomic_write(path) as file:
         sink = HashingFile(file)
@@ -113,9 +132,9 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
             sink,
             schema,
             compression="zstd",
-            use_dictionary=["document_id"],
+            use_dictionary=[name for name in schema.names if name not in ("start", *lists)],
             write_statistics=False,
-            use_byte_stream_split=lists,
+            use_byte_stream_split=[f"{name}.list.element" for name in lists],
             write_page_checksum=True,
         ) as writer:
             for first, end in row_groups:

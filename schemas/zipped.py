@@ -132,11 +132,13 @@ def check_same_corpus(one: ShardSet, other: ShardSet) -> None:
 
 
 def corpus_difference(one: Manifest, other: Manifest) -> str | None:
-    """How `other` differs from `one` in tokenizer or in the size of a shard, None where both are the same."""
+    """How `other` differs from `one` in tokenizer, sequence columns or the size of a shard, None where they agree."""
     if one.tokenizer.fingerprint != other.tokenizer.fingerprint:
         return f"another tokenizer: {other.tokenizer.name}, not {one.tokenizer.name}"
     if len(one.shards) != len(other.shards):
         return f"{len(other.shards)} shards instead of {len(one.shards)}"
+    if one.corpus.sequence_columns != other.corpus.sequence_columns:
+        return f"sequence columns {other.corpus.describe_columns()} instead of {one.corpus.describe_columns()}"
     for a, b in zip(one.shards, other.shards, strict=True):
         for quantity in ("rows", "tokens", "row_groups"):
             if getattr(a, quantity) != getattr(b, quantity):

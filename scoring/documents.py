@@ -4,6 +4,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from schemas.configs import PrepareConfig
+from schemas.manifest import SequenceKind
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Malformed:
@@ -16,6 +23,33 @@ Row = Any
 """A line of JSON as bytes, a record, or `Malformed`."""
 
 
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields of a record: its text, its name if it has one, and what its sequences will carry."""
+
+    text: str
+    id: str | None = None
+    numbers: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: PrepareConfig) -> "Fields":
+        """The fields that the settings name."""
+        return cls(config.text_field, config.id_field, config.number_fields, config.label_fields)
+
+    @property
+    def wanted(self) -> list[str]:
+        """All that a record must have, each once."""
+        named = [self.id] if self.id is not None else []
+        return list(dict.fromkeys([self.text, *named, *self.columns]))
+
+    @property
+    def columns(self) -> dict[str, SequenceKind]:
+        """The sequence columns that the fields become."""
+        numbers: dict[str, SequenceKind] = dict.fromkeys(self.numbers, "number")
+        return numbers | dict.fromkeys(self.labels, "label")
+
+
 class Batch(NamedTuple):
     """Rows of one source, each with its number there."""
 
@@ -24,11 +58,12 @@ class Batch(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text that is neither blank nor invalid Unicode, and its name."""
+    """A text that is neither blank nor invalid Unicode, its name, and its values of the sequence columns."""
 
     id: str
     text: str
     row: int
+    values: tuple[float | str, ...] = ()
 
 
 class Reject(NamedTuple):
@@ -48,7 +83,7 @@ class BadRowError(Exception):
     """Why a row is rejected."""
 
 
-def parse_batch(batch: Batch, text_field: str, id_field: str | None) -> tuple[list[Document], list[Reject]]:
+def parse_batch(batch: Batch, fields: Fields) -> tuple[list[Document], list[Reject]]:
     """Judge each row by itself.
 
     Returns:
@@ -56,14 +91,18 @@ def parse_batch(batch: Batch, text_field: str, id_field: str | None) -> tuple[li
     """
     documents: list[Document] = []
     rejects: list[Reject] = []
+    wanted = fields.wanted
     for number, row in batch.rows:
         try:
             record = parse_row(row)
-            for field in (text_field, id_field):
-                if field is not None and field not in record:
+            for field in wanted:
+                if field not in record:
                     raise BadRowError(f"no field '{field}': the fields are {', '.join(record) or 'none'}")
-            name = document_id(record[id_field], id_field) if id_field else f"{batch.source}#{number}"
-            documents.append(Document(name, document_text(record[text_field], text_field), number))
+            name = label(record[fields.id], fields.id) if fields.id else f"{batch.source}#{number}"
+            text = document_text(record[fields.text], fields.text)
+            values = (finite_number(record[field], field) for field in fields.numbers)
+            labels = (label(record[field], field) for field in fields.labels)
+            documents.append(Document(name, text, number, (*values, *labels)))
         except BadRowError as error:
             rejects.append(Reject(batch.source, number, str(error)))
     return documents, rejects
@@ -87,11 +126,20 @@ def parse_row(row: Row) -> dict[str, Any]:
     return row
 
 
-def document_id(value: Any, field: str) -> str:
-    """The name of a document from the field `field`."""
+def label(value: Any, field: str) -> str:
+    """The name of a document, or of a group of them, from the field `field`."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRowError(f"field '{field}' is neither a string nor an integer: {type(value).__name__}")
     return check_unicode(str(value), field)
+
+
+def finite_number(value: Any, field: str) -> float:
+    """A number that float32 can hold, from the field `field`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRowError(f"field '{field}' is not a number: {type(value).__name__}")
+    if not abs(value) <= FLOAT32_MAX:
+        raise BadRowError(f"field '{field}' is not finite as float32: {value!s:.20}")
+    return float(value)
 
 
 def document_text(value: Any, field: str) -> str:

@@ -124,5 +124,6 @@ def why_empty(tally: Tally) -> str:
     first = tally.examples[kind]
     return (
         f"--input: all {tally.rejected:,} rows were rejected, {tally.rejects[kind]:,} of them as "
-        f"{first.source} row {first.row}: {first.reason}; check --text_field, --id_field and --format"
+        f"{first.source} row {first.row}: {first.reason}; check --text_field, --id_field, "
+        "--number_fields, --label_fields and --format"
     )

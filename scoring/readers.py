@@ -27,7 +27,7 @@ from schemas.configs import PrepareConfig
 from schemas.errors import UserError, first_line
 from schemas.locations import Location
 from scoring.corpus import CorpusFile, HubSplit, Source, data_suffix
-from scoring.documents import Batch, Malformed, Row
+from scoring.documents import Batch, Fields, Malformed, Row
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 20
@@ -70,10 +70,10 @@ def read_rows(source: Source, config: PrepareConfig) -> Iterator[tuple[int, Row]
         elif source.format == "text":
             yield from read_text(source.path, config)
         elif source.format == "csv":
-            yield from enumerate(read_csv(source.path))
+            yield from enumerate(read_csv(source.path, set(config.number_fields)))
         else:
             read = read_parquet if source.format == "parquet" else read_arrow
-            yield from enumerate(read(source.path, wanted_fields(config)))
+            yield from enumerate(read(source.path, Fields.of(config).wanted))
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pa.ArrowException, DatasetsError) as error:
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
@@ -132,8 +132,11 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(held).rstrip("\r\n")
 
 
-def read_csv(path: Location) -> Iterator[Row]:
-    """Records of a CSV or TSV file with a header. All values are strings; no value is taken to mean "missing"."""
+def read_csv(path: Location, numbers: set[str]) -> Iterator[Row]:
+    """Records of a CSV or TSV file with a header; no value is taken to mean "missing".
+
+    All values are strings, but those of the columns `numbers` that spell a number.
+    """
     csv.field_size_limit(sys.maxsize)
     with (
         open_stream(path) as binary,
@@ -150,9 +153,18 @@ def read_csv(path: Location) -> Iterator[Row]:
                 yield Malformed(f"invalid CSV: {error}")
                 continue
             if len(values) == len(header):
-                yield dict(zip(header, values, strict=True))
+                record = dict(zip(header, values, strict=True))
+                yield record | {name: number_or_text(record[name]) for name in numbers & record.keys()}
             elif values:
                 yield Malformed(f"invalid CSV: {len(values)} values for {len(header)} columns")
+
+
+def number_or_text(text: str) -> float | str:
+    """The number that `text` spells, else `text`."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def read_parquet(path: Location, fields: list[str]) -> Iterator[Row]:
@@ -183,12 +195,7 @@ def read_hub(source: HubSplit, config: PrepareConfig) -> Iterator[Row]:
     """Records of a Hugging Face dataset."""
     stream = source.builder.as_streaming_dataset(split=source.split)
     for table in stream.with_format("arrow").iter(batch_size=ARROW_ROWS):
-        yield from records(table, wanted_fields(config))
-
-
-def wanted_fields(config: PrepareConfig) -> list[str]:
-    """The fields a row must have."""
-    return [config.text_field] if config.id_field in (None, config.text_field) else [config.text_field, config.id_field]
+        yield from records(table, Fields.of(config).wanted)
 
 
 def records(batch: pa.RecordBatch | pa.Table, fields: list[str]) -> Iterator[Row]:

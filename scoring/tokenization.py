@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from schemas.shards import list_column, shard_schema
-from scoring.documents import Batch, Reject, parse_batch
+from schemas.shards import SEQUENCE_TYPES, list_column, shard_schema
+from scoring.documents import Batch, Document, Fields, Reject, parse_batch
 
 
 class EncodedBatch(NamedTuple):
@@ -38,17 +38,16 @@ class BatchEncoder:
     prefix: list[int]
     suffix: list[int]
     max_length: int
-    text_field: str
-    id_field: str | None
+    fields: Fields
 
     def __call__(self, batch: Batch) -> EncodedBatch:
         """Judge the rows, tokenise each document by itself and cut it into sequences.
 
         BOS is put before the first sequence of a document only; it counts towards `max_length` and `start`.
         """
-        documents, rejects = parse_batch(batch, self.text_field, self.id_field)
+        documents, rejects = parse_batch(batch, self.fields)
         encoded = self.token_ids([document.text for document in documents])
-        names: list[str] = []
+        owners: list[Document] = []
         starts: list[int] = []
         lengths: list[int] = []
         flat: list[int] = []
@@ -59,18 +58,21 @@ class BatchEncoder:
                 continue
             ids = self.prefix + text_ids + self.suffix
             for start in range(0, len(ids), self.max_length):
-                names.append(document.id)
+                owners.append(document)
                 starts.append(start)
                 lengths.append(min(self.max_length, len(ids) - start))
             flat += ids
             kept += 1
             text_bytes += len(document.text.encode())
         columns = [
-            pa.array(names, pa.string()),
+            pa.array([owner.id for owner in owners], pa.string()),
             pa.array(starts, pa.int64()),
             list_column(np.array(flat, dtype=np.int32), np.array(lengths, dtype=np.int64)),
         ]
-        table = pa.Table.from_arrays(columns, names=shard_schema().names).cast(shard_schema())
+        for index, kind in enumerate(self.fields.columns.values()):
+            columns.append(pa.array([owner.values[index] for owner in owners], SEQUENCE_TYPES[kind]))
+        schema = shard_schema((), self.fields.columns)
+        table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
         return EncodedBatch(table, kept, len(flat), text_bytes, sorted(rejects, key=lambda reject: reject.row))
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:

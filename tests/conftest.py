@@ -67,11 +67,13 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         name: str = "set",
         rows_per_shard: int = 2,
         parent: Location = tmp_path,
+        sequence_columns: dict[str, list[float] | list[str]] | None = None,
     ) -> ShardSet:
         path = parent / name
         copy_files(tokenizer_dir, path / TOKENIZER)
         scores = {column: [np.array(row, np.float16) for row in rows] for column, rows in (columns or {}).items()}
         counts = {column: ValueCounts() for column in scores}
+        carried = {column: pa.array(values) for column, values in (sequence_columns or {}).items()}
         starts = range(0, len(sequences), rows_per_shard)
         shards = []
         for index, start in enumerate(starts):
@@ -82,6 +84,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
                 "start": pa.array([0 for _ in rows], pa.int64()),
                 "input_ids": list_column(np.concatenate([np.array(sequences[r], np.int32) for r in rows]), lengths),
             }
+            arrays |= {column: values.take(pa.array(rows)) for column, values in carried.items()}
             for column, values in scores.items():
                 flat = np.concatenate([values[row] for row in rows])
                 counts[column].add(flat)
@@ -98,6 +101,10 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
                 adds_eos=False,
                 documents=len(sequences),
                 rejects=0,
+                sequence_columns={
+                    column: "label" if pa.types.is_string(values.type) else "number"
+                    for column, values in carried.items()
+                },
             ),
             tokenizer=TokenizerInfo(
                 name="bytes",

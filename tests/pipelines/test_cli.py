@@ -15,6 +15,7 @@ from schemas.configs import Config, ScoreConfig, TrainConfig
 from schemas.errors import UserError
 
 SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
+PREPARE = ["prepare", "--input", "a", "--output", "b", "--tokenizer", "c"]
 TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
 
 
@@ -165,6 +166,13 @@ def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Conf
         ([*SCORE, "--short_context", "5", "--short_stride", "5"], "--short_stride must be smaller than"),
         ([*SCORE, "--engine", "jax"], "--engine: should be one of 'auto', 'vllm', 'transformers', not 'jax'"),
         ([*SCORE, "--workers", "many"], "--workers: should be a valid integer"),
+        ([*PREPARE, "--number_fields", "reward"], "--number_fields: should be a list such as '[a,b]', not 'reward'"),
+        ([*PREPARE, "--number_fields", "[start]"], "--number_fields: 'start' is a name of columns that wmtp writes;"),
+        ([*PREPARE, "--label_fields", "[excess_loss_b]"], "'excess_loss_b' is a name of columns that wmtp writes;"),
+        ([*PREPARE, "--label_fields", "[gradient_x]"], "'gradient_x' is a name of columns that wmtp writes; rename"),
+        ([*PREPARE, "--label_fields", "[a-b]"], "--label_fields: 'a-b' should be letters, digits and _; rename"),
+        ([*PREPARE, "--label_fields", "[a,a]"], "--number_fields and --label_fields name 'a' twice"),
+        ([*PREPARE, "--label_fields", "[a]", "--number_fields", "[a]"], "name 'a' twice; name each field once"),
         ([*TRAIN, "--weights.fraction", "1.5"], "--weights.fraction: should be less than or equal to 1, not '1.5'"),
         ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
         ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),

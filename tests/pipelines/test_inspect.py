@@ -110,6 +110,16 @@ def test_an_unscored_set_shows_sequences(
     assert "second" not in report
 
 
+def test_sequence_columns_are_shown(
+    make_shard_set: MakeShardSet, sequences: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    carried = {"reward": [0.5, 1.25, -3.0], "group": ["left", "left", "right"]}
+    run(InspectConfig(set=make_shard_set(sequences, sequence_columns=carried).path))
+    report = capsys.readouterr().out
+    for shown in ("the corpus, a number for each document", "the corpus, a label for", "1.25", "-3", "right"):
+        assert shown in report
+
+
 def test_an_unknown_column_is_refused(make_shard_set: MakeShardSet, sequences: list[list[int]]) -> None:
     with pytest.raises(UserError, match="no column 'long_short'"):
         run(InspectConfig(set=make_shard_set(sequences).path, column="long_short"))

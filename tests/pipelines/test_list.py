@@ -22,16 +22,17 @@ def test_sets_columns_and_lineage(
 ) -> None:
     tokens = make_shard_set([[1, 2], [3, 4]], name="deep/tokens")
     scores = {"loss_reference": [[np.nan, 1.0]] * 2, "excess_loss": [[np.nan, 0.5]] * 2}
-    scored = make_shard_set([[1, 2], [3, 4]], scores, name="scored")
+    scored = make_shard_set([[1, 2], [3, 4]], scores, name="scored", sequence_columns={"reward": [0.5, 1.0]})
     write_manifest(scored.path, scored.manifest.model_copy(update={"derived_from": tokens.manifest.digest}))
     shutil.copytree(tokens.path, tmp_path / "broken")
     (tmp_path / "broken" / "manifest.json").write_text("{}")
     broken, *rest = listed(capsys, tmp_path)
-    assert "format version None is not 2" in broken
+    assert "format version None is not 3" in broken
     sizes = {found.path: sum(shard.bytes for shard in found.manifest.shards) for found in (tokens, scored)}
     assert rest == [
         f"{tokens.path}: 4 tokens, {sizes[tokens.path]:,} bytes, from corpus.jsonl",
         f"{scored.path}: 4 tokens, {sizes[scored.path]:,} bytes, from {tokens.path}",
+        "    reward          number of each document",
         "    loss_reference  m, full context, float32, transformers 5",
         "    excess_loss     loss_base - loss_reference",
     ]

@@ -67,6 +67,27 @@ def test_everything_arrives_in_order(corpus: Path, tokenizer_dir: Path, tmp_path
     assert manifest.tokens == sum(len(row["input_ids"]) for row in rows)
 
 
+def test_fields_of_the_corpus_become_columns(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "x" * (20 * row + 1), "reward": row / 8, "prompt": row // 2} for row in range(6)]
+    lines = [json.dumps(row) for row in [*rows, {"text": "none"}]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    settings = {"number_fields": ("reward",), "label_fields": ("prompt",), "shard_tokens": 100}
+    prepared = run(config(tmp_path / "a.jsonl", tokenizer_dir, tmp_path / "out", **settings))
+    assert len(prepared.manifest.shards) > 2
+    assert prepared.manifest.corpus.sequence_columns == {"reward": "number", "prompt": "label"}
+    assert prepared.manifest.corpus.rejects == 1
+    assert [check.fault for check in verify(prepared.path, prepared.manifest) if check.fault] == []
+    table = pa.concat_tables([prepared.read(shard) for shard in range(len(prepared.manifest.shards))])
+    for row in table.to_pylist():
+        number = int(row["document_id"].partition("#")[2])
+        assert (row["reward"], row["prompt"]) == (number / 8, str(number // 2))
+    assert "reward (number), prompt (label)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"other inputs or settings \(number_fields"):
+        run(config(tmp_path / "a.jsonl", tokenizer_dir, tmp_path / "out", **settings | {"number_fields": ()}))
+
+
 def test_shards_close_at_the_first_sequence_that_fills_them(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     manifest = run(config(corpus, tokenizer_dir, tmp_path / "out")).manifest
     assert len(manifest.shards) > 3

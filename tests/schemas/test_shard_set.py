@@ -68,6 +68,18 @@ def test_verify_lists_every_fault(scored: ShardSet) -> None:
     ]
 
 
+def test_sequence_columns_are_part_of_the_schema(make_shard_set: MakeShardSet) -> None:
+    columns = {"reward": [0.5, -1.0, 3.0], "group": ["a", "b", "a"]}
+    shards = make_shard_set(SEQUENCES, sequence_columns=columns)
+    assert shards.manifest.corpus.sequence_columns == {"reward": "number", "group": "label"}
+    assert faults(shards) == []
+    assert shards.bytes_per_token().keys() == {"document_id", "start", "input_ids", "reward", "group"}
+    corpus = shards.manifest.corpus.model_copy(update={"sequence_columns": {"reward": "label", "group": "label"}})
+    other = shards.manifest.model_copy(update={"corpus": corpus})
+    found = [check.fault for check in verify(shards.path, other)]
+    assert found[0] == f"{shards.path / shards.manifest.shards[0].name}: columns differ from the manifest"
+
+
 def test_altered_statistics_are_refused(scored: ShardSet) -> None:
     (scored.path / STATISTICS).unlink()
     with pytest.raises(UserError, match="missing or altered"):
@@ -85,7 +97,7 @@ def edit_manifest(path: Path, edit: Callable[[dict], None]) -> None:
     [
         (lambda m: m["shards"][0].update(tokens=6), "was changed after it was written"),
         (lambda m: m.pop("digest"), "was changed after it was written"),
-        (lambda m: m.update(format_version=3), "format version 3 is not 2; install the wmtp that wrote it"),
+        (lambda m: m.update(format_version=2), "format version 2 is not 3; install the wmtp that wrote it"),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.update(surprise=1), "not a valid manifest"),
         (lambda m: m.pop("shards"), "not a valid manifest"),

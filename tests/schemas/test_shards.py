@@ -44,6 +44,17 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     assert (entry.bytes, entry.sha256) == (path.stat().st_size, sha256_file(path))
 
 
+def test_sequence_columns_stand_between_ids_and_scores(tmp_path: Path) -> None:
+    table = token_table([2, 1], loss_reference=np.zeros(3, np.float16))
+    table = table.add_column(3, "group", pa.array(["b", "a"])).add_column(3, "reward", pa.array([0.1, -2.0]))
+    write_shard(tmp_path / "shard.parquet", table)
+    read = read_shard(tmp_path / "shard.parquet")
+    assert read.schema.equals(shard_schema(("loss_reference",), {"reward": "number", "group": "label"}))
+    assert read.column_names == ["document_id", "start", "input_ids", "reward", "group", "loss_reference"]
+    assert read["reward"].to_numpy().tobytes() == np.array([0.1, -2], np.float32).tobytes()
+    assert read["group"].to_pylist() == ["b", "a"]
+
+
 def test_lists_are_byte_stream_split_zstd_without_dictionary_or_statistics(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     write_shard(path, token_table([5, 4], excess_loss=np.arange(9, dtype=np.float16)))

@@ -99,6 +99,12 @@ def test_another_tokenizer_is_refused(a: ShardSet, b: ShardSet) -> None:
         ZippedSets((a, with_manifest(b, tokenizer=tokenizer)))
 
 
+def test_other_sequence_columns_are_refused(a: ShardSet, make_shard_set: MakeShardSet) -> None:
+    other = make_shard_set(SEQUENCES, name="other", sequence_columns={"reward": [0.0, 1.0, 0.5]})
+    with pytest.raises(UserError, match=r"\(sequence columns reward \(number\) instead of none\)"):
+        ZippedSets((a, other))
+
+
 def test_a_third_set_is_checked_too(a: ShardSet, b: ShardSet, make_shard_set: MakeShardSet) -> None:
     third = make_shard_set(SEQUENCES, {"loss_b": FIRST}, "third")
     with pytest.raises(UserError, match=f"{b.path} and {third.path}: both have a column 'loss_b', of different origin"):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from schemas.configs import PrepareConfig
 from schemas.errors import UserError
 from scoring.corpus import find_sources
-from scoring.documents import Document, Reject, parse_batch
+from scoring.documents import Document, Fields, Reject, parse_batch
 from scoring.readers import BATCH_BYTES, BATCH_ROWS, read_batches
 
 GOOD = b'{"text": "good"}\n'
@@ -26,7 +26,7 @@ def read(path: Path, **settings: object) -> tuple[list[tuple[int, str]], list[tu
     documents: list[Document] = []
     rejects: list[Reject] = []
     for batch in read_batches(find_sources(config), config):
-        good, bad = parse_batch(batch, config.text_field, config.id_field)
+        good, bad = parse_batch(batch, Fields.of(config))
         documents += good
         rejects += bad
     return [(d.row, d.text) for d in documents], [(r.row, r.kind) for r in rejects]
@@ -68,6 +68,67 @@ def test_ids_are_strings_or_integers(value: str, ok: bool, tmp_path: Path) -> No
     path = write(tmp_path / "a.jsonl", b'{"text": "x", "id": %s}\n' % value.encode())
     documents, rejects = read(path, id_field="id")
     assert (len(documents), len(rejects)) == (ok, not ok)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("-1.5", -1.5),
+        ("7", 7.0),
+        ("1e38", 1e38),
+        ("true", "field 'reward' is not a number"),
+        ("null", "field 'reward' is not a number"),
+        ('"1"', "field 'reward' is not a number"),
+        ("NaN", "field 'reward' is not finite as float32"),
+        ("-Infinity", "field 'reward' is not finite as float32"),
+        ("1e39", "field 'reward' is not finite as float32"),
+        ("1" + "0" * 400, "field 'reward' is not finite as float32"),
+    ],
+)
+def test_numbers_are_finite_as_float32(value: str, kept: float | str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "x", "reward": %s}\n' % value.encode())
+    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), number_fields=("reward",))
+    [batch] = read_batches(find_sources(config), config)
+    documents, rejects = parse_batch(batch, Fields.of(config))
+    assert [document.values for document in documents] == ([(kept,)] if isinstance(kept, float) else [])
+    assert [reject.kind for reject in rejects] == ([kept] if isinstance(kept, str) else [])
+
+
+def test_labels_are_strings_or_integers_and_a_missing_field_is_a_reject(tmp_path: Path) -> None:
+    rows = [{"group": "a"}, {"group": 7}, {"group": 7.5}, {}, {"group": "\ud800"}]
+    path = write(tmp_path / "a.jsonl", b"\n".join(json.dumps({"text": "x"} | row).encode() for row in rows))
+    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), label_fields=("group",))
+    [batch] = read_batches(find_sources(config), config)
+    documents, rejects = parse_batch(batch, Fields.of(config))
+    assert [document.values for document in documents] == [("a",), ("7",)]
+    assert [(reject.row, reject.kind) for reject in rejects] == [
+        (2, "field 'group' is neither a string nor an integer"),
+        (3, "no field 'group'"),
+        (4, "field 'group' is not valid Unicode"),
+    ]
+
+
+def test_numbers_of_csv_files_are_read_from_their_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"text,reward,group\na,0.5,1\nb,,1\nc,nan,1\nd,-2,x\n")
+    settings = {"number_fields": ("reward",), "label_fields": ("group",)}
+    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), **settings)
+    [batch] = read_batches(find_sources(config), config)
+    documents, rejects = parse_batch(batch, Fields.of(config))
+    assert [document.values for document in documents] == [(0.5, "1"), (-2.0, "x")]
+    assert [reject.row for reject in rejects] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int64()])
+def test_numbers_of_columnar_files(kind: pa.DataType, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "other": [0, 0], "reward": pa.array([2, None], pa.int64()).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    config = PrepareConfig(input=path, tokenizer="t", output=Path("/nowhere/out"), number_fields=("reward",))
+    [batch] = read_batches(find_sources(config), config)
+    assert batch.rows[0][1] == {"text": "a", "reward": 2}
+    documents, rejects = parse_batch(batch, Fields.of(config))
+    assert [document.values for document in documents] == [(2.0,)]
+    assert [reject.kind for reject in rejects] == ["field 'reward' is not a number"]
 
 
 def test_line_ends_and_blank_lines_keep_row_numbers(tmp_path: Path) -> None:

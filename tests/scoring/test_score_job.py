@@ -42,7 +42,8 @@ def sequences() -> list[list[int]]:
 
 @pytest.fixture
 def tokens(make_shard_set: Callable[..., ShardSet], sequences: list[list[int]]) -> ShardSet:
-    return make_shard_set(sequences, rows_per_shard=3, name="tokens")
+    carried = {"reward": [row / 4 for row in range(len(sequences))], "group": list("aabbccdd")}
+    return make_shard_set(sequences, rows_per_shard=3, name="tokens", sequence_columns=carried)
 
 
 @pytest.fixture
@@ -242,8 +243,11 @@ def test_scores_are_added_to_a_scored_corpus(config, running_ray, reference_mode
     assert added.manifest.columns["loss_reference"] == first.manifest.columns["loss_reference"]
     assert added.manifest.derived_from == first.manifest.digest
     assert [check for check in verify(added.path, added.manifest) if check.fault] == []
+    assert added.manifest.corpus.sequence_columns == {"reward": "number", "group": "label"}
     for index in range(len(first.manifest.shards)):
         table, expected = added.read(index), at_once.read(index)
+        assert table["reward"].to_pylist() == [row / 4 for row in range(8)][3 * index : 3 * index + 3]
+        assert table["group"].to_pylist() == list("aabbccdd")[3 * index : 3 * index + 3]
         for name in ("input_ids", "loss_reference", "loss_base", "loss_short"):
             np.testing.assert_array_equal(flat_values(table[name]), flat_values(expected[name]))
         for name in ("excess_loss", "long_short"):

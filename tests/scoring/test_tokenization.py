@@ -8,7 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from schemas.errors import UserError
-from scoring.documents import Batch
+from schemas.shards import shard_schema
+from scoring.documents import Batch, Fields
 from scoring.tokenization import BatchEncoder, EncodedBatch
 from scoring.tokenizer import choose_added_tokens, ids_around, load_tokenizer
 
@@ -29,7 +30,7 @@ def with_template(tokenizer_dir: Path, template: str) -> PreTrainedTokenizerBase
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, bos: bool, eos: bool) -> EncodedBatch:
-    encoder = BatchEncoder(tokenizer, [BOS] * bos, [EOS] * eos, max_length, "text", None)
+    encoder = BatchEncoder(tokenizer, [BOS] * bos, [EOS] * eos, max_length, Fields("text"))
     return encoder(Batch("source", [(row, {"text": text}) for row, text in enumerate(texts)]))
 
 
@@ -63,6 +64,23 @@ def test_no_token_is_lost_or_moved(
     assert encoded.tokens == sum(map(len, found.values()))
     assert encoded.text_bytes == sum(len(text.encode()) for text in kept.values())
     assert [reject.row for reject in encoded.rejects] == [row for row, text in enumerate(texts) if not text.strip()]
+
+
+def test_every_sequence_carries_the_values_of_its_document(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = BatchEncoder(tokenizer, [], [], 2, Fields("text", None, ("reward", "length"), ("prompt",)))
+    records = [
+        {"text": "abc", "reward": 0.5, "length": 3, "prompt": 7},
+        {"text": " ", "reward": 0.25, "length": 1, "prompt": "blank"},
+        {"text": "d", "reward": -1, "length": 1, "prompt": "x"},
+    ]
+    table = encoder(Batch("source", list(enumerate(records)))).table
+    assert table.schema.equals(shard_schema((), {"reward": "number", "length": "number", "prompt": "label"}))
+    assert table.select(["start", "reward", "length", "prompt"]).to_pydict() == {
+        "start": [0, 2, 0],
+        "reward": [0.5, 0.5, -1],
+        "length": [3, 3, 1],
+        "prompt": ["7", "7", "x"],
+    }
 
 
 def test_bos_counts_towards_length_and_start(tokenizer: PreTrainedTokenizerBase) -> None:
