@@ -44,7 +44,7 @@ from schemas.zipped import ZippedSets
 from training.loader import RowLoader
 from training.packing import Rows, split_long
 from training.trainer import train
-from training.weights import make_weighting
+from training.weighting import make_weighting
 
 VOCABULARY = 4096
 LENGTH = 2048

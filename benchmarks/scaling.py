@@ -50,7 +50,7 @@ from scoring.models import ScoringModel
 from scoring.scorer import ScoringTask
 from scoring.units import find_done, gather
 from training.loader import RowLoader
-from training.weights import make_weighting
+from training.weighting import make_weighting
 
 VOCABULARY = 150_000
 LENGTH = 2048

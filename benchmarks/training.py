@@ -65,7 +65,7 @@ from training.model import HEAD_SUMS, MTPModel, build_model
 from training.packing import Rows
 from training.targets import target_rows
 from training.trainer import make_accelerator, make_optimizer
-from training.weights import make_weighting
+from training.weighting import make_weighting
 
 CONSOLE = Console(width=130)
 GPU = torch.cuda.is_available()

@@ -68,6 +68,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         rows_per_shard: int = 2,
         parent: Location = tmp_path,
         sequence_columns: dict[str, list[float] | list[str]] | None = None,
+        document_starts: list[int] | None = None,
     ) -> ShardSet:
         path = parent / name
         copy_files(tokenizer_dir, path / TOKENIZER)
@@ -81,7 +82,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
             lengths = np.array([len(sequences[row]) for row in rows])
             arrays = {
                 "document_id": pa.array([f"doc-{row}" for row in rows]),
-                "start": pa.array([0 for _ in rows], pa.int64()),
+                "start": pa.array([document_starts[row] if document_starts else 0 for row in rows], pa.int64()),
                 "input_ids": list_column(np.concatenate([np.array(sequences[r], np.int32) for r in rows]), lengths),
             }
             arrays |= {column: values.take(pa.array(rows)) for column, values in carried.items()}

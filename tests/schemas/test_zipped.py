@@ -39,8 +39,10 @@ def with_origin(shards: ShardSet, name: str, **changes: object) -> ShardSet:
 def test_a_column_is_read_where_it_lies(a: ShardSet, b: ShardSet) -> None:
     zipped = ZippedSets.open([a.path, b.path])
     for column, expected in (("loss_a", [FIRST[2]]), ("loss_b", [SECOND[2]])):
-        assert zipped.read(1, column, 0).to_pydict() == {"input_ids": [SEQUENCES[2]], column: expected}
-    assert zipped.read(0, None, 0).to_pydict() == {"input_ids": SEQUENCES[:2]}
+        assert zipped.read(1, [column], 0).to_pydict() == {"input_ids": [SEQUENCES[2]], column: expected}
+    assert zipped.read(0, [], 0).to_pydict() == {"input_ids": SEQUENCES[:2]}
+    both = zipped.read(1, ["loss_b", "loss_a"], 0).to_pydict()
+    assert both == {"input_ids": [SEQUENCES[2]], "loss_b": [SECOND[2]], "loss_a": [FIRST[2]]}
     assert (zipped.holder("loss_a").path, zipped.holder("loss_b").path) == (a.path, b.path)
 
 
@@ -48,9 +50,9 @@ def test_only_sets_that_are_needed_are_read(a: ShardSet, b: ShardSet) -> None:
     zipped = ZippedSets.open([a.path, b.path])
     file = b.path / b.manifest.shards[0].name
     file.write_bytes(b"")
-    assert zipped.read(0, "loss_a", 0).num_rows == zipped.read(0, None, 0).num_rows == 2
+    assert zipped.read(0, ["loss_a"], 0).num_rows == zipped.read(0, [], 0).num_rows == 2
     with pytest.raises(UserError, match=f"{file}: shard is damaged"):
-        zipped.read(0, "loss_b", 0)
+        zipped.read(0, ["loss_b"], 0)
 
 
 @pytest.mark.parametrize("sequences", [[[1, 2, 3], [4, 5], [6, 0, 8, 9]], [[1, 2], [3, 4, 5], [6, 7, 8, 9]]])
@@ -61,10 +63,10 @@ def test_other_ids_or_lengths_are_refused_by_file(
     other = make_shard_set(sequences, {"loss_b": scores}, "other")
     zipped = ZippedSets.open([a.path, other.path])
     shard = next(i for i in (0, 1) if sequences[2 * i : 2 * i + 2] != SEQUENCES[2 * i : 2 * i + 2])
-    assert zipped.read(1 - shard, "loss_b", 0).num_rows
+    assert zipped.read(1 - shard, ["loss_b"], 0).num_rows
     name = a.manifest.shards[shard].name
     with pytest.raises(UserError, match=rf"{other.path / name}: other input_ids than in {a.path / name} \(row group 0"):
-        zipped.read(shard, "loss_b", 0)
+        zipped.read(shard, ["loss_b"], 0)
 
 
 @pytest.mark.parametrize(

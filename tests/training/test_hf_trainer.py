@@ -16,7 +16,7 @@ from schemas.shard_set import ShardSet
 from schemas.zipped import ZippedSets
 from training.loader import RowLoader
 from training.trainer import train
-from training.weights import make_weighting
+from training.weighting import make_weighting
 
 STEPS = 12
 ROWS = 4  # of an optimizer step, in two micro-batches

@@ -16,7 +16,7 @@ from schemas.zipped import ZippedSets
 from training import loader as loader_module
 from training.loader import LoaderState, RowLoader
 from training.packing import Rows
-from training.weights import Weighting, make_weighting
+from training.weighting import make_weighting
 
 LENGTHS = np.random.default_rng(0).integers(1, 90, 150).tolist()
 
@@ -151,7 +151,7 @@ def test_documents_without_signal_are_counted(make_shard_set: Callable[..., Shar
     """A single token is no target. The third sequence has a weight only at its first token, where nothing predicts."""
     scores = [[np.nan, 0, 1], [np.nan], [1, np.nan, 0], [np.nan, np.nan]]
     shards = ZippedSets((make_shard_set([[1] * len(row) for row in scores], {"loss_a": scores}),))
-    weighting = Weighting("loss_a", lambda values, lengths: values)
+    weighting = make_weighting(WeightsConfig(formula="loss_a"), shards)
     batch = next(RowLoader(shards, weighting, 16).batches(1))
     assert batch.silent.tolist() == [2]
 

@@ -44,7 +44,7 @@ def test_every_token_once_in_order_and_documents_apart(lengths: list[int], row_l
 @given(SEQUENCES, st.integers(2, 25), st.integers(0, 9))
 def test_silent_documents_and_sources_against_a_loop(lengths: list[int], row_length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    values = [0.0, 0.0, 0.0, 1.0, np.nan, -1.0]
+    values = [0.0, 0.0, 0.0, 1.0, -1.0]
     shards = rng.integers(0, 4, len(lengths)).tolist()
     rows = packed([rng.choice(values, n).tolist() for n in lengths], shards, row_length, seed)
     shard_of_id = np.append(-1, np.repeat(shards, lengths))
@@ -55,7 +55,7 @@ def test_silent_documents_and_sources_against_a_loop(lengths: list[int], row_len
         targets = [
             weights[a + 1 : b][positions[a + 1 : b] > 0] for a, b in zip(starts, [*starts[1:], None], strict=True)
         ]
-        assert silent == sum(bool(len(of_one)) and not (of_one > 0).any() for of_one in targets)
+        assert silent == sum(bool(len(of_one)) and not of_one.any() for of_one in targets)
         assert sources.tolist() == sorted(set(shard_of_id[ids[ids > 0]].tolist()))
 
 

@@ -7,7 +7,7 @@ a pass over the columns of sequences.
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -94,7 +94,8 @@ class Corpus:
         if node.by in ("sequence", "batch"):
             [x] = arguments
             if node.function in ("top", "rank") and isinstance(x, Lookup):  # ranked as float16, so looked up as such
-                return replace(call, arguments=(Lookup(x.of, half_bits(x.table).view(np.float16)),))
+                halves = Lookup(x.of, half_bits(x.table).view(np.float16))
+                return Call(node.function, (halves,), node.numbers, node.by)  # type: ignore[arg-type]
             return call
         return self._by_label(call, node.by)
 

@@ -10,7 +10,6 @@ from schemas.shards import flat_values, list_lengths
 from training.weighting.expressions import Tokens
 from training.weighting.segments import ArraySegments
 
-
 EXPONENT = np.uint16(0x7C00)
 """The exponent's bits of a float16: all set in infinities and NaN."""
 
