@@ -17,6 +17,8 @@ from schemas.value_counts import ColumnStatistics
 
 FORMAT_VERSION: Final = 2
 Quantity = Literal["loss", "entropy"]
+PROMPT_SHOWN = 40
+"""Characters of a prompt in the line that describes a condition."""
 
 
 class Record(BaseModel):
@@ -37,8 +39,8 @@ class Condition(Record):
 
     `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
     model from the hub. `device` is what it ran on, `engine_method` how vLLM returned the numbers, `engine_args` what it
-    was told beyond the defaults. `window` is None for the full context. `quantity` says which number of a token the
-    column holds.
+    was told beyond the defaults. `window` is None for the full context, `prompt` a text before every sequence, None
+    where there is none. `quantity` says which number of a token the column holds.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Condition(Record):
     engine_args: dict[str, Any] = {}
     tensor_parallel_size: int = 1
     window: Window | None = None
+    prompt: str | None = None
     quantity: Quantity = "loss"
 
     def describe(self) -> str:
@@ -60,12 +63,19 @@ class Condition(Record):
         window = f"windows of {self.window.size} every {self.window.stride}" if self.window else "full context"
         engine = " ".join(filter(None, [self.engine, self.engine_version, self.engine_method]))
         arguments = [f"{name} {value}" for name, value in self.engine_args.items()]
-        entropy = ["entropy"] if self.quantity == "entropy" else []
-        return ", ".join([*entropy, model, window, self.dtype, engine, *arguments])
+        quantity = [self.quantity] if self.quantity != "loss" else []
+        prompt = [f"after {quote(self.prompt)}"] if self.prompt else []
+        return ", ".join([*quantity, model, *prompt, window, self.dtype, engine, *arguments])
+
+
+def quote(text: str) -> str:
+    """The beginning of a text in quotation marks, on one line."""
+    shown = text if len(text) <= PROMPT_SHOWN else text[:PROMPT_SHOWN] + "..."
+    return json.dumps(shown, ensure_ascii=False)
 
 
 class Contrast(Record):
-    """The difference `minuend - subtrahend` of two loss columns of the same tokens."""
+    """The difference `minuend - subtrahend` of two columns of the same tokens."""
 
     minuend: str
     subtrahend: str

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from schemas.manifest import Quantity
 from scoring.engines import EngineConfig, Request
 
 LOSS_ROWS = 1024
@@ -39,31 +40,32 @@ class TransformersEngine:
         results = [request.missing() for request in requests]
         for rows in batches([len(request.input_ids) for request in requests], self.batch_tokens):
             batch = self._score_batch([requests[row] for row in rows])
-            for row, scores in zip(rows, batch, strict=True):
-                quantities, length = results[row].shape
-                end = len(requests[row].input_ids)
-                results[row][:] = scores[:quantities, end - length : end]
+            for place, row in enumerate(rows):
+                request, end = requests[row], len(requests[row].input_ids)
+                for line, quantity in enumerate(request.quantities):
+                    results[row][line] = batch[quantity][place, request.first_scored : end]
                 self.computed_tokens += end
         return results
 
-    def _score_batch(self, requests: list[Request]) -> np.ndarray:
-        """Scores of a padded batch, float32 [requests, 1 or 2, longest]; entries beyond an end mean nothing."""
-        entropy = any(request.entropy for request in requests)
+    def _score_batch(self, requests: list[Request]) -> dict[Quantity, np.ndarray]:
+        """Scores of a padded batch, each float32 [requests, longest]; entries beyond an end mean nothing."""
+        quantities: set[Quantity] = {"loss", *(quantity for request in requests for quantity in request.quantities)}
         shape = len(requests), max(len(request.input_ids) for request in requests)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         for row, request in enumerate(requests):
             input_ids[row, : len(request.input_ids)] = torch.from_numpy(request.input_ids.astype(np.int64))
-        scores = torch.full((shape[0], 1 + entropy, shape[1]), torch.nan)
+        scores = {quantity: torch.full(shape, torch.nan) for quantity in quantities}
         if shape[1] > 1:
             input_ids = input_ids.to(self.device)
             logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = input_ids[:, 1:].flatten()
             chunks = list(zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True))
             losses = [F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in chunks]
-            scores[:, 0, 1:] = torch.cat(losses).view(shape[0], -1).cpu()
-            if entropy:
-                scores[:, 1, 1:] = torch.cat([entropies(rows.float()) for rows, _ in chunks]).view(shape[0], -1).cpu()
-        return scores.numpy()
+            scores["loss"][:, 1:] = torch.cat(losses).view(shape[0], -1).cpu()
+            if "entropy" in quantities:
+                of_chunks = [entropies(rows.float()) for rows, _ in chunks]
+                scores["entropy"][:, 1:] = torch.cat(of_chunks).view(shape[0], -1).cpu()
+        return {quantity: of_quantity.numpy() for quantity, of_quantity in scores.items()}
 
 
 def entropies(logits: torch.Tensor) -> torch.Tensor:
