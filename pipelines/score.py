@@ -17,12 +17,12 @@ import torch
 from tqdm import tqdm
 
 from pipelines.score_summary import Scored, print_dry_run, print_summary
-from schemas.configs import ScoreConfig
+from schemas.configs import ConditionConfig, ScoreConfig
 from schemas.errors import UserError, first_line
 from schemas.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
 from schemas.locations import Location, remove_tree, resolve
 from schemas.locks import exclusive
-from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
+from schemas.manifest import Column, Condition, Contrast, Manifest, Quantity, ShardEntry
 from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
 from scoring.cluster import Pool, ray_session
 from scoring.conditions import ScoringPlan, measure_condition, parse_contrast, plan_columns, reuse_columns
@@ -103,13 +103,19 @@ def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
     reference = find(config.reference, "--reference") if config.reference else None
     base = find(config.base, "--base") if config.base else None
     window = make_window(config.short_context, config.short_stride) if config.short_context else None
-    plan = plan_columns(reference, base, window, ["entropy"] if config.entropy else [])
+    plan = plan_columns(reference, base, window, further_quantities(config))
     for name, of in config.conditions.items():
         prompt = make_prompt(of.prompt, f"--conditions.{name}.prompt", source)
         model = find(of.model, f"--conditions.{name}", prompt)
-        plan.measurements.update(measure_condition(name, model, prompt, ["entropy"] if of.entropy else []))
+        plan.measurements.update(measure_condition(name, model, prompt, further_quantities(of)))
     plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
     return plan
+
+
+def further_quantities(config: ScoreConfig | ConditionConfig) -> list[Quantity]:
+    """What is measured besides the loss of the reference, or of a condition."""
+    wanted: dict[Quantity, bool] = {"entropy": config.entropy, "gradient": config.gradient}
+    return [quantity for quantity, flag in wanted.items() if flag]
 
 
 def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> EngineMethod | None:
@@ -125,6 +131,10 @@ def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> E
                 "leave them out with --engine transformers"
             )
         return None
+    if "gradient" in plan.quantities:
+        raise UserError(
+            "--gradient: vLLM computes no gradients; add --engine transformers, in a run of its own if need be"
+        )
     check_engine_args(config.engine_args)
     recurrent = [model.name for model in plan.models if model.recurrent]
     method = choose_method(config.engine_method, recurrent)

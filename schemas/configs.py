@@ -92,6 +92,7 @@ class ConditionConfig(Config):
     model: NameSetting = Field(description="directory or Hugging Face id, id@revision to pin it")
     prompt: str = Field("", description="text before every sequence, after BOS where the sequence starts with it")
     entropy: bool = Field(False, description="write entropy_NAME too")
+    gradient: bool = Field(False, description="write gradient_NAME too")
 
 
 BUILT_IN = ("reference", "base", "short")
@@ -112,6 +113,11 @@ class ScoreConfig(Config):
         None, description="base model; writes loss_base and excess_loss = base - reference"
     )
     entropy: bool = Field(False, description="write entropy_reference too, the entropy of the reference's predictions")
+    gradient: bool = Field(
+        False,
+        description="write gradient_reference too: how much the reference's losses depend on each token as an input; "
+        "needs --engine transformers",
+    )
     short_context: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens of context; writes loss_short and long_short = short - reference"
     )
@@ -186,11 +192,11 @@ class ScoreConfig(Config):
     def _check(self) -> "ScoreConfig":
         if self.reference is None and not self.conditions:
             raise ValueError("--reference missing; give a model to score with, there or in --conditions")
-        for name in ("base", "entropy", "short_context"):
+        for name in ("base", "entropy", "gradient", "short_context"):
             if self.reference is None and getattr(self, name):
                 raise ValueError(f"--{name} needs --reference")
         taken = {"document_id", "start", "input_ids", "excess_loss", "long_short"}
-        taken |= {f"{of}_{name}" for of in ("loss", "entropy") for name in (*BUILT_IN, *self.conditions)}
+        taken |= {f"{of}_{name}" for of in ("loss", "entropy", "gradient") for name in (*BUILT_IN, *self.conditions)}
         if clash := sorted(taken & self.contrasts.keys()):
             raise ValueError(f"--contrasts: {clash[0]} is the name of another column; choose another one")
         if self.workers and self.min_workers and self.min_workers > self.workers:

@@ -16,7 +16,7 @@ from schemas.locations import Location
 from schemas.value_counts import ColumnStatistics
 
 FORMAT_VERSION: Final = 2
-Quantity = Literal["loss", "entropy"]
+Quantity = Literal["loss", "entropy", "gradient"]
 PROMPT_SHOWN = 40
 """Characters of a prompt in the line that describes a condition."""
 
@@ -35,7 +35,7 @@ class Window(Record):
 
 
 class Condition(Record):
-    """A model and the context it may see; every token has one loss, and one entropy, under a condition.
+    """A model and the context it may see; every token has one loss, and further quantities, under a condition.
 
     `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
     model from the hub. `device` is what it ran on, `engine_method` how vLLM returned the numbers, `engine_args` what it

@@ -85,7 +85,9 @@ class Engine(Protocol):
         Returns:
             For each request a float32 array [quantities, len(input_ids) - first_scored] with the lines that it asks
             for: `loss`, the negative log-likelihood of the token, in nats; `entropy`, that of the distribution which
-            predicts the token, in nats. The entries of position 0, which has nothing before it, are NaN.
+            predicts the token, in nats; `gradient`, the L2 norm of the gradient of the sum of the scored tokens'
+            losses with respect to the embedding of the token as an input, at most what float16 holds, from engines
+            that compute gradients. The entries of position 0, which has nothing before it, are NaN.
         """
         ...
 
