@@ -197,7 +197,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     name, _, variant = arguments.one.partition("-")
     first = int(arguments.length * arguments.first_scored) if variant == "context" else 0
     tokens = np.load(arguments.work / "tokens.npy")
-    requests = [Request(ids, first, entropy=variant == "entropy") for ids in tokens]
+    requests = [Request(ids, first, ("loss", "entropy") if variant == "entropy" else ("loss",)) for ids in tokens]
     torch.set_num_threads(arguments.threads)
     engine = load(name, arguments)
     engine.score([Request(tokens[0, :2])])  # weights may be read from disk at first use, which is a part of loading

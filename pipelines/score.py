@@ -17,15 +17,15 @@ import torch
 from tqdm import tqdm
 
 from pipelines.score_summary import Scored, print_dry_run, print_summary
-from schemas.configs import ScoreConfig
+from schemas.configs import ConditionConfig, ScoreConfig
 from schemas.errors import UserError, first_line
 from schemas.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
 from schemas.locations import Location, remove_tree, resolve
 from schemas.locks import exclusive
-from schemas.manifest import Column, Condition, Contrast, Manifest, ShardEntry
+from schemas.manifest import Column, Condition, Contrast, Manifest, Quantity, ShardEntry
 from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
 from scoring.cluster import Pool, ray_session
-from scoring.conditions import ScoringPlan, plan_columns, reuse_columns
+from scoring.conditions import ScoringPlan, measure_condition, parse_contrast, plan_columns, reuse_columns
 from scoring.engines import (
     SPEED_ARGS,
     EngineConfig,
@@ -38,7 +38,8 @@ from scoring.engines import (
     runs_on_gpu,
 )
 from scoring.job import ScoringJob
-from scoring.models import check_length, check_model
+from scoring.models import ScoringModel, check_length, check_model
+from scoring.prompts import Prompt, make_prompt
 from scoring.scorer import ScoringTask
 from scoring.units import Reject, clear_attempts, find_done, gather
 from scoring.windows import make_window
@@ -63,7 +64,6 @@ def run(config: ScoreConfig) -> ShardSet | None:
             stack.enter_context(ray_session(config.ray_address))
         pool, engine_config = plan_workers(config, source, engine, method)
         plan = reuse_columns(plan, describe_conditions(plan, engine_config), source.manifest.columns, config.suffix)
-        check_length(plan.models, source.manifest.longest)
         origins: dict[str, Condition | Contrast] = {**describe_conditions(plan, engine_config), **plan.contrasts}
         request = describe_request(source, origins)
         if finished := find_finished(config.output, request):
@@ -93,11 +93,29 @@ def run(config: ScoreConfig) -> ShardSet | None:
 
 def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
     """Find and check the models, and plan the columns they give."""
-    tokenizer = source.manifest.tokenizer
-    reference = check_model(config.reference, "--reference", tokenizer)
-    base = check_model(config.base, "--base", tokenizer) if config.base else None
+    found: dict[str, ScoringModel] = {}
+
+    def find(name: str, flag: str, prompt: Prompt | None = None) -> ScoringModel:
+        model = found[name] = found.get(name) or check_model(name, flag, source.manifest.tokenizer)
+        check_length(model, flag, source.manifest.longest, len(prompt.input_ids) if prompt else 0)
+        return model
+
+    reference = find(config.reference, "--reference") if config.reference else None
+    base = find(config.base, "--base") if config.base else None
     window = make_window(config.short_context, config.short_stride) if config.short_context else None
-    return plan_columns(reference, base, window, config.entropy)
+    plan = plan_columns(reference, base, window, further_quantities(config))
+    for name, of in config.conditions.items():
+        prompt = make_prompt(of.prompt, f"--conditions.{name}.prompt", source)
+        model = find(of.model, f"--conditions.{name}", prompt)
+        plan.measurements.update(measure_condition(name, model, prompt, further_quantities(of)))
+    plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
+    return plan
+
+
+def further_quantities(config: ScoreConfig | ConditionConfig) -> list[Quantity]:
+    """What is measured besides the loss of the reference, or of a condition."""
+    wanted: dict[Quantity, bool] = {"entropy": config.entropy, "gradient": config.gradient}
+    return [quantity for quantity, flag in wanted.items() if flag]
 
 
 def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> EngineMethod | None:
@@ -113,10 +131,14 @@ def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> E
                 "leave them out with --engine transformers"
             )
         return None
+    if "gradient" in plan.quantities:
+        raise UserError(
+            "--gradient: vLLM computes no gradients; add --engine transformers, in a run of its own if need be"
+        )
     check_engine_args(config.engine_args)
     recurrent = [model.name for model in plan.models if model.recurrent]
     method = choose_method(config.engine_method, recurrent)
-    if method == "prompt_logprobs" and config.entropy:
+    if method == "prompt_logprobs" and "entropy" in plan.quantities:
         raise UserError("--entropy: prompt_logprobs returns no entropies; leave it out or use --engine transformers")
     if config.engine_method == "auto" and recurrent:
         print(
@@ -176,6 +198,7 @@ def describe_conditions(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Co
             engine_args={name: value for name, value in engine.engine_args.items() if name not in SPEED_ARGS},
             tensor_parallel_size=engine.tensor_parallel_size,
             window=measurement.window,
+            prompt=measurement.prompt.text if measurement.prompt else None,
             quantity=measurement.quantity,
         )
         for name, measurement in plan.measurements.items()

@@ -73,7 +73,7 @@ def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: s
     """Print what a run would compute, what that costs, and what is there."""
     shards = source.manifest.shards
     missing = [shard for shard in shards if shard.name not in done]
-    tokens = sum(shard.tokens for shard in missing)
+    tokens, sequences = sum(shard.tokens for shard in missing), sum(shard.rows for shard in missing)
     table = Table(show_header=False, title=f"{output}: not written, this is a dry run", title_justify="left")
     table.add_row("columns to compute", ", ".join(plan.columns))
     if plan.stored:
@@ -83,7 +83,7 @@ def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: s
     table.add_row("tokens to score", f"{tokens:,} of {source.manifest.tokens:,}")
     flops = 0.0
     for model in plan.models:
-        computed = tokens * plan.passes_of(model)
+        computed = plan.computed_by(model, tokens, sequences)
         flops += 2 * model.parameters * computed
         parameters = f"{model.parameters:,} parameters" if model.parameters else "quantised, parameters unknown"
         table.add_row("tokens to compute", f"at most {computed:,.0f} by {model.name} ({parameters})")

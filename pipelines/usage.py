@@ -53,7 +53,7 @@ def value_sentence(message: str, error: ArgumentError) -> str:
         return f"should be a list such as '[a,b]'{but_got}"
     if expected := re.search(r"Expected an? <class '(\w+)'>", message):
         return f"should be of type {expected[1]}{but_got}"
-    return one_line(message)
+    return one_line(re.sub(r"Problem with given class_path '\S*':", "", message))
 
 
 def reason_of(error: ValidationError) -> str:

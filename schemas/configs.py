@@ -34,6 +34,12 @@ def exact(share: float) -> Exact:
     return Exact(repr(share))
 
 
+def check_identifier(name: str) -> None:
+    """Raise ValueError unless a name can be a part of a column's name."""
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"'{name}' is no name for a column; use letters, digits and underscores")
+
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
@@ -103,6 +109,19 @@ class PrepareConfig(Config):
         return self
 
 
+class ConditionConfig(Config):
+    """A model, and a text that it sees before every sequence."""
+
+    model: NameSetting = Field(description="directory or Hugging Face id, id@revision to pin it")
+    prompt: str = Field("", description="text before every sequence, after BOS where the sequence starts with it")
+    entropy: bool = Field(False, description="write entropy_NAME too")
+    gradient: bool = Field(False, description="write gradient_NAME too")
+
+
+BUILT_IN = ("reference", "base", "short")
+"""Conditions that have flags of their own."""
+
+
 class ScoreConfig(Config):
     """Score every token of a shard set with small frozen models."""
 
@@ -110,17 +129,31 @@ class ScoreConfig(Config):
         description="shard set to score; columns that it has already are kept and not computed again"
     )
     output: LocationSetting = Field(description="directory of the new shard set")
-    reference: NameSetting = Field(
-        description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
+    reference: NameSetting | None = Field(
+        None, description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
     )
     base: NameSetting | None = Field(
         None, description="base model; writes loss_base and excess_loss = base - reference"
     )
     entropy: bool = Field(False, description="write entropy_reference too, the entropy of the reference's predictions")
+    gradient: bool = Field(
+        False,
+        description="write gradient_reference too: how much the reference's losses depend on each token as an input; "
+        "needs --engine transformers",
+    )
     short_context: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens of context; writes loss_short and long_short = short - reference"
     )
     short_stride: Positive | None = Field(None, description="tokens between short contexts; default 3/4 of them")
+    conditions: dict[str, ConditionConfig] = Field(
+        {},
+        description="further conditions by name, as '{bad: {model: small, prompt: \"A wrong answer: \"}}'; "
+        "each writes loss_NAME",
+    )
+    contrasts: dict[str, str] = Field(
+        {},
+        description="further differences of columns, of this run or of --input, as '{mine: loss_worse - loss_better}'",
+    )
     suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
         "", description="added to the names of new columns, where the input has columns of these names already"
     )
@@ -158,8 +191,37 @@ class ScoreConfig(Config):
     ray_address: str | None = Field(None, description="Ray cluster to use; default starts Ray on this machine")
     dry_run: bool = Field(False, description="only say what would be computed, what it would cost, and what is there")
 
+    @field_validator("conditions")
+    @classmethod
+    def _check_conditions(cls, conditions: dict[str, ConditionConfig]) -> dict[str, ConditionConfig]:
+        for name in conditions:
+            check_identifier(name)
+            if name in BUILT_IN:
+                raise ValueError(f"'{name}' has flags of its own; choose another name than {', '.join(BUILT_IN)}")
+        return conditions
+
+    @field_validator("contrasts")
+    @classmethod
+    def _check_contrasts(cls, contrasts: dict[str, str]) -> dict[str, str]:
+        for name, difference in contrasts.items():
+            check_identifier(name)
+            if not re.fullmatch(r"\s*\w+\s*-\s*\w+\s*", difference):
+                raise ValueError(
+                    f"{name} should be the difference of two columns, 'loss_a - loss_b', not '{difference}'"
+                )
+        return contrasts
+
     @model_validator(mode="after")
     def _check(self) -> "ScoreConfig":
+        if self.reference is None and not self.conditions:
+            raise ValueError("--reference missing; give a model to score with, there or in --conditions")
+        for name in ("base", "entropy", "gradient", "short_context"):
+            if self.reference is None and getattr(self, name):
+                raise ValueError(f"--{name} needs --reference")
+        taken = {"document_id", "start", "input_ids", "excess_loss", "long_short"}
+        taken |= {f"{of}_{name}" for of in ("loss", "entropy", "gradient") for name in (*BUILT_IN, *self.conditions)}
+        if clash := sorted(taken & self.contrasts.keys()):
+            raise ValueError(f"--contrasts: {clash[0]} is the name of another column; choose another one")
         if self.workers and self.min_workers and self.min_workers > self.workers:
             raise ValueError("--min_workers must not be larger than --workers")
         if self.gpus_per_worker and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:

@@ -16,8 +16,10 @@ from schemas.locations import Location
 from schemas.value_counts import ColumnStatistics
 
 FORMAT_VERSION: Final = 3
-Quantity = Literal["loss", "entropy"]
+Quantity = Literal["loss", "entropy", "gradient"]
 SequenceKind = Literal["number", "label"]
+PROMPT_SHOWN = 40
+"""Characters of a prompt in the line that describes a condition."""
 
 
 class Record(BaseModel):
@@ -34,12 +36,12 @@ class Window(Record):
 
 
 class Condition(Record):
-    """A model and the context it may see; every token has one loss, and one entropy, under a condition.
+    """A model and the context it may see; every token has one loss, and further quantities, under a condition.
 
     `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
     model from the hub. `device` is what it ran on, `engine_method` how vLLM returned the numbers, `engine_args` what it
-    was told beyond the defaults. `window` is None for the full context. `quantity` says which number of a token the
-    column holds.
+    was told beyond the defaults. `window` is None for the full context, `prompt` a text before every sequence, None
+    where there is none. `quantity` says which number of a token the column holds.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Condition(Record):
     engine_args: dict[str, Any] = {}
     tensor_parallel_size: int = 1
     window: Window | None = None
+    prompt: str | None = None
     quantity: Quantity = "loss"
 
     def describe(self) -> str:
@@ -61,12 +64,19 @@ class Condition(Record):
         window = f"windows of {self.window.size} every {self.window.stride}" if self.window else "full context"
         engine = " ".join(filter(None, [self.engine, self.engine_version, self.engine_method]))
         arguments = [f"{name} {value}" for name, value in self.engine_args.items()]
-        entropy = ["entropy"] if self.quantity == "entropy" else []
-        return ", ".join([*entropy, model, window, self.dtype, engine, *arguments])
+        quantity = [self.quantity] if self.quantity != "loss" else []
+        prompt = [f"after {quote(self.prompt)}"] if self.prompt else []
+        return ", ".join([*quantity, model, *prompt, window, self.dtype, engine, *arguments])
+
+
+def quote(text: str) -> str:
+    """The beginning of a text in quotation marks, on one line."""
+    shown = text if len(text) <= PROMPT_SHOWN else text[:PROMPT_SHOWN] + "..."
+    return json.dumps(shown, ensure_ascii=False)
 
 
 class Contrast(Record):
-    """The difference `minuend - subtrahend` of two loss columns of the same tokens."""
+    """The difference `minuend - subtrahend` of two columns of the same tokens."""
 
     minuend: str
     subtrahend: str

@@ -1,16 +1,17 @@
 """What a scoring run computes: a column for each measurement under a condition, and the contrasts between them.
 
-A condition is a model and the context it may see. Every token has one loss under a condition; a contrast is the
-difference of two losses of the same token.
+A condition is a model and the context it may see, before which a prompt may stand. Every token has one loss under a
+condition; a contrast is the difference of two losses of the same token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from schemas.errors import UserError
 from schemas.files import differences
 from schemas.manifest import Column, Condition, Contrast, Quantity, Window, same_origin
 from scoring.models import ScoringModel
+from scoring.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Measurement:
     model: ScoringModel
     window: Window | None = None
     quantity: Quantity = "loss"
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,35 @@ class ScoringPlan:
         return (*self.measurements, *self.contrasts)
 
     @property
-    def passes(self) -> float:
-        """How many tokens the engines compute for each token of long sequences."""
-        return sum(self.passes_of(model) for model in self.models)
+    def quantities(self) -> set[Quantity]:
+        """What is measured, of whatever condition."""
+        return {of.quantity for of in self.measurements.values()}
 
-    def passes_of(self, model: ScoringModel) -> float:
-        """The same for one model: one for the full context unless that is stored, size / stride for each short one."""
-        wanted = [of for of in self.measurements.values() if of.model.fingerprint == model.fingerprint]
-        windows = {of.window for of in wanted} - {None}
-        full = 0 if self.stored_losses(model) and all(of.window for of in wanted) else 1
-        return full + sum(window.size / window.stride for window in windows if window)
+    def computed_tokens(self, tokens: int, sequences: int) -> float:
+        """How many tokens the engines compute, at most, for so many tokens in so many sequences."""
+        return sum(self.computed_by(model, tokens, sequences) for model in self.models)
+
+    def computed_by(self, model: ScoringModel, tokens: int, sequences: int) -> float:
+        """The same for one model.
+
+        The full context takes one pass unless its losses are stored, each prompt another one, longer by its tokens, and
+        each short context size / stride.
+        """
+        wanted = self.measured_by(model)
+        windows = {of.window for of in wanted if of.window}
+        prompts = {of.prompt for of in wanted if not of.window}
+        if windows and not self.stored_losses(model):
+            prompts.add(None)
+        passes = len(prompts) + sum(window.size / window.stride for window in windows)
+        return tokens * passes + sequences * sum(len(prompt.input_ids) for prompt in prompts if prompt)
+
+    def measured_by(self, model: ScoringModel) -> list[Measurement]:
+        """What a model measures, in the order of the columns."""
+        return [of for of in self.measurements.values() if of.model.fingerprint == model.fingerprint]
+
+    def longest_prompt(self, model: ScoringModel) -> int:
+        """Tokens of the longest prompt of a model."""
+        return max(len(of.prompt.input_ids) if of.prompt else 0 for of in self.measured_by(model))
 
     def stored_losses(self, model: ScoringModel) -> str | None:
         """Name of the column that has the losses under a model's full context, if the input has one."""
@@ -69,19 +90,30 @@ class ScoringPlan:
         return list(distinct.values())
 
 
+def measure_condition(
+    name: str, model: ScoringModel, prompt: Prompt | None, further: Collection[Quantity] = ()
+) -> dict[str, Measurement]:
+    """The columns of a condition of this name with the full context: its loss, and further quantities."""
+    quantities: tuple[Quantity, ...] = ("loss", *further)
+    return {f"{quantity}_{name}": Measurement(model, None, quantity, prompt) for quantity in quantities}
+
+
 def plan_columns(
-    reference: ScoringModel, base: ScoringModel | None, window: Window | None, entropy: bool = False
+    reference: ScoringModel | None,
+    base: ScoringModel | None,
+    window: Window | None,
+    further: Collection[Quantity] = (),
 ) -> ScoringPlan:
-    """The columns that a reference model, a base model, a short context and the entropy for the reference give.
+    """The columns that a reference model, a base model, a short context and further quantities of the reference give.
 
     `excess_loss` is Rho-1's score (arXiv 2404.07965): large where a token is learnable and not yet learnt.
     `entropy_reference` is for self-reference selection (Rho-1, appendix H).
     `long_short` is large where the long context is what makes a token predictable (LongCE, arXiv 2410.23771).
     """
-    measurements = {"loss_reference": Measurement(reference)}
+    if reference is None:
+        return ScoringPlan({}, {})
+    measurements = measure_condition("reference", reference, None, further)
     contrasts = {}
-    if entropy:
-        measurements["entropy_reference"] = Measurement(reference, quantity="entropy")
     if base is not None:
         measurements["loss_base"] = Measurement(base)
         contrasts["excess_loss"] = Contrast(minuend="loss_base", subtrahend="loss_reference")
@@ -89,6 +121,12 @@ def plan_columns(
         measurements["loss_short"] = Measurement(reference, window)
         contrasts["long_short"] = Contrast(minuend="loss_short", subtrahend="loss_reference")
     return ScoringPlan(measurements, contrasts)
+
+
+def parse_contrast(difference: str) -> Contrast:
+    """The contrast that is written `minuend - subtrahend`."""
+    minuend, subtrahend = difference.split("-")
+    return Contrast(minuend=minuend.strip(), subtrahend=subtrahend.strip())
 
 
 def reuse_columns(
@@ -105,7 +143,8 @@ def reuse_columns(
         suffix: added to the names of new columns.
 
     Raises:
-        UserError: a new column has the name of another one, or there are no new columns.
+        UserError: a new column has the name of another one, a contrast is of a column that is not there, or there are
+            no new columns.
     """
     names: dict[str, str] = {}
     left = ScoringPlan({}, {})
@@ -118,7 +157,14 @@ def reuse_columns(
             left.measurements[name + suffix] = measurement
         names[name] = stored or name + suffix
     for name, contrast in plan.contrasts.items():
-        renamed = Contrast(minuend=names[contrast.minuend], subtrahend=names[contrast.subtrahend])
+        for side in (contrast.minuend, contrast.subtrahend):
+            if side not in held.keys() | names.keys():
+                there = ", ".join([*names, *(column for column in held if column not in names)])
+                raise UserError(f"--contrasts.{name}: no column '{side}' is computed or in --input (there are {there})")
+        renamed = Contrast(
+            minuend=names.get(contrast.minuend, contrast.minuend),
+            subtrahend=names.get(contrast.subtrahend, contrast.subtrahend),
+        )
         if all(column.origin != renamed for column in held.values()):
             check_name(name + suffix, held, renamed)
             left.contrasts[name + suffix] = renamed

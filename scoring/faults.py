@@ -39,23 +39,28 @@ def reason_for(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {first_line(error)}", 400)
 
 
-def fault_in(scores: np.ndarray) -> str | None:
-    """What is wrong with the scores of a sequence, float32 [measurements, tokens]; the first token has none."""
-    bad = ~((scores[:, 1:] >= -ROUNDING) & (scores[:, 1:] <= FLOAT16_MAX))
+def fault_in(scores: np.ndarray, first_scored: list[int]) -> str | None:
+    """What is wrong with the scores of a sequence, float32 [measurements, tokens], from the first scored ones on."""
+    expected = np.arange(scores.shape[1]) >= np.asarray(first_scored)[:, None]
+    bad = expected & ~((scores >= -ROUNDING) & (scores <= FLOAT16_MAX))
     if not bad.any():
         return None
     line, token = np.argwhere(bad)[0]
-    return f"token {token + 1} has the score {scores[line, token + 1]}"
+    return f"token {token} has the score {scores[line, token]}"
 
 
 def measure_each(
-    measure: Callable[[list[int]], list[np.ndarray]], rows: list[int], check_engine: Callable[[], object]
+    measure: Callable[[list[int]], list[np.ndarray]],
+    rows: list[int],
+    find_fault: Callable[[int, np.ndarray], str | None],
+    check_engine: Callable[[], object],
 ) -> tuple[dict[int, np.ndarray], dict[int, str]]:
     """Measure sequences, leaving out those that cannot be.
 
     Args:
         measure: returns the scores of the sequences with the given numbers, each float32 [measurements, tokens].
         rows: numbers of the sequences.
+        find_fault: says what is wrong with the scores of the sequence with the given number.
         check_engine: raises if the engine does not work any more.
 
     Returns:
@@ -77,16 +82,16 @@ def measure_each(
                 raise BrokenEngineError(reason_for(error)) from broken
             return {}, {rows[0]: reason_for(error)}
         half = len(rows) // 2
-        parts = [measure_each(measure, some, check_engine) for some in (rows[:half], rows[half:])]
+        parts = [measure_each(measure, some, find_fault, check_engine) for some in (rows[:half], rows[half:])]
         return parts[0][0] | parts[1][0], parts[0][1] | parts[1][1]
-    faults = {row: fault for row, scores in found.items() if (fault := fault_in(scores))}
+    faults = {row: fault for row, scores in found.items() if (fault := find_fault(row, scores))}
     for row in faults:
         del found[row]
     if len(rows) == 1:
         return found, faults
     given_up: dict[int, str] = {}
     for row in faults:
-        again, reasons = measure_each(measure, [row], check_engine)
+        again, reasons = measure_each(measure, [row], find_fault, check_engine)
         found |= again
         given_up |= reasons
     return found, given_up

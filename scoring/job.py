@@ -336,7 +336,8 @@ class ScoringJob:
     def _progress(self) -> Progress:
         under_way = 0.0
         for worker in self.workers:
-            computed = (worker.computed - worker.computed_before) / max(1.0, self.task.plan.passes)
-            under_way += min(computed, sum(unit.shard.tokens for unit in worker.units))
+            tokens, sequences = (sum(getattr(unit.shard, of) for unit in worker.units) for of in ("tokens", "rows"))
+            computed = worker.computed - worker.computed_before
+            under_way += tokens * min(1.0, computed / max(1.0, self.task.plan.computed_tokens(tokens, sequences)))
         ready = sum(worker.ready for worker in self.workers)
         return replace(self.done, tokens=self.done.tokens + int(under_way), workers=ready)

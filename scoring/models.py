@@ -142,11 +142,11 @@ def check_weights(directory: Path, name: str) -> int:
     return model.num_parameters()
 
 
-def check_length(models: list[ScoringModel], longest: int) -> None:
-    """Raise UserError unless every model can read sequences of `longest` tokens."""
-    for model in models:
-        if model.max_length is not None and model.max_length < longest:
-            raise UserError(
-                f"{model.name}: reads at most {model.max_length} tokens, the corpus has a sequence of {longest}; "
-                f"rerun 'wmtp prepare' with --max_length {model.max_length}"
-            )
+def check_length(model: ScoringModel, flag: str, longest: int, prompt: int = 0) -> None:
+    """Raise UserError unless a model can read sequences of `longest` tokens after a prompt of `prompt` tokens."""
+    if model.max_length is None or longest + prompt <= model.max_length:
+        return
+    limit = f"{flag}: {model.name} reads at most {model.max_length} tokens, the corpus has a sequence of {longest}"
+    if not prompt:
+        raise UserError(f"{limit}; rerun 'wmtp prepare' with --max_length {model.max_length}")
+    raise UserError(f"{limit} and the prompt has {prompt}; shorten the prompt, or the sequences with 'wmtp prepare'")

@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from schemas.locations import Location
 from schemas.shards import flat_values, list_column, list_lengths
 from scoring.conditions import Measurement, ScoringPlan
 from scoring.engines import Engine, EngineConfig, Request, load_engine
-from scoring.faults import FLOAT16_MAX, OutOfMemoryError, is_out_of_memory, measure_each, reason_for
+from scoring.faults import FLOAT16_MAX, OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
 from scoring.models import ScoringModel
 from scoring.units import Attempt, Reject, Suspect, UnitRecord, count_values, write_attempt, write_record
 from scoring.windows import plan_windows, window_ids
@@ -89,8 +89,9 @@ class ShardScorer:
         self.task = task
         self.engines: dict[str, Engine] = {}
         for model in task.plan.models:
+            engine = replace(task.engine, max_length=task.engine.max_length + task.plan.longest_prompt(model))
             try:
-                self.engines[model.fingerprint] = load(model, task.engine)
+                self.engines[model.fingerprint] = load(model, engine)
             except UserError:
                 raise
             except Exception as error:  # whatever the engine has to say
@@ -169,6 +170,10 @@ class ShardScorer:
             some = [sequences[row] for row in rows]
             return measure(engine, some, list(wanted.values()), self.task.bos_token_id, known_losses)
 
+        def find_fault(row: int, scores: np.ndarray) -> str | None:
+            firsts = [first_scored(of, sequences[row], self.task.bos_token_id) for of in wanted.values()]
+            return fault_in(scores, firsts)
+
         known_faults = caution.given_up if caution else {}
         given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
         # Sequences that this model could not score when their losses were stored have their line in the rejects.
@@ -178,7 +183,7 @@ class ShardScorer:
         for some in [[row] for row in rows] if caution else [rows]:
             if caution:
                 caution.announce(model.fingerprint, some[0])
-            measured, reasons = measure_each(measure_rows, some, lambda: engine.score([PROBE]))
+            measured, reasons = measure_each(measure_rows, some, find_fault, lambda: engine.score([PROBE]))
             found |= measured
             given_up |= reasons
         scored = len(found)
@@ -218,38 +223,49 @@ def measure(
 ) -> list[np.ndarray]:
     """All measurements of one model.
 
-    Full sequences and windows go to the engine together, so that it can fill its batches.
+    Full sequences, prompted ones and windows go to the engine together, so that it can fill its batches.
 
     Args:
         engine: the model.
         sequences: token ids, int32.
         measurements: what is wanted.
-        bos_token_id: the token that starts a window where it starts the sequence.
+        bos_token_id: the token that starts a window, and stands before a prompt, where it starts the sequence.
         known_losses: float32 losses of each sequence under the full context, where they are stored. Short contexts
             leave the first tokens their full context: it is not computed again for them alone.
 
     Returns:
         For each sequence a float32 array [measurements, tokens].
     """
-    full_is_known = known_losses is not None and all(of.window for of in measurements)
-    entropy = any(of.quantity == "entropy" for of in measurements)
-    requests = [] if full_is_known else [Request(ids, entropy=entropy) for ids in sequences]
-    whole = len(requests)
-    places: list[tuple[int, int, int]] = []  # sequence, measurement and first token of each further request
+    scores = [np.full((len(measurements), len(ids)), np.nan, dtype=np.float32) for ids in sequences]
+    requests: list[Request] = []
+    places: list[tuple[int, list[int], int]] = []  # sequence, measurements and first token of each request
+    for prompt in dict.fromkeys(of.prompt for of in measurements):
+        lines = [line for line, of in enumerate(measurements) if of.prompt == prompt]
+        if known_losses is not None and all(measurements[line].window for line in lines):
+            for of_sequence, losses in zip(scores, known_losses, strict=True):
+                of_sequence[lines] = losses
+            continue
+        quantities = tuple(measurements[line].quantity for line in lines)
+        for number, ids in enumerate(sequences):
+            prompted, first = prompt.before(ids, bos_token_id) if prompt else (ids, 0)
+            if first < len(prompted):
+                requests.append(Request(prompted, first, quantities))
+                places.append((number, lines, len(ids) - (len(prompted) - first)))
     for line, window in enumerate(of.window for of in measurements):
         if window is None:
             continue
         for number, ids in enumerate(sequences):
             for span in plan_windows(len(ids), window.size, window.stride):
                 requests.append(Request(window_ids(ids, span, bos_token_id), span.first_scored - span.start))
-                places.append((number, line, span.first_scored))
-    results = engine.score(requests)
-    full = [losses[None] for losses in known_losses or []] if full_is_known else results[:whole]
-    lines = [int(of.quantity == "entropy") for of in measurements]
-    scores = [of_sequence[lines] for of_sequence in full]
-    for (number, line, first), result in zip(places, results[whole:], strict=True):
-        scores[number][line, first : first + result.shape[1]] = result[0]
+                places.append((number, [line], span.first_scored))
+    for (number, lines, first), result in zip(places, engine.score(requests), strict=True):
+        scores[number][lines, first : first + result.shape[1]] = result
     return scores
+
+
+def first_scored(measurement: Measurement, ids: np.ndarray, bos_token_id: int | None) -> int:
+    """The first token of a sequence that something comes before: 0 after a prompt, unless BOS comes before that."""
+    return 0 if measurement.prompt and ids[0] != bos_token_id else 1
 
 
 def round_contrast(contrast: np.ndarray) -> np.ndarray:

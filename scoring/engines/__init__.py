@@ -16,11 +16,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from schemas.errors import UserError
+from schemas.manifest import Quantity
 
 EngineName = Literal["vllm", "transformers"]
 EngineMethod = Literal["pooler", "prompt_logprobs"]
 OWN_ARGS = {
-    "model": "use --reference and --base",
+    "model": "use --reference, --base and --conditions",
     "revision": "write --reference ID@REVISION",
     "dtype": "use --dtype",
     "tensor_parallel_size": "use --tensor_parallel_size",
@@ -57,16 +58,16 @@ class Request:
     Attributes:
         input_ids: token ids, int32, at least one.
         first_scored: the first position whose loss is wanted.
-        entropy: whether the entropy of each prediction is wanted as well.
+        quantities: what is wanted of each token, a line of the result each.
     """
 
     input_ids: np.ndarray
     first_scored: int = 0
-    entropy: bool = False
+    quantities: tuple[Quantity, ...] = ("loss",)
 
     def missing(self) -> np.ndarray:
         """The result before anything is known: float32 NaN of the shape that `Engine.score` returns."""
-        return np.full((1 + self.entropy, len(self.input_ids) - self.first_scored), np.nan, dtype=np.float32)
+        return np.full((len(self.quantities), len(self.input_ids) - self.first_scored), np.nan, dtype=np.float32)
 
 
 class Engine(Protocol):
@@ -82,9 +83,11 @@ class Engine(Protocol):
         """Score the tokens of each sequence given those before them.
 
         Returns:
-            For each request a float32 array [1 or 2, len(input_ids) - first_scored]: the tokens' losses (negative
-            log-likelihood, nats), then, if asked for, the entropies of the distributions they were drawn from (nats).
-            The entries of position 0, which has nothing before it, are NaN.
+            For each request a float32 array [quantities, len(input_ids) - first_scored] with the lines that it asks
+            for: `loss`, the negative log-likelihood of the token, in nats; `entropy`, that of the distribution which
+            predicts the token, in nats; `gradient`, the L2 norm of the gradient of the sum of the scored tokens'
+            losses with respect to the embedding of the token as an input, at most what float16 holds, from engines
+            that compute gradients. The entries of position 0, which has nothing before it, are NaN.
         """
         ...
 

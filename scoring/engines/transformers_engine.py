@@ -2,6 +2,8 @@
 
 Every sequence is computed from its start in one forward pass of the model's own code. Padding is on the right, where
 causal attention keeps it from reaching the tokens of the sequence.
+
+Gradients are those of the inputs alone: one backward pass for a batch, whose activations are in memory meanwhile.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from schemas.manifest import Quantity
 from scoring.engines import EngineConfig, Request
+from scoring.faults import FLOAT16_MAX
 
 LOSS_ROWS = 1024
 """Positions whose float32 log-softmax is in memory at once."""
@@ -31,39 +35,54 @@ class TransformersEngine:
         self.computed_tokens = 0
         self.device = torch.device("cuda" if config.on_gpu else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
-        self.model = loaded.to(self.device).eval()
+        self.model = loaded.to(self.device).eval().requires_grad_(False)
 
-    @torch.inference_mode()
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         """See `Engine.score`."""
         results = [request.missing() for request in requests]
         for rows in batches([len(request.input_ids) for request in requests], self.batch_tokens):
             batch = self._score_batch([requests[row] for row in rows])
-            for row, scores in zip(rows, batch, strict=True):
-                quantities, length = results[row].shape
-                end = len(requests[row].input_ids)
-                results[row][:] = scores[:quantities, end - length : end]
+            for place, row in enumerate(rows):
+                request, end = requests[row], len(requests[row].input_ids)
+                for line, quantity in enumerate(request.quantities):
+                    results[row][line] = batch[quantity][place, request.first_scored : end]
                 self.computed_tokens += end
         return results
 
-    def _score_batch(self, requests: list[Request]) -> np.ndarray:
-        """Scores of a padded batch, float32 [requests, 1 or 2, longest]; entries beyond an end mean nothing."""
-        entropy = any(request.entropy for request in requests)
+    def _score_batch(self, requests: list[Request]) -> dict[Quantity, np.ndarray]:
+        """Scores of a padded batch, each float32 [requests, longest]; entries beyond an end mean nothing."""
+        quantities: set[Quantity] = {"loss", *(quantity for request in requests for quantity in request.quantities)}
         shape = len(requests), max(len(request.input_ids) for request in requests)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         for row, request in enumerate(requests):
             input_ids[row, : len(request.input_ids)] = torch.from_numpy(request.input_ids.astype(np.int64))
-        scores = torch.full((shape[0], 1 + entropy, shape[1]), torch.nan)
+        scores = {quantity: torch.full(shape, torch.nan) for quantity in quantities}
         if shape[1] > 1:
-            input_ids = input_ids.to(self.device)
-            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            for quantity, of_tokens in self._measure(input_ids.to(self.device), requests, quantities).items():
+                scores[quantity][:, 1:] = of_tokens.view(shape[0], -1).cpu()
+        return {quantity: of_quantity.numpy() for quantity, of_quantity in scores.items()}
+
+    def _measure(
+        self, input_ids: torch.Tensor, requests: list[Request], quantities: set[Quantity]
+    ) -> dict[Quantity, torch.Tensor]:
+        """The quantities of all tokens but the first of each row of `input_ids` [requests, longest], flat."""
+        gradient = "gradient" in quantities
+        with torch.inference_mode(not gradient):
+            embeddings = self.model.get_input_embeddings()(input_ids).requires_grad_() if gradient else None
+            text = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+            logits = self.model(**text, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = input_ids[:, 1:].flatten()
             chunks = list(zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True))
-            losses = [F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in chunks]
-            scores[:, 0, 1:] = torch.cat(losses).view(shape[0], -1).cpu()
-            if entropy:
-                scores[:, 1, 1:] = torch.cat([entropies(rows.float()) for rows, _ in chunks]).view(shape[0], -1).cpu()
-        return scores.numpy()
+            losses = torch.cat([F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in chunks])
+            found: dict[Quantity, torch.Tensor] = {"loss": losses.detach()}
+            if "entropy" in quantities:
+                found["entropy"] = torch.cat([entropies(rows.detach().float()) for rows, _ in chunks])
+            if embeddings is not None:
+                positions = torch.arange(1, input_ids.shape[1])
+                spans = [(positions >= of.first_scored) & (positions < len(of.input_ids)) for of in requests]
+                (slopes,) = torch.autograd.grad(losses[torch.cat(spans).to(self.device)].sum(), embeddings)
+                found["gradient"] = slopes[:, 1:].float().norm(dim=-1).clamp(max=FLOAT16_MAX).flatten()
+        return found
 
 
 def entropies(logits: torch.Tensor) -> torch.Tensor:

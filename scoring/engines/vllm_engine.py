@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from schemas.manifest import Quantity
 from scoring.engines import EngineConfig, Request, architectures, engine_version, is_recurrent
 from scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
@@ -21,6 +22,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+LINES: tuple[Quantity, ...] = ("loss", "entropy")
+"""What vLLM returns for each token, in this order; the second only where it is asked for."""
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 STATE_BYTES = 1 << 30
 """For the states of recurrent layers; `--engine_args.kv_cache_memory_bytes` is the way out where they need more."""
@@ -68,6 +71,7 @@ class VllmEngine:
                     scores = self.read(output)
                     number = int(output.request_id)
                     result = results[number]
+                    scores = scores[[LINES.index(quantity) for quantity in requests[number].quantities]]
                     known = min(result.shape[1], scores.shape[1])  # all but the first position of a sequence
                     result[:, result.shape[1] - known :] = scores[:, scores.shape[1] - known :]
                     self.computed_tokens += len(requests[number].input_ids)
@@ -82,7 +86,7 @@ def pooling_params(request: Request) -> Any:
     """What `scoring.engines.vllm_scorer` is asked for."""
     from vllm import PoolingParams
 
-    options = {"first_scored": max(1, request.first_scored), "entropy": request.entropy}
+    options = {"first_scored": max(1, request.first_scored), "entropy": "entropy" in request.quantities}
     return PoolingParams(task="token_classify", extra_kwargs=options)
 
 

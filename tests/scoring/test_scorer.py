@@ -36,14 +36,18 @@ class FakeEngine:
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         self.calls += 1
         self.computed_tokens += sum(len(request.input_ids) for request in requests)
-        return [self.scores(request.input_ids, request.entropy)[:, request.first_scored :] for request in requests]
+        return [self.result(request) for request in requests]
 
-    def scores(self, ids: np.ndarray, entropy: bool) -> np.ndarray:
-        losses = [np.nan if i == 0 else fake_loss(ids[:i], ids[i], self.factor) for i in range(len(ids))]
-        return np.asarray([losses, [100 + loss for loss in losses]][: 1 + entropy], np.float32)
+    def result(self, request: Request) -> np.ndarray:
+        losses = self.losses([request.input_ids])[request.first_scored :]
+        lines = {"loss": losses, "entropy": losses + 100}
+        return np.stack([lines[quantity] for quantity in request.quantities])
 
     def losses(self, sequences: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([self.scores(ids, False)[0] for ids in sequences])
+        losses = [
+            np.nan if i == 0 else fake_loss(ids[:i], ids[i], self.factor) for ids in sequences for i in range(len(ids))
+        ]
+        return np.asarray(losses, np.float32)
 
 
 def short_losses(ids: np.ndarray, size: int, stride: int) -> list[float]:

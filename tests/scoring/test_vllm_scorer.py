@@ -55,7 +55,7 @@ def requests() -> list[Request]:
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 258, length).astype(np.int32) for length in LENGTHS]
     return [
-        Request(ids, first, entropy=row % 2 == 0)
+        Request(ids, first, ("loss", "entropy") if row % 2 == 0 else ("loss",))
         for row, (ids, first) in enumerate(zip(sequences, FIRST_SCORED, strict=True))
     ]
 
@@ -106,7 +106,7 @@ def test_losses_and_entropies_equal_transformers(name, engine, requests, tmp_pat
 def test_entropies_equal_the_definition(engine, requests, reference_model):
     model = transformers.AutoModelForCausalLM.from_pretrained(reference_model).eval()
     for scores, request in zip(engine(reference_model, "transformers").score(requests), requests, strict=True):
-        if not request.entropy or len(request.input_ids) < 2:
+        if "entropy" not in request.quantities or len(request.input_ids) < 2:
             continue
         with torch.inference_mode():
             ids = torch.from_numpy(request.input_ids.astype(np.int64))
