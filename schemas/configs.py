@@ -224,6 +224,33 @@ class HeadsConfig(Config):
         return self.coefficients or (1.0,) + (default,) * extra
 
 
+class ObjectiveConfig(Config):
+    """What is minimised for each target token."""
+
+    kind: Literal["cross_entropy", "diversity_or_precision"] = Field(
+        "cross_entropy", description="negative log-likelihood, or shaped rewards as in arXiv 2512.22955"
+    )
+    beta: Annotated[float, Field(ge=-1)] | None = Field(
+        None,
+        description="the target's reward is (1 - p)^beta: below 0 sharpens, above 0 spreads; default -0.25 with "
+        "diversity_or_precision",
+    )
+    lambda_top: float = Field(0.0, description="reward of the other tokens among the top_k most likely")
+    lambda_tail: float = Field(0.0, description="reward of all tokens but the target and the top_k most likely")
+    top_k: Positive | None = Field(None, description="how many tokens lambda_top is for; default 100")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ObjectiveConfig":
+        shaped = self.beta is not None or self.lambda_top or self.lambda_tail or self.top_k is not None
+        if self.kind == "cross_entropy" and shaped:
+            raise ValueError(
+                "--objective.beta, lambda_top, lambda_tail and top_k need --objective.kind diversity_or_precision"
+            )
+        if self.top_k is not None and self.lambda_top == self.lambda_tail:
+            raise ValueError("--objective.top_k needs --objective.lambda_top and lambda_tail that differ")
+        return self
+
+
 class OptimizerConfig(Config):
     """AdamW and its schedule."""
 
@@ -273,6 +300,7 @@ class TrainConfig(Config):
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what is minimised")
     trainable: Literal["all", "heads", "lora"] = Field(
         "all", description="what learns: trunk and heads, the extra heads alone, or these and low-rank adapters"
     )

@@ -25,6 +25,7 @@ from training.live import LiveWeighting
 from training.loader import RowLoader
 from training.metrics import Window
 from training.mixing import MixedLoader
+from training.objectives import make_objective
 from training.packing import Rows
 from training.sharding import all_finite, no_sync
 from training.targets import count_targets
@@ -53,6 +54,7 @@ class TrainingLoop:
         self.flops = flops
         self.steps = steps
         self.live = LiveWeighting(config.weights) if config.weights.is_live else None
+        self.objective = make_objective(config.objective)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -137,7 +139,9 @@ class TrainingLoop:
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
             with self.accelerator.autocast():
-                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=self.live)
+                loss, sums = self.model(
+                    *micro_batch, coefficients=coefficients, live=self.live, objective=self.objective
+                )
             # DDP and FSDP2 average gradients over processes; this loss is to be summed.
             self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
         sums[:, 0] /= denominator

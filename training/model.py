@@ -20,6 +20,7 @@ from schemas.locations import local_copy, locate
 from training.heads import Heads, TrunkPass, make_heads
 from training.live import LiveWeighting
 from training.losses import HeadGroup, multi_head_cross_entropy
+from training.objectives import Objective
 from training.targets import target_rows
 from training.trainable import merge_adapters
 from training.trunk import LayerCall, check_trunk, decoder_parts, load_trunk, recorded_call, softcap
@@ -27,8 +28,9 @@ from training.trunk import LayerCall, check_trunk, decoder_parts, load_trunk, re
 HEADS_CONFIG = "config.json"
 HEADS_WEIGHTS = "heads.safetensors"
 HEAD_SUMS = ("weighted_loss", "plain_loss", "selected", "correct", "weight", "squared_weight")
-"""What `MTPModel` adds up for each head: over the targets with weight, losses times weights, losses (nats), how many
-they are, how many of them are the most likely token, their weights, and the squares of these."""
+"""What `MTPModel` adds up for each head: over the targets with weight, what the objective minimises times the weight,
+losses (nats), how many they are, how many of them are the most likely token, the magnitudes of their weights, and the
+squares of these."""
 
 
 class MTPModel(nn.Module):
@@ -49,6 +51,7 @@ class MTPModel(nn.Module):
         weights: Tensor,
         coefficients: Tensor | None = None,
         live: LiveWeighting | None = None,
+        objective: Objective | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted loss of all heads over packed rows.
 
@@ -59,6 +62,7 @@ class MTPModel(nn.Module):
                 is made from, NaN where there is none.
             coefficients: (K,) factor of each offset's loss, by default those of the config.
             live: makes weights from current losses and stored scores.
+            objective: what is minimised for a target; by default its negative log-likelihood.
 
         Returns:
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
@@ -82,10 +86,11 @@ class MTPModel(nn.Module):
             bias=unembedding.bias,
             softcap=softcap(self.trunk),
             live=live.of_batch(position_ids) if live else None,
+            objective=objective,
         )
         counts = [len(task.rows) for task in tasks]
         per_head = zip(*(values.split(counts) for values in result[1:]), strict=True)
-        sums = [_add_up(losses, correct, used) for losses, correct, used in per_head]
+        sums = [_add_up(*rows) for rows in per_head]
         return result.total, torch.stack(sums)
 
     def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkPass:
@@ -122,12 +127,13 @@ class MTPModel(nn.Module):
         write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")
 
 
-def _add_up(losses: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
-    """`HEAD_SUMS` (6,) of a head, from losses, hits and weights (R,)."""
-    carries = weights > 0
+def _add_up(values: Tensor, losses: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
+    """`HEAD_SUMS` (6,) of a head, from values, losses, hits and weights (R,)."""
+    carries = weights != 0
     plain = torch.where(carries, losses, 0)
+    magnitudes = weights.abs()
     return torch.stack(
-        [weights @ losses, plain.sum(), carries.sum(), (correct & carries).sum(), weights.sum(), weights @ weights]
+        [weights @ values, plain.sum(), carries.sum(), (correct & carries).sum(), magnitudes.sum(), weights @ weights]
     )
 
 
