@@ -135,7 +135,7 @@ class TrainingLoop:
         return float(targets), float(weight_sum)
 
     def _run_part(self, part: Rows, denominator: float, coefficients: Tensor, *, last: bool) -> Tensor:
-        """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
+        """Forward and backward pass of a micro-batch; returns its head sums (P, 6) for the whole step's mean."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
             with self.accelerator.autocast():
@@ -152,7 +152,7 @@ class TrainingLoop:
 
         Args:
             parts: the micro-batches.
-            sums: (micro-batches, K, 6) their head sums.
+            sums: (micro-batches, P, 6) their head sums.
 
         Raises:
             UserError: too many steps in a row were not taken.
@@ -173,7 +173,7 @@ class TrainingLoop:
         return False
 
     def _coefficients(self) -> Tensor:
-        """The factor of each offset in this step (K,)."""
+        """The factors of offsets and token order prediction in this step (C,)."""
         first, *others = self.config.heads.loss_coefficients
         warmup = self.config.heads.warmup_ratio * self.steps
         share = min(1.0, self.step / warmup) if warmup else 1.0

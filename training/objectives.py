@@ -50,7 +50,7 @@ class CrossEntropy(Objective):
 
     def __call__(self, logits: Tensor, targets: Tensor) -> ChunkLosses:
         """Losses of logits (C, V) for token ids (C,)."""
-        sums, losses, correct = _exponentials(logits, targets)
+        sums, losses, correct = exponentials(logits, targets)
 
         def gradient(weights: Tensor) -> Tensor:
             logits.mul_(weights[:, None] / sums)
@@ -79,7 +79,7 @@ class DiversityOrPrecision(Objective):
         # Tokens of the same reward need not be told apart.
         ranked = self.lambda_top != self.lambda_tail
         top = logits.topk(min(self.top_k, logits.shape[-1]), sorted=False).indices if ranked else None
-        sums, losses, correct = _exponentials(logits, targets)
+        sums, losses, correct = exponentials(logits, targets)
         doubt = -torch.expm1(-losses)  # 1 - p, exact where p is close to 1
         reward = (doubt.clamp(min=LEAST_DOUBT) if self.beta < 0 else doubt) ** self.beta
         top_mass = torch.zeros_like(doubt)
@@ -108,7 +108,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     return DiversityOrPrecision(beta, config.lambda_top, config.lambda_tail, config.top_k or 100)
 
 
-def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make exponentials of logits (C, V), in place; their sums (C, 1), and losses (C,) and hits (C,) of the targets."""
     maxima = logits.amax(-1, keepdim=True)
     target_logits = logits.gather(-1, targets[:, None])
