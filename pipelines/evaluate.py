@@ -35,11 +35,16 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
             batch_size=config.batch_size,
             max_tokens=config.max_tokens,
         )
-    columns = ("offset", "loss (nats)", "perplexity", "accuracy", "targets")
+    columns = ("prediction", "loss (nats)", "perplexity", "accuracy", "targets")
     table = Table(*columns, title=f"{config.model} on {config.input}")
     for head in losses:
         perplexity = math.exp(head.loss) if head.loss < 700 else math.inf
         accuracy = f"{head.accuracy:.1%}"
-        table.add_row(str(head.offset), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}")
+        table.add_row(part_title(head.part), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}")
     Console(markup=False).print(table)
     return losses
+
+
+def part_title(part: str) -> str:
+    """One of `HeadsConfig.parts` in words."""
+    return f"offset {part}" if part.isdigit() else "token order"

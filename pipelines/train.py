@@ -4,6 +4,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.evaluate import part_title
 from schemas.configs import TrainConfig
 from training.trainer import train
 
@@ -30,10 +31,10 @@ def run(config: TrainConfig) -> None:
     for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:
             table.add_row(name, f"{summary[counter]:,}")
-    for offset in config.heads.offsets:
-        if f"eval_loss_{offset}" in summary:
-            loss, accuracy = summary[f"eval_loss_{offset}"], summary[f"eval_accuracy_{offset}"]
-            table.add_row(f"held-out, offset {offset}", f"{loss:.4f} nats, {accuracy:.1%} right")
+    for part in config.heads.parts:
+        if f"eval_loss_{part}" in summary:
+            loss, accuracy = summary[f"eval_loss_{part}"], summary[f"eval_accuracy_{part}"]
+            table.add_row(f"held-out, {part_title(part)}", f"{loss:.4f} nats, {accuracy:.1%} right")
     table.add_row("peak memory", f"{summary['memory_gib']:.2f} GiB")
     table.add_row("trunk (Hugging Face)", str(config.output / "model"))
     table.add_row("heads", str(config.output / "heads"))

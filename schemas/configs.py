@@ -337,6 +337,14 @@ class HeadsConfig(Config):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of the steps in which the factors of all but the first rise from 0"
     )
+    top_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="factor of token order prediction (TOP), which one more unembedding learns; 1 in its paper, 0 for "
+        "none",
+    )
+    top_window: Positive | None = Field(
+        None, description="tokens ahead whose order is predicted; default the rest of the document"
+    )
 
     @model_validator(mode="after")
     def _check_offsets(self) -> "HeadsConfig":
@@ -348,14 +356,57 @@ class HeadsConfig(Config):
             raise ValueError("--heads.block is for --heads.kind parallel; sequential heads are decoder layers")
         if self.coefficients is not None and not any(self.coefficients):
             raise ValueError("--heads.coefficients must not all be 0, or there is nothing to learn")
+        if self.top_window is not None and not self.top_coefficient:
+            raise ValueError("--heads.top_window needs --heads.top_coefficient above 0")
         return self
 
     @property
     def loss_coefficients(self) -> tuple[float, ...]:
-        """One coefficient for each offset: 1, for sequential heads lambda / D with lambda 0.3 (arXiv 2412.19437)."""
+        """One coefficient for each offset, and for token order prediction that of its own.
+
+        Offsets have 1, those of sequential heads lambda / D with lambda 0.3 (arXiv 2412.19437).
+        """
         extra = len(self.offsets) - 1
         default = 0.3 / extra if self.kind == "sequential" and extra else 1.0
-        return self.coefficients or (1.0,) + (default,) * extra
+        of_offsets = self.coefficients or (1.0,) + (default,) * extra
+        return of_offsets + (self.top_coefficient,) * self.predicts_order
+
+    @property
+    def predicts_order(self) -> bool:
+        """Whether there is token order prediction."""
+        return self.top_coefficient > 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what losses are reported for: the offsets, then `top` for token order prediction."""
+        return tuple(map(str, self.offsets)) + ("top",) * self.predicts_order
+
+
+class ObjectiveConfig(Config):
+    """What is minimised for each target token."""
+
+    kind: Literal["cross_entropy", "diversity_or_precision"] = Field(
+        "cross_entropy", description="negative log-likelihood, or shaped rewards as in arXiv 2512.22955"
+    )
+    beta: Annotated[float, Field(ge=-1)] | None = Field(
+        None,
+        description="the target's reward is (1 - p)^beta: below 0 sharpens, above 0 spreads; default -0.25 with "
+        "diversity_or_precision",
+    )
+    lambda_top: float = Field(0.0, description="reward of the other tokens among the top_k most likely")
+    lambda_tail: float = Field(0.0, description="reward of all tokens but the target and the top_k most likely")
+    top_k: Positive | None = Field(None, description="how many tokens lambda_top is for; default 100")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ObjectiveConfig":
+        shaped = self.beta is not None or self.lambda_top or self.lambda_tail or self.top_k is not None
+        if self.kind == "cross_entropy" and shaped:
+            raise ValueError(
+                "--objective.beta, lambda_top, lambda_tail and top_k need --objective.kind diversity_or_precision"
+            )
+        if self.top_k is not None and self.lambda_top == self.lambda_tail:
+            raise ValueError("--objective.top_k needs --objective.lambda_top and lambda_tail that differ")
+        return self
 
 
 class OptimizerConfig(Config):
@@ -407,6 +458,7 @@ class TrainConfig(Config):
     from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what is minimised")
     trainable: Literal["all", "heads", "lora"] = Field(
         "all", description="what learns: trunk and heads, the extra heads alone, or these and low-rank adapters"
     )
@@ -478,7 +530,7 @@ class TrainConfig(Config):
             )
         if self.trainable == "heads" and len(self.heads.offsets) == 1:
             raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
-        if self.trainable == "heads" and not any(self.heads.loss_coefficients[1:]):
+        if self.trainable == "heads" and not any(self.heads.loss_coefficients[1 : len(self.heads.offsets)]):
             raise ValueError("--trainable heads needs a factor above 0 among --heads.coefficients after the first")
         if self.trainable != "lora" and self.lora != LoRAConfig():
             raise ValueError("--lora needs --trainable lora")

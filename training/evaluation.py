@@ -21,9 +21,9 @@ from training.weighting import make_weighting
 
 
 class HeadLoss(NamedTuple):
-    """Mean loss (nats per target) and top-1 accuracy of the head at `offset` over `targets` held-out tokens."""
+    """Mean loss (nats per target) and top-1 accuracy of one of `HeadsConfig.parts` over `targets` held-out tokens."""
 
-    offset: int
+    part: str
     loss: float
     accuracy: float
     targets: int
@@ -45,13 +45,13 @@ def evaluate_model(
     batch_size: int,
     max_tokens: int | None = None,
 ) -> list[HeadLoss]:
-    """Plain cross-entropy of every head over a held-out set, every valid target counted once.
+    """Plain losses of every head over a held-out set, every valid target counted once.
 
     All processes share the work; `max_tokens` stops after that many tokens.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
-    sums = torch.zeros(len(unwrapped.config.offsets), len(HEAD_SUMS), device=accelerator.device, dtype=torch.float64)
+    sums = torch.zeros(len(unwrapped.config.parts), len(HEAD_SUMS), device=accelerator.device, dtype=torch.float64)
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -72,10 +72,8 @@ def evaluate_model(
     model.train(was_training)
     totals = accelerator.reduce(sums, "sum").tolist()
     return [
-        HeadLoss(offset, plain / count, correct / count, int(count))
-        if count
-        else HeadLoss(offset, math.nan, math.nan, 0)
-        for offset, (_, plain, count, correct, *_) in zip(unwrapped.config.offsets, totals, strict=True)
+        HeadLoss(part, plain / count, correct / count, int(count)) if count else HeadLoss(part, math.nan, math.nan, 0)
+        for part, (_, plain, count, correct, *_) in zip(unwrapped.config.parts, totals, strict=True)
     ]
 
 

@@ -36,6 +36,8 @@ class StepFlops:
         self.row = 2.0 * (3 if unembedding.requires_grad else 2) * unembedding.numel()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.pair = 4.0 * (3 if learning else 1) * config.num_hidden_layers * config.num_attention_heads * head_dim
+        self.order_row = 0.0 if model.top is None else 2.0 * (3 if learning else 2) * model.top.weight.numel()
+        self.offsets = len(model.config.offsets)
         self.head_row = 0.0
         if len(model.heads):
             head = 6.0 * sum(p.numel() for p in model.heads.parameters() if p.ndim == 2)
@@ -46,6 +48,8 @@ class StepFlops:
                 self.pair += 12.0 * len(model.heads) * config.num_attention_heads * head_dim
 
     def __call__(self, tokens: float, pairs: float, head_sums: Tensor) -> float:
-        """Operations for `tokens` tokens that see `pairs` tokens in all, and sums (K, 6) of the heads (`HEAD_SUMS`)."""
-        rows = head_sums[:, HEAD_SUMS.index("selected")]
-        return tokens * self.token + pairs * self.pair + float(rows.sum() * self.row + rows[1:].sum() * self.head_row)
+        """Operations for `tokens` tokens that see `pairs` tokens in all, and sums (P, 6) of the heads (`HEAD_SUMS`)."""
+        selected = head_sums[:, HEAD_SUMS.index("selected")]
+        rows, further = selected[: self.offsets], selected[self.offsets :]
+        heads = rows.sum() * self.row + rows[1:].sum() * self.head_row + further[:1].sum() * self.order_row
+        return tokens * self.token + pairs * self.pair + float(heads)

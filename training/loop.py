@@ -25,6 +25,7 @@ from training.flops import StepFlops, peak_flops
 from training.loader import RowLoader
 from training.metrics import Window
 from training.mixing import MixedLoader
+from training.objectives import make_objective
 from training.packing import Rows
 from training.sharding import all_finite, no_sync
 from training.targets import count_targets
@@ -54,6 +55,7 @@ class TrainingLoop:
         self.flops = flops
         self.steps = steps
         self.weighting = BatchWeighting.make(config.weights)
+        self.objective = make_objective(config.objective)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -140,11 +142,11 @@ class TrainingLoop:
     def _run_part(
         self, part: Rows, denominator: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool
     ) -> Tensor:
-        """Forward and backward pass of a micro-batch; returns its head sums (K, 6) for the whole step's mean."""
+        """Forward and backward pass of a micro-batch; returns its head sums (P, 6) for the whole step's mean."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             micro_batch = to_device(part, self.accelerator.device)
             with self.accelerator.autocast():
-                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=live)
+                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=live, objective=self.objective)
             # DDP and FSDP2 average gradients over processes; this loss is to be summed.
             self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
         sums[:, 0] /= denominator
@@ -155,7 +157,7 @@ class TrainingLoop:
 
         Args:
             parts: the micro-batches.
-            sums: (micro-batches, K, 6) their head sums.
+            sums: (micro-batches, P, 6) their head sums.
 
         Raises:
             UserError: too many steps in a row were not taken.
@@ -176,7 +178,7 @@ class TrainingLoop:
         return False
 
     def _coefficients(self) -> Tensor:
-        """The factor of each offset in this step (K,)."""
+        """The factors of offsets and token order prediction in this step (C,)."""
         first, *others = self.config.heads.loss_coefficients
         share = self._risen(self.config.heads.warmup_ratio)
         return torch.tensor([first, *(share * other for other in others)], device=self.accelerator.device)

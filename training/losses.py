@@ -1,4 +1,4 @@
-"""Weighted cross-entropy of all heads against one shared unembedding, without ever holding the logits of all rows.
+"""Weighted losses of all heads against one shared unembedding, without ever holding the logits of all rows.
 
 The weights of the rows are known before the forward pass. So rows of weight 0 never come here, and all gradients are
 formed while a chunk of logits is at hand (see `training.output_layer`). Heads are run and differentiated one after the
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.output_layer import CHUNK_ROWS, OutputLayer
+from training.objectives import Objective
+from training.output_layer import CHUNK_ROWS, OutputLayer, RowLosses
 
 
 class HeadRows(NamedTuple):
@@ -22,7 +23,7 @@ class HeadRows(NamedTuple):
 
     Attributes:
         rows: (R,) int64, indices into the flattened positions of a batch.
-        targets: (R,) int64, all of them valid token ids.
+        targets: (R,) int64, all of them valid token ids, or what else the objective takes.
         weights: (R,) floating; (R, parts) where live weights will be made of them.
     """
 
@@ -50,13 +51,16 @@ class HeadLosses(NamedTuple):
     """Losses of all heads, those of one head after those of the other.
 
     Attributes:
-        total: scalar with gradients, the sum over heads k and rows r of `coefficients[k] * weights[r] * losses[r]`.
-        losses: (sum of R,) float32 (float64 for float64 input), nats, without gradients.
+        total: scalar with gradients, the sum over heads k and rows r of `coefficients[k] * weights[r] * values[r]`.
+        values: (sum of R,) float32 (float64 for float64 input), what the objective minimises, without gradients; 0 for
+            rows that live weights leave out.
+        losses: (sum of R,) likewise, what is logged and ranked as the loss, nats.
         correct: (sum of R,) bool, whether the target is the most likely token.
         weights: (sum of R,) the weights that were used.
     """
 
     total: Tensor
+    values: Tensor
     losses: Tensor
     correct: Tensor
     weights: Tensor
@@ -75,6 +79,7 @@ def weighted_linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     chunk_rows: int = CHUNK_ROWS,
+    objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows r of `weights[r] * -log softmax(z[r])[targets[r]]`, z = hidden_states @ unembedding.T + bias.
 
@@ -86,6 +91,7 @@ def weighted_linear_cross_entropy(
         bias: (V,) or None.
         softcap: bound of the logits, or None.
         chunk_rows: rows whose logits are held at once.
+        objective: what is summed up in place of the negative log-likelihood.
 
     Returns:
         The weighted sum, a scalar with gradients for `hidden_states`, `unembedding` and `bias`, and the (R,) losses
@@ -101,6 +107,7 @@ def weighted_linear_cross_entropy(
         bias=bias,
         softcap=softcap,
         chunk_rows=chunk_rows,
+        objective=objective,
     )
     return result.total, result.losses
 
@@ -116,8 +123,9 @@ def multi_head_cross_entropy(
     softcap: float | None = None,
     chunk_rows: int = CHUNK_ROWS,
     live: WeighLive | None = None,
+    objective: Objective | None = None,
 ) -> HeadLosses:
-    """Weighted cross-entropy of several heads.
+    """Weighted cross-entropy of several heads, or what else `objective` says.
 
     With `softcap` c the logits are `c * tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2). Softmax and losses are
     computed in float32 (float64 for float64 input), matrix products in the autocast dtype where autocast is on, else
@@ -132,13 +140,14 @@ def multi_head_cross_entropy(
         bias: (V,) or None.
         softcap: bound of the logits, or None.
         chunk_rows: rows whose logits are held at once.
-        live: makes the weights from the losses. All rows are then first predicted without gradients, and those that
-            get a weight once more.
+        live: makes the weights from the negative log-likelihoods. All rows are then first predicted without
+            gradients, and those that get a weight once more.
+        objective: what is minimised for a row; the negative log-likelihood by default.
 
     Returns:
         The losses. Gradients are built here already, so `total` can be differentiated once.
     """
-    plan = _Plan(groups, tasks, coefficients, softcap, chunk_rows, live, torch.is_grad_enabled())
+    plan = _Plan(groups, tasks, coefficients, softcap, chunk_rows, live, objective, torch.is_grad_enabled())
     parameters = [parameter for group in groups for parameter in group.parameters]
     return HeadLosses(*_MultiHeadCrossEntropy.apply(plan, len(inputs), unembedding, bias, *inputs, *parameters))
 
@@ -151,6 +160,7 @@ class _Plan:
     softcap: float | None
     chunk_rows: int
     live: WeighLive | None
+    objective: Objective | None
     grad_enabled: bool
 
 
@@ -158,7 +168,7 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, plan: _Plan, n_inputs: int, unembedding: Tensor, bias: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         # Under no_grad autograd still says that parameters need gradients.
         needs_matrix, needs_bias, *needed = [plan.grad_enabled and needs for needs in ctx.needs_input_grad[2:]]
         inputs = [tensor.detach().requires_grad_(n) for tensor, n in zip(tensors[:n_inputs], needed, strict=False)]
@@ -170,20 +180,21 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
             needs_bias=needs_bias,
             softcap=plan.softcap,
             chunk_rows=plan.chunk_rows,
+            objective=plan.objective,
         )
         input_grads: list[Tensor | None] = [None] * n_inputs
         parameter_grads: list[Tensor | None] = []
-        results: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        results: dict[int, tuple[RowLosses, Tensor]] = {}
         for group in plan.groups:
             parameter_grads += _run_group(plan, group, inputs, output_layer, input_grads, results)
 
         ctx.grads = (output_layer.grad_matrix, output_layer.grad_bias, *input_grads, *parameter_grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (unembedding, bias, *tensors)]
         by_head = [results[head] for head in sorted(results)]
-        losses, correct, weights = (torch.cat(parts) for parts in zip(*by_head, strict=True))
-        ctx.mark_non_differentiable(losses, correct, weights)
-        weighted = torch.stack([own @ used.to(own.dtype) for own, _, used in by_head])
-        return weighted @ plan.coefficients.to(weighted.dtype), losses, correct, weights
+        rows = [torch.cat(parts) for parts in zip(*((*found, weights) for found, weights in by_head), strict=True)]
+        ctx.mark_non_differentiable(*rows)
+        weighted = torch.stack([found.values @ weights.to(found.values.dtype) for found, weights in by_head])
+        return weighted @ plan.coefficients.to(weighted.dtype), *rows
 
     @staticmethod
     @once_differentiable
@@ -202,7 +213,7 @@ def _run_group(
     inputs: Sequence[Tensor],
     output_layer: OutputLayer,
     input_grads: list[Tensor | None],
-    results: dict[int, tuple[Tensor, Tensor, Tensor]],
+    results: dict[int, tuple[RowLosses, Tensor]],
 ) -> list[Tensor | None]:
     """Enter losses into `results`, add to `input_grads` in place, and return the gradients of the group's parameters.
 
@@ -213,18 +224,22 @@ def _run_group(
         hidden = group.hidden_states(inputs, [task.rows for task in tasks])
     hidden_grads = []
     for i, (head, task) in enumerate(zip(group.heads, tasks, strict=True)):
+        kept = None
         if plan.live:
-            losses, correct = output_layer.losses(hidden[i], task.targets)
-            weights = plan.live(losses, task)
-            results[head] = losses, correct, weights
+            plain = output_layer.losses(hidden[i], task.targets)
+            weights = plan.live(plain.losses, task)
             kept = weights != 0
             task = HeadRows(task.rows[kept], task.targets[kept], weights[kept])
             with torch.set_grad_enabled(plan.grad_enabled):
                 hidden[i] = hidden[i][kept]
         scaled = task.weights * plan.coefficients[head]
-        losses, correct, grad = output_layer.losses_and_gradients(hidden[i], task.targets, scaled)
+        found, grad = output_layer.losses_and_gradients(hidden[i], task.targets, scaled)
         hidden_grads.append(grad)
-        results.setdefault(head, (losses, correct, task.weights))
+        if kept is None:
+            results[head] = found, task.weights
+        else:
+            values = torch.zeros_like(plain.losses).masked_scatter_(kept, found.values)
+            results[head] = plain._replace(values=values), weights
     grads = _differentiate(hidden, hidden_grads, [*inputs, *group.parameters])
     for i, grad in enumerate(grads[: len(inputs)]):
         total = input_grads[i]

@@ -18,7 +18,7 @@ class Window:
     """Sums over the steps since the last line, and counters over the whole run.
 
     Attributes:
-        head_sums: (K, 6) `HEAD_SUMS` of this process, the weighted losses divided by the denominators of their steps.
+        head_sums: (P, 6) `HEAD_SUMS` of this process, the weighted losses divided by the denominators of their steps.
         loss: L of these steps, this process's part.
         steps: how many steps these are; steps without an update are not among them.
         targets: targets of the first offset in these steps and all processes, with weight or without.
@@ -34,7 +34,7 @@ class Window:
 
     def __init__(self, heads: HeadsConfig, device: torch.device) -> None:
         self.heads = heads
-        self.head_sums = torch.zeros(len(heads.offsets), len(HEAD_SUMS), device=device)
+        self.head_sums = torch.zeros(len(heads.parts), len(HEAD_SUMS), device=device)
         self.loss = torch.zeros((), device=device)
         self.counters = {"bad_steps": 0, "no_signal_steps": 0, "no_signal_documents": 0}
         self._begin(0.0)
@@ -56,7 +56,7 @@ class Window:
         """Count this process's part of a step that was taken, with so many targets in all processes."""
         self.targets += targets
         self.head_sums += head_sums
-        self.loss += coefficients @ head_sums[:, 0]
+        self.loss += coefficients @ head_sums[: len(coefficients), 0]
         self.steps += 1
 
     def close(
@@ -70,10 +70,10 @@ class Window:
         steps = self.steps or math.nan
         metrics = {"loss": self.loss.item() / steps}
         rows = self.head_sums.double().tolist()
-        for offset, (weighted, plain, selected, correct, _, _) in zip(self.heads.offsets, rows, strict=True):
-            metrics[f"weighted_loss_{offset}"] = weighted / steps
-            metrics[f"plain_loss_{offset}"] = plain / (selected or math.nan)
-            metrics[f"accuracy_{offset}"] = correct / (selected or math.nan)
+        for part, (weighted, plain, selected, correct, _, _) in zip(self.heads.parts, rows, strict=True):
+            metrics[f"weighted_loss_{part}"] = weighted / steps
+            metrics[f"plain_loss_{part}"] = plain / (selected or math.nan)
+            metrics[f"accuracy_{part}"] = correct / (selected or math.nan)
         _, _, selected, _, weight, squared = rows[0]
         metrics["selected_share"] = selected / (self.targets or math.nan)
         metrics["effective_share"] = weight**2 / (squared * self.targets or math.nan)

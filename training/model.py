@@ -18,28 +18,37 @@ from schemas.errors import UserError, first_line
 from schemas.files import write_text
 from schemas.locations import local_copy, locate
 from training.heads import Heads, TrunkPass, make_heads
-from training.losses import HeadGroup, multi_head_cross_entropy
+from training.losses import HeadGroup, HeadLosses, HeadRows, multi_head_cross_entropy
+from training.objectives import Objective
 from training.targets import target_rows
+from training.token_order import TokenOrder, make_order_head
 from training.trainable import merge_adapters
 from training.trunk import LayerCall, check_trunk, decoder_parts, load_trunk, recorded_call, softcap
 from training.weighting.batch import LiveWeighting
 
 HEADS_CONFIG = "config.json"
 HEADS_WEIGHTS = "heads.safetensors"
+TOP = "top."
+"""What begins the names of the tensors of token order prediction; those of heads begin with a number."""
 HEAD_SUMS = ("weighted_loss", "plain_loss", "selected", "correct", "weight", "squared_weight")
-"""What `MTPModel` adds up for each head: over the targets with weight, losses times weights, losses (nats), how many
-they are, how many of them are the most likely token, their weights, and the squares of these."""
+"""What `MTPModel` adds up for each head: over the targets with weight, what the objective minimises times the weight,
+losses (nats), how many they are, how many of them are the most likely token, the magnitudes of their weights, and the
+squares of these."""
 
 
 class MTPModel(nn.Module):
-    """A trunk (`AutoModelForCausalLM`) and one extra head for every offset after the first."""
+    """A trunk (`AutoModelForCausalLM`) and one extra head for every offset after the first.
+
+    `top` is the further unembedding of token order prediction, if that is wanted.
+    """
 
     trunk: Any  # a PreTrainedModel; nn.Module's own __getattr__ would hide its methods from the type checker
 
-    def __init__(self, trunk: nn.Module, heads: Heads, config: HeadsConfig) -> None:
+    def __init__(self, trunk: nn.Module, heads: Heads, config: HeadsConfig, top: nn.Linear | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.heads = heads
+        self.top = top
         self.config = config
 
     def forward(
@@ -49,6 +58,7 @@ class MTPModel(nn.Module):
         weights: Tensor,
         coefficients: Tensor | None = None,
         live: LiveWeighting | None = None,
+        objective: Objective | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted loss of all heads over packed rows.
 
@@ -57,12 +67,15 @@ class MTPModel(nn.Module):
             position_ids: (B, T) int64, restarting at 0 in every document, 0 for padding.
             weights: (B, T) float32, the weight of each token as a target; with `live` (B, T, parts), what its weight
                 is made from, NaN where there is no score.
-            coefficients: (K,) factor of each offset's loss, by default those of the config.
+            coefficients: (C,) factor of each offset's loss and of token order prediction, by default those of the
+                config.
             live: makes weights from current losses and stored scores.
+            objective: what is minimised for a target; by default its negative log-likelihood.
 
         Returns:
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
-            (K, 6) float32 sums without gradients: `HEAD_SUMS` of each offset.
+            (P, 6) float32 sums without gradients: `HEAD_SUMS` of each of the config's `parts`. Token order prediction
+            adds its losses with the weights of offset 1.
         """
         # Before the trunk: what has weight decides shapes, for which a GPU has to be waited for.
         tasks = [
@@ -72,21 +85,43 @@ class MTPModel(nn.Module):
         trunk = self._run_trunk(input_ids, position_ids)
         if coefficients is None:
             coefficients = torch.tensor(self.config.loss_coefficients, device=input_ids.device)
+        offsets = len(tasks)
         unembedding = self.trunk.get_output_embeddings()
         result = multi_head_cross_entropy(
             trunk.inputs,
             [HeadGroup([0], _own_hidden_states), *self.heads.groups(trunk)],
             tasks,
             unembedding.weight,
-            coefficients,
+            coefficients[:offsets],
             bias=unembedding.bias,
             softcap=softcap(self.trunk),
             live=live.of_batch(position_ids) if live else None,
+            objective=objective,
         )
         counts = [len(task.rows) for task in tasks]
         per_head = zip(*(values.split(counts) for values in result[1:]), strict=True)
-        sums = [_add_up(losses, correct, used) for losses, correct, used in per_head]
-        return result.total, torch.stack(sums)
+        sums = [_add_up(*rows) for rows in per_head]
+        total = result.total
+        if self.top is not None:
+            task = HeadRows(tasks[0].rows, tasks[0].rows + 1, result.weights[: counts[0]])
+            order = self._predict_order(self.top, trunk, input_ids, task, coefficients[offsets:])
+            total = total + order.total
+            sums.append(_add_up(*order[1:]))
+        return total, torch.stack(sums)
+
+    def _predict_order(
+        self, top: nn.Linear, trunk: TrunkPass, input_ids: Tensor, task: HeadRows, coefficient: Tensor
+    ) -> HeadLosses:
+        """Losses of token order prediction for the rows that have weight."""
+        kept = task.weights != 0  # of live weights some are 0
+        return multi_head_cross_entropy(
+            trunk.inputs[:1],
+            [HeadGroup([0], _own_hidden_states)],
+            [HeadRows(*(values[kept] for values in task))],
+            top.weight,
+            coefficient,
+            objective=TokenOrder(input_ids, trunk.position_ids, self.config.top_window),
+        )
 
     def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkPass:
         decoder = self.trunk.get_decoder()
@@ -112,22 +147,26 @@ class MTPModel(nn.Module):
             state: the whole state dict, needed where this module holds a shard of it.
         """
         state = self.state_dict() if state is None else state
-        trunk, heads = (
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            for prefix in ("trunk.", "heads.")
-        )
+        trunk = _under("trunk.", state)
+        heads = _under("heads.", state) | {name: value for name, value in state.items() if name.startswith(TOP)}
         self.trunk.save_pretrained(directory / "model", state_dict=merge_adapters(self.trunk, trunk))
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
         write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")
 
 
-def _add_up(losses: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
-    """`HEAD_SUMS` (6,) of a head, from losses, hits and weights (R,)."""
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _add_up(values: Tensor, losses: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
+    """`HEAD_SUMS` (6,) of a head, from values, losses, hits and weights (R,)."""
     carries = weights != 0
     plain = torch.where(carries, losses, 0)
+    magnitudes = weights.abs()
     return torch.stack(
-        [weights @ losses, plain.sum(), carries.sum(), (correct & carries).sum(), weights.sum(), weights @ weights]
+        [weights @ values, plain.sum(), carries.sum(), (correct & carries).sum(), magnitudes.sum(), weights @ weights]
     )
 
 
@@ -153,19 +192,29 @@ def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, at
     trunk = load_trunk(source, from_scratch=from_scratch, attention=attention)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     check_trunk(trunk, name)
-    model = MTPModel(trunk, heads, config)
+    top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None
+    model = MTPModel(trunk, heads, config, top)
     if saved is not None and not from_scratch:
-        if (saved.kind, saved.block, saved.offsets) != (config.kind, config.block, config.offsets):
+        if _structure(saved) != _structure(config):
             raise UserError(
-                f"--model {name}: has other heads ({saved.kind}, {saved.block}, offsets {list(saved.offsets)}); repeat "
-                f"its --heads, or give {source} to begin with new ones"
+                f"--model {name}: has other heads ({', '.join(map(str, _structure(saved)))}); repeat its --heads, or "
+                f"give {source} to begin with new ones"
             )
         directory = locate(name) / "heads"
         try:
-            model.heads.load_state_dict(load_file(local_copy(directory) / HEADS_WEIGHTS))
+            weights = load_file(local_copy(directory) / HEADS_WEIGHTS)
+            if model.top is not None:
+                model.top.load_state_dict(_under(TOP, weights))
+            model.heads.load_state_dict({n: value for n, value in weights.items() if not n.startswith(TOP)})
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{directory}: cannot be loaded ({first_line(error)}); train the run again") from error
     return model
+
+
+def _structure(config: HeadsConfig) -> tuple[str, ...]:
+    """What must be the same for parameters to fit."""
+    order = ("token order prediction",) * config.predicts_order
+    return config.kind, config.block, f"offsets {list(config.offsets)}", *order
 
 
 def load_model(name: str) -> MTPModel:

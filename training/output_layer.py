@@ -1,13 +1,31 @@
-"""Cross-entropy of hidden states against an unembedding, a chunk of logits at a time.
+"""Losses of hidden states against an unembedding, a chunk of logits at a time.
 
 The gradient of a chunk of logits is formed while the chunk is at hand: three matrix products instead of the four that
 recomputing the logits in the backward pass would take, and four passes over the chunk.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from training.objectives import CrossEntropy, Objective
+
 CHUNK_ROWS = 1024
+
+
+class RowLosses(NamedTuple):
+    """What rows lose, without gradients.
+
+    Attributes:
+        values: (R,) what the objective minimises, nats.
+        losses: (R,) what is logged and ranked, nats: the negative log-likelihood if targets are tokens.
+        correct: (R,) bool, whether the target is the most likely token.
+    """
+
+    values: Tensor
+    losses: Tensor
+    correct: Tensor
 
 
 class OutputLayer:
@@ -23,6 +41,7 @@ class OutputLayer:
         needs_bias: bool,
         softcap: float | None = None,
         chunk_rows: int = CHUNK_ROWS,
+        objective: Objective | None = None,
     ) -> None:
         """Prepare for hidden states of type `dtype`, and to add up the gradients that are needed.
 
@@ -34,7 +53,9 @@ class OutputLayer:
             needs_bias: whether `grad_bias` (V,) is.
             softcap: bound of the logits, or None.
             chunk_rows: rows whose logits are held at once.
+            objective: what is minimised; the negative log-likelihood by default.
         """
+        self.objective = objective or CrossEntropy()
         self.device = unembedding.device.type
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else dtype
@@ -46,24 +67,29 @@ class OutputLayer:
         self.grad_matrix = torch.zeros_like(unembedding, dtype=self.wide) if needs_matrix else None
         self.grad_bias = torch.zeros_like(bias, dtype=self.wide) if bias is not None and needs_bias else None
 
-    def losses(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (R,) and hits (R,) of hidden states (R, D)."""
-        return self._run(hidden_states, targets, None, None)
+    def losses(self, hidden_states: Tensor, targets: Tensor) -> RowLosses:
+        """Negative log-likelihoods of targets (R,) for hidden states (R, D), whatever the objective."""
+        return self._run(hidden_states, targets, CrossEntropy(), None, None)
 
     def losses_and_gradients(
         self, hidden_states: Tensor, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Losses (R,), hits (R,) and the gradient (R, D) of the sum of weighted losses, None where it is not needed."""
+    ) -> tuple[RowLosses, Tensor | None]:
+        """Losses and the gradient (R, D) of the weighted sum of their values, None where it is not needed."""
         grad_hidden = torch.empty_like(hidden_states) if hidden_states.requires_grad else None
         if grad_hidden is None and self.grad_matrix is None and self.grad_bias is None:
-            return *self.losses(hidden_states, targets), None
-        losses, correct = self._run(hidden_states, targets, weights.to(self.wide), grad_hidden)
-        return losses, correct, grad_hidden
+            return self._run(hidden_states, targets, self.objective, None, None), None
+        losses = self._run(hidden_states, targets, self.objective, weights.to(self.wide), grad_hidden)
+        return losses, grad_hidden
 
     def _run(
-        self, hidden_states: Tensor, targets: Tensor, weights: Tensor | None, grad_hidden: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(len(targets), dtype=self.wide, device=targets.device)
+        self,
+        hidden_states: Tensor,
+        targets: Tensor,
+        objective: Objective,
+        weights: Tensor | None,
+        grad_hidden: Tensor | None,
+    ) -> RowLosses:
+        values, losses = torch.empty(2, len(targets), dtype=self.wide, device=targets.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
             buffer = self._buffer(len(targets))
@@ -78,11 +104,11 @@ class OutputLayer:
                     logits.div_(self.softcap).tanh_()
                     slope = 1 - logits.square() if weights is not None else None
                     logits.mul_(self.softcap)
-                losses[rows], correct[rows], sums = _cross_entropy(logits, targets[rows])
+                chunk = objective(logits, targets[rows])
+                values[rows], losses[rows], correct[rows] = chunk[:3]
                 if weights is None:
                     continue
-                grad_logits = logits.mul_(weights[rows, None] / sums)
-                grad_logits.scatter_add_(-1, targets[rows, None], -weights[rows, None])
+                grad_logits = chunk.gradient(weights[rows])
                 if slope is not None:
                     grad_logits *= slope
                 if self.grad_bias is not None:
@@ -95,17 +121,8 @@ class OutputLayer:
                         self.grad_matrix.addmm_(narrow.T, states)
                     else:
                         self.grad_matrix += narrow.T @ states
-        return losses, correct
+        return RowLosses(values, losses, correct)
 
     def _buffer(self, rows: int) -> Tensor:
         """Room for a chunk of logits, shared by all chunks: each would else be made while the one before is held."""
         return self.matrix.new_empty(min(rows, self.chunk_rows), len(self.matrix))
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (C,) and hits (C,) of logits (C, V); these become exponentials with sums (C, 1)."""
-    maxima = logits.amax(-1, keepdim=True)
-    target_logits = logits.gather(-1, targets[:, None])
-    sums = logits.sub_(maxima).exp_().sum(-1, keepdim=True)
-    losses = sums.log() + (maxima - target_logits)
-    return losses.squeeze(-1), (target_logits >= maxima).squeeze(-1), sums

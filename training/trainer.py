@@ -110,8 +110,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
             batch_size=config.micro_batch_size,
             max_tokens=config.eval_tokens,
         )
-        metrics = {f"eval_loss_{head.offset}": head.loss for head in losses}
-        return metrics | {f"eval_accuracy_{head.offset}": head.accuracy for head in losses}
+        metrics = {f"eval_loss_{head.part}": head.loss for head in losses}
+        return metrics | {f"eval_accuracy_{head.part}": head.accuracy for head in losses}
 
     checkpoint_every = config.checkpoint_every or max(1, steps // 10)
     for metrics in loop.run():

@@ -66,17 +66,29 @@ def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> Non
 
 
 @pytest.mark.parametrize(
-    ("architecture", "block"), [("llama-tied", "decoder"), pytest.param("llama", "residual", marks=pytest.mark.slow)]
+    ("architecture", "changes"),
+    [
+        ("llama-tied", {"heads": {"offsets": (1, 2), "block": "decoder"}}),
+        pytest.param("llama", {"heads": {"offsets": (1, 2)}}, marks=pytest.mark.slow),
+        pytest.param(
+            "llama-tied",
+            {
+                "heads": {"offsets": (1, 2), "top_coefficient": 1.0},
+                "objective": {"kind": "diversity_or_precision", "lambda_tail": -0.1, "top_k": 5},
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_two_ranks_equal_one(
     architecture: str,
-    block: str,
+    changes: dict[str, Any],
     config: Callable[..., TrainConfig],
     model_dir: Callable[..., Path],
     launch: Callable[..., None],
 ) -> None:
     """DDP and FSDP2, two micro-batches in each rank, four in one process."""
-    settings = {"model": str(model_dir(architecture)), "heads": {"offsets": (1, 2), "block": block}}
+    settings = {"model": str(model_dir(architecture)), **changes}
     one, ddp, fsdp = config("one", **settings), config("ddp", **settings), config("fsdp", fsdp=True, **settings)
     train(one)
     launch(ddp, 2)

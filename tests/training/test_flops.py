@@ -40,6 +40,17 @@ def test_residual_heads_cost_their_rows_and_decoder_heads_all(model_dir: Callabl
     assert StepFlops(decoder)(100, 5000, sums(60, 40)) == trunk * 4 / 3 + rows
 
 
+def test_token_order_costs_its_rows(model_dir: Callable[..., Path]) -> None:
+    config = HeadsConfig(offsets=(1, 2), top_coefficient=1.0)
+    model = build_model(str(model_dir()), config, from_scratch=False)
+    trunk = 6 * LLAMA * 100 + 3 * PAIR * 5000
+    heads = 6 * 258 * 32 * (60 + 40) + 6 * 32 * 32 * 40
+    assert StepFlops(model)(100, 5000, sums(60, 40, 50)) == trunk + heads + 6 * 258 * 32 * 50
+    freeze_trunk(model.trunk)
+    frozen = 2 * LLAMA * 100 + PAIR * 5000 + 4 * 258 * 32 * 100 + 6 * 32 * 32 * 40
+    assert StepFlops(model)(100, 5000, sums(60, 40, 50)) == frozen + 4 * 258 * 32 * 50
+
+
 def test_what_is_frozen_needs_no_gradient(model_dir: Callable[..., Path]) -> None:
     frozen = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2)), from_scratch=False)
     freeze_trunk(frozen.trunk)
