@@ -24,6 +24,7 @@ def run(config: TrainConfig) -> None:
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("weights", config.weights.text)
     offsets = len(config.heads.offsets)
     if (loss := summary["loss"]) is not None and loss == loss:
         table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1), f"{loss:.4f}")

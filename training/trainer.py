@@ -34,6 +34,7 @@ from training.run import TRACKING, RunDirectory
 from training.sharding import distribute, full_state, sharding_requested
 from training.trainable import add_adapters, freeze_trunk
 from training.trunk import choose_attention
+from training.weighting.stored import check_formula
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
     check_tokenizer(config.model, shards.first)
     for data in filter(None, (*mixed, held_out)):
         check_same_tokenizer(shards.first, data.first)
+    for data in (shards, *mixed):
+        check_formula(config.weights.node, data)
     longest = max(data.first.manifest.corpus.max_length for data in (shards, *mixed))
     sequence_length = config.sequence_length or longest
     config = config.model_copy(update={"sequence_length": sequence_length})
@@ -128,7 +131,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
     left_out = loop.window.counters["bad_steps"] + loop.window.counters["no_signal_steps"]
     if left_out >= steps:
         raise UserError(
-            f"--weights.preset {config.weights.preset}: none of the {steps} steps had a target with weight and a "
+            f"--weights: none of the {steps} steps had a target with weight and a "
             "finite loss, so nothing was learnt; choose other weights and another --output"
         )
     evaluation = evaluate()

@@ -78,6 +78,11 @@ def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> Non
             },
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "llama",
+            {"weights": {"formula": "top(long_short, 0.5, by=batch)", "control": "random", "warmup_ratio": 0.5}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_ranks_equal_one(

@@ -18,7 +18,8 @@ def inputs(dtype: torch.dtype, rows: int = 37) -> tuple[Tensor, Tensor, Tensor, 
         torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((rows, 8), (11, 8), (11,))
     )
     targets = torch.randint(0, 11, (rows,), generator=generator)
-    return hidden, matrix, bias, targets, torch.rand(rows, generator=generator).to(dtype)
+    weights = torch.rand(rows, generator=generator) - 0.3  # rewards and advantages may be negative
+    return hidden, matrix, bias, targets, weights.to(dtype)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

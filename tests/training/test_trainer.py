@@ -68,11 +68,11 @@ def metrics(config: TrainConfig) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("die_at", "architecture", "block", "dtype"),
+    ("die_at", "architecture", "block", "dtype", "weights"),
     [
-        (4, "llama", "residual", "float32"),
-        (8, "llama-tied", "decoder", "float32"),
-        (12, "gpt2-dropout", "decoder", "bfloat16"),
+        (4, "llama", "residual", "float32", {"formula": "normalise(live, by=batch)", "control": "shuffled"}),
+        (8, "llama-tied", "decoder", "float32", {"formula": "top(long_short, 0.5, by=batch)", "control": "random"}),
+        (12, "gpt2-dropout", "decoder", "bfloat16", {"preset": "dense"}),
     ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
@@ -80,6 +80,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     architecture: str,
     block: str,
     dtype: str,
+    weights: dict[str, str],
     config: Callable[..., TrainConfig],
     model_dir: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -88,6 +89,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         "model": str(model_dir(architecture, seed=1)),
         "heads": {"offsets": (1, 2), "block": block},
         "dtype": dtype,
+        "weights": weights | {"warmup_ratio": 0.5},
     }
     # Evaluations on the way must not matter either: they switch dropout off, and on again.
     whole, broken = config("whole", eval_every=5, **settings), config("broken", **settings)

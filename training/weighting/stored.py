@@ -85,10 +85,7 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | No
     """
     node = replaced(config.node, stand_in) if stand_in else config.node
     columns = (*columns_of(node), *labels_of(node))
-    for name in columns:
-        shards.holder(name)
-    check_columns(node, shards)
-    check_sign(node, shards)
+    check_formula(node, shards)
     corpus = Corpus(shards)
     waits = waits_for_batch(node)
     parts = tuple(corpus.resolve(part) for part in (split(node)[1] if waits else [node]))
@@ -124,8 +121,19 @@ def replaced(node: Node, stand_in: str) -> Node:
     return node
 
 
-def check_columns(node: Node, shards: ZippedSets) -> None:
-    """Raise UserError unless every column of a formula holds what the formula makes of it."""
+def check_formula(node: Node, shards: ZippedSets) -> None:
+    """Check a formula against the columns that there are, without a look at the data.
+
+    Raises:
+        UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
+    """
+    for name in labels_of(node):
+        shards.holder(name)
+    _check_columns(node, shards)
+    _check_sign(node, shards)
+
+
+def _check_columns(node: Node, shards: ZippedSets) -> None:
     for name in columns_of(node):
         where = shards.holder(name).path
         kind = shards.kind(name)
@@ -139,8 +147,7 @@ def check_columns(node: Node, shards: ZippedSets) -> None:
                 raise UserError(f"{where}: column '{name}' has no value but 0; choose another --weights.column")
 
 
-def check_sign(node: Node, shards: ZippedSets) -> None:
-    """Raise UserError if weights may be negative and the formula does not say that they are meant to be."""
+def _check_sign(node: Node, shards: ZippedSets) -> None:
 
     def of_column(name: str) -> tuple[float, float]:
         column = shards.holder(name).manifest.columns.get(name)
