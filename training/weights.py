@@ -74,9 +74,9 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting | Sto
     Raises:
         UserError: no set has the score column, its statistics are missing, or no token would have weight.
     """
-    if config.preset == "uniform":
+    column = column_of(config)
+    if column is None:
         return elementwise(None, lambda scores: np.ones(len(scores), dtype=np.float32))
-    column = config.column or ("loss_short" if config.live else DEFAULT_COLUMNS[config.preset])
     holder = shards.holder(column)
     counts = holder.value_counts()[column]
     values = counts.distinct()[0]
@@ -99,6 +99,12 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets) -> Weighting | Sto
     if mean == 0:
         raise UserError(f"{holder.path}: column '{column}' is positive nowhere; choose another --weights.preset")
     return elementwise(column, lambda scores: weigh(scores) * np.float32(1 / mean), config.control)
+
+
+def column_of(config: WeightsConfig) -> str | None:
+    """Name of the score column that weights are made of; None for uniform ones."""
+    default = "loss_short" if config.live else DEFAULT_COLUMNS.get(config.preset)
+    return config.column or default
 
 
 def elementwise(
