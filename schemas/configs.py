@@ -428,7 +428,7 @@ class IterateConfig(Config):
 
     def scoring(self, **settings: Any) -> ScoreConfig:
         """Settings of the scoring in a round: its own, the user's, and those that are the same in all of them."""
-        suffix = self.score.get("suffix", "") + settings.pop("suffix", "")
+        suffix = f"{self.score.get('suffix', '')}{settings.pop('suffix', '')}"
         return ScoreConfig.model_validate(self.score | {"base": self.base, "suffix": suffix} | settings)
 
     def training(self, **settings: Any) -> TrainConfig:
