@@ -30,6 +30,7 @@ from schemas.configs import (
     DemoConfig,
     EvaluateConfig,
     InspectConfig,
+    IterateConfig,
     ListConfig,
     PrepareConfig,
     ScoreConfig,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, type[Config]] = {
     "list": ListConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "iterate": IterateConfig,
     "demo": DemoConfig,
 }
 EXAMPLES = """examples:

@@ -1,5 +1,7 @@
 """`wmtp train`: train on scored shards and say how it went."""
 
+from typing import Any
+
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
@@ -9,8 +11,8 @@ from schemas.configs import TrainConfig
 from training.trainer import train
 
 
-def run(config: TrainConfig) -> None:
-    """Train, here or on Ray, then print a one-screen summary."""
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train, here or on Ray, then print a one-screen summary; return what it summarises."""
     if config.ray_workers:
         from pipelines.ray_train import train_on_ray  # Ray takes seconds to import
 
@@ -18,7 +20,7 @@ def run(config: TrainConfig) -> None:
     else:
         summary = train(config)
         if not PartialState().is_main_process:
-            return
+            return summary
     done = "already complete" if summary.get("already_complete") else "trained"
     table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
     table.add_row("steps", f"{summary['steps']:,}")
@@ -42,3 +44,4 @@ def run(config: TrainConfig) -> None:
     table.add_row("metrics", str(config.output / "metrics.jsonl"))
     table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
     Console(markup=False).print(table)
+    return summary

@@ -12,7 +12,7 @@ or a column of labels, over the documents of the same label.
 
 import ast
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -114,6 +114,16 @@ def parse(text: str) -> Node:
         if isinstance(inner, Call) and inner.function == "signed" and inner is not node:
             raise FormulaError(f"'{_shortened(text)}': signed() goes around the whole formula")
     return node
+
+
+def rename(text: str, names: Mapping[str, str]) -> str:
+    """The text of a formula with other names for some columns."""
+    tree = ast.parse(text.strip(), mode="eval")
+    functions = [inner.func for inner in ast.walk(tree) if isinstance(inner, ast.Call)]
+    for inner in ast.walk(tree):
+        if isinstance(inner, ast.Name) and not any(inner is function for function in functions):
+            inner.id = names.get(inner.id, inner.id)
+    return ast.unparse(tree)
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -22,13 +22,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from upath import UPath
 
+from pipelines.score_summary import Scored
 from schemas.files import TOKENIZER, copy_files
 from schemas.fingerprints import directory_digest, tokenizer_fingerprint
 from schemas.locations import Location, locate
-from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, ShardEntry, TokenizerInfo
 from schemas.shard_set import ShardSet, finish_shard_set
 from schemas.shards import list_column, shard_name, write_shard
 from schemas.value_counts import ValueCounts
+from scoring.scorer import ScoringTask, load_model
+from scoring.units import Attempt, commit, find_done
+from scoring.worker import ScoringWorker, Unit
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.load_profile("default")
@@ -153,6 +157,28 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         return path
 
     return make
+
+
+@pytest.fixture
+def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
+    """Let the worker of a run be in this process, which Ray takes seconds to start; gives the tasks that it had."""
+    tasks: list[ScoringTask] = []
+
+    def score(task: ScoringTask, shards: list[ShardEntry], *_: object) -> Scored:
+        tasks.append(task)
+        worker = ScoringWorker(task, load_model)
+        done = find_done(task.output, shards)
+        units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
+        for outcome in [worker.start(), *map(worker.score, units)]:
+            if outcome.error:
+                raise outcome.error
+            assert outcome.kind == "done"
+        for unit in units:
+            commit(task.output, unit.attempt)
+        return Scored()
+
+    monkeypatch.setattr("pipelines.score.score_missing", score)
+    return tasks
 
 
 @pytest.fixture(scope="session")

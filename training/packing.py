@@ -136,7 +136,9 @@ def pack(
     return Rows(
         packed_ids.reshape(shape),
         positions.reshape(shape),
-        packed_weights.reshape(shape) if weights.ndim == 1 else np.moveaxis(packed_weights.reshape(len(channels), *shape), 0, -1),
+        packed_weights.reshape(shape)
+        if weights.ndim == 1
+        else np.moveaxis(packed_weights.reshape(len(channels), *shape), 0, -1),
         tokens,
         np.bincount(row, silent, count).astype(np.int64),
         _sources(row, shards, count),

@@ -11,11 +11,12 @@ import yaml
 
 import pipelines
 from pipelines.cli import COMMANDS, main
-from schemas.configs import Config, ScoreConfig, TrainConfig
+from schemas.configs import Config, IterateConfig, ScoreConfig, TrainConfig
 from schemas.errors import UserError
 
 SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
 PREPARE = ["prepare", "--input", "a", "--output", "b", "--tokenizer", "c"]
+ITERATE = ["iterate", "--input", "a", "--output", "b", "--reference", "c", "--base", "d"]
 TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
 
 
@@ -147,6 +148,16 @@ def test_a_mixture_is_a_mapping_on_the_command_line_and_in_a_file(
     assert single.mix == {"scored/code": 0.3}
 
 
+def test_settings_of_both_parts_of_a_round(configured: Callable[[list[str]], Config]) -> None:
+    arguments = ["--score.engine", "transformers", "--train.weights.preset", "rho1-static", "--train.max_steps", "7"]
+    config = configured([*ITERATE, *arguments, "--fresh"])
+    assert isinstance(config, IterateConfig)
+    assert config.fresh
+    assert config.scoring(input="x", output="y", reference="z").engine == "transformers"
+    training = config.training(input="x", output="y", model="z")
+    assert (training.weights.preset, training.max_steps) == ("rho1-static", 7)
+
+
 @pytest.mark.parametrize("name", ["inspect", "verify"])
 def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Config]) -> None:
     assert configured([name, "corpus"]) == COMMANDS[name].model_validate({"set": "corpus"})
@@ -189,6 +200,10 @@ def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Conf
         ([*TRAIN, "--mix", "{b: 0.5, c: 0.5}"], "--mix: shares should sum to less than 1"),
         ([*TRAIN, "--mix", "{b: 0}"], "--mix: should be greater than 0, not '0'"),
         ([*TRAIN, "--mix", "{tape://b: 0.5}"], "--mix: Unsupported filesystem: 'tape'"),
+        ([*ITERATE, "--score.input", "a"], "--score.input: follows from the other settings; leave it out"),
+        ([*ITERATE, "--score.short_contex", "5"], "--score.short_contex: no such setting; see 'wmtp score --help'"),
+        ([*ITERATE, "--train.weights.preset", "rho2"], "--train.weights.preset: Input should be 'uniform', 'rho1'"),
+        ([*ITERATE, "--train.ray_address", "x"], "--train: --ray_address needs --ray_workers"),
         (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
     ],
 )

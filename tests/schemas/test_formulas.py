@@ -18,6 +18,7 @@ from schemas.formulas import (
     labels_of,
     mean_of,
     parse,
+    rename,
     waits_for_batch,
 )
 from schemas.presets import PRESETS
@@ -171,6 +172,14 @@ def test_live_variants_contrast_with_the_model_in_training(preset: str) -> None:
     config = WeightsConfig(preset=preset, live=True)
     assert config.is_live
     assert "(loss_short - live)" in config.text
+
+
+def test_other_names_for_columns() -> None:
+    names = {"loss_a": "loss_a_2", "top": "top_2", "y": "y_2"}
+    assert rename("top(loss_a - top, 0.5, by=y) / y", names) == "top(loss_a_2 - top_2, 0.5, by=y_2) / y_2"
+    weights = WeightsConfig(preset="dense", warmup_ratio=0.1, control="random").with_columns({"long_short": "ls"})
+    assert weights.text == "interpolate(normalise(abs(ls), silent=0.0, by=sequence), 0.75)"
+    assert (weights.warmup_ratio, weights.control) == (0.1, "random")
 
 
 def test_settings_become_part_of_the_formula() -> None:

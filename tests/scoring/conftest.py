@@ -20,14 +20,9 @@ from ray._private.node import Node
 from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
-from pipelines.score_summary import Scored
 from schemas.files import PROGRESS
-from schemas.manifest import ShardEntry
 from schemas.shard_set import ShardSet
 from scoring.cluster import ON_LOOPBACK
-from scoring.scorer import ScoringTask, load_model
-from scoring.units import Attempt, commit, find_done
-from scoring.worker import ScoringWorker, Unit
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300.0
@@ -190,28 +185,6 @@ class Scoring:
         """What it printed, without states of the progress bar that were overwritten."""
         text = self.printed.read_text()
         return [line for line in text.replace("\r", "\n").splitlines() if line.strip() and "shards" not in line]
-
-
-@pytest.fixture
-def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
-    """Let the worker of a run be in this process, which Ray takes seconds to start; gives the tasks that it had."""
-    tasks: list[ScoringTask] = []
-
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object) -> Scored:
-        tasks.append(task)
-        worker = ScoringWorker(task, load_model)
-        done = find_done(task.output, shards)
-        units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
-        for outcome in [worker.start(), *map(worker.score, units)]:
-            if outcome.error:
-                raise outcome.error
-            assert outcome.kind == "done"
-        for unit in units:
-            commit(task.output, unit.attempt)
-        return Scored()
-
-    monkeypatch.setattr("pipelines.score.score_missing", score)
-    return tasks
 
 
 @pytest.fixture
