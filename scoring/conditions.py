@@ -13,6 +13,9 @@ from schemas.manifest import Column, Condition, Contrast, Quantity, Window, same
 from scoring.models import ScoringModel
 from scoring.prompts import Prompt
 
+NO_ENGINE = {"model", "revision", "fingerprint", "window", "prompt", "quantity"}
+"""Fields of a condition that say what is measured; the others say with which engine, and how it runs."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -143,8 +146,8 @@ def reuse_columns(
         suffix: added to the names of new columns.
 
     Raises:
-        UserError: a new column has the name of another one, a contrast is of a column that is not there, or there are
-            no new columns.
+        UserError: a new column has the name of another one, a contrast is of a column that is not there or of columns
+            that cannot be compared, or there are no new columns.
     """
     names: dict[str, str] = {}
     left = ScoringPlan({}, {})
@@ -157,10 +160,7 @@ def reuse_columns(
             left.measurements[name + suffix] = measurement
         names[name] = stored or name + suffix
     for name, contrast in plan.contrasts.items():
-        for side in (contrast.minuend, contrast.subtrahend):
-            if side not in held.keys() | names.keys():
-                there = ", ".join([*names, *(column for column in held if column not in names)])
-                raise UserError(f"--contrasts.{name}: no column '{side}' is computed or in --input (there are {there})")
+        check_sides(name, contrast, conditions, held)
         renamed = Contrast(
             minuend=names.get(contrast.minuend, contrast.minuend),
             subtrahend=names.get(contrast.subtrahend, contrast.subtrahend),
@@ -171,6 +171,25 @@ def reuse_columns(
     if not left.columns:
         raise UserError(f"--input has all of these columns already ({', '.join(names.values())}); ask for others")
     return left
+
+
+def check_sides(name: str, contrast: Contrast, conditions: Mapping[str, Condition], held: Mapping[str, Column]) -> None:
+    """Raise UserError unless both columns of a contrast are there and come from one engine, run in the same way."""
+    origins: list[Condition] = []
+    for side in (contrast.minuend, contrast.subtrahend):
+        if side not in conditions.keys() | held.keys():
+            there = ", ".join([*conditions, *(column for column in held if column not in conditions)])
+            raise UserError(f"--contrasts.{name}: no column '{side}' is computed or in --input (there are {there})")
+        origin = conditions[side] if side in conditions else held[side].origin
+        while isinstance(origin, Contrast):  # whose own two columns agree
+            origin = held[origin.minuend].origin
+        origins.append(origin)
+    one, other = (origin.model_dump(mode="json", exclude=NO_ENGINE) for origin in origins)
+    if changed := differences(one, other):
+        raise UserError(
+            f"--contrasts.{name}: {contrast.describe()} would mix engines ({', '.join(changed)} differ), whose results "
+            "differ by more than scores resolve; score both columns with the same settings"
+        )
 
 
 def check_name(name: str, held: Mapping[str, Column], origin: Condition | Contrast) -> None:

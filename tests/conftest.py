@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. Everything is built here: no downloads."""
 
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -166,7 +167,7 @@ def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
 
     def score(task: ScoringTask, shards: list[ShardEntry], *_: object) -> Scored:
         tasks.append(task)
-        worker = ScoringWorker(task, load_model)
+        worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load_model)
         done = find_done(task.output, shards)
         units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
         for outcome in [worker.start(), *map(worker.score, units)]:

@@ -110,7 +110,9 @@ def test_losses_after_a_prompt_equal_those_of_the_concatenated_ids(
     )
 
 
-def test_contrasts_of_prompts_and_of_models(config, sequences, reference_model, base_model, prompt_ids, load):
+def test_contrasts_of_prompts_and_of_models(
+    config, score_here, sequences, reference_model, base_model, prompt_ids, load
+):
     """T-REG's contrast, and one across two models, without a reference."""
     conditions = {
         "better": {"model": str(reference_model), "prompt": BETTER, "entropy": True},
@@ -172,6 +174,10 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
         UserError, match=r"--contrasts\.one: no column 'loss_wrose' is computed or in --input \(there are"
     ):
         run(config(**settings, contrasts={"one": "loss_wrose - loss_plain"}))
+    with pytest.raises(
+        UserError, match=r"--contrasts\.one: loss_reference - loss_worse would mix engines \(dtype differ\)"
+    ):
+        run(config(**settings, contrasts={"one": "loss_reference - loss_worse"}, dtype="bfloat16"))
     del conditions["worse"]
     with pytest.raises(UserError, match=r"--input has all of these columns already \(loss_reference\)"):
         run(config(**settings))
