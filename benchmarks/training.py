@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/training.py [--only selection] [--rounds 10] [--threads 2]
     .venv/bin/python benchmarks/training.py --only weighting --rows 1 --rounds 20
+    .venv/bin/python benchmarks/training.py --only objectives --rounds 10
     .venv/bin/python benchmarks/training.py --model qwen2.5-0.5b --rounds 20 [--compile] [--attention NAME]
 
-The third command is for a GPU, which is used where there is one. It also runs Hugging Face's Trainer with Liger's
+The fourth command is for a GPU, which is used where there is one. It also runs Hugging Face's Trainer with Liger's
 kernels, and prints memory and model FLOP utilisation. TRL comes with `pip install -e .[bench]`, Liger with
 `pip install liger-kernel`; what is missing is left out.
 
@@ -49,7 +50,7 @@ from transformers import (
     logging,
 )
 
-from schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
+from schemas.configs import DirectDecodingConfig, HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
 from schemas.files import TOKENIZER
 from schemas.fingerprints import directory_digest
 from schemas.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
@@ -64,6 +65,7 @@ from training.loop import TrainingLoop
 from training.model import HEAD_SUMS, MTPModel, build_model
 from training.packing import Rows
 from training.targets import target_rows
+from training.trainable import freeze_embeddings
 from training.trainer import make_accelerator, make_optimizer
 from training.weighting import make_weighting
 
@@ -85,19 +87,40 @@ UNIFORM = WeightsConfig()
 DENSE = WeightsConfig(preset="dense", lam=0.25)
 PLAIN, UNIFORM_4, DENSE_4 = "next token, uniform", "4 heads, uniform", "4 heads, all weighted"
 AGAIN, SELECTED_60, SELECTED_25 = "4 heads, uniform, once more", "4 heads, 60 % selected", "4 heads, 25 % selected"
+SHARPER, RANKED = "next token, beta -0.25", "next token, beta -0.25, top 100 and tail"
+ORDER, CYCLE = "next token and token order", "next token, cycle of 4"
+ONE, FOUR = HeadsConfig(offsets=(1,)), HeadsConfig(offsets=(1, 2, 3, 4))
+PRECISION = ObjectiveConfig(kind="diversity_or_precision", beta=-0.25)
 TRAINER, LIGER, TRL = "Trainer, next token", "Trainer with Liger, next token", "SFTTrainer, next token"
 OURS = {
-    PLAIN: (UNIFORM, 1),
-    UNIFORM_4: (UNIFORM, 4),
-    AGAIN: (UNIFORM, 4),
-    DENSE_4: (DENSE, 4),
-    SELECTED_60: (WeightsConfig(preset="rho1-static", fraction=0.6), 4),
-    SELECTED_25: (WeightsConfig(preset="rho1-static", fraction=0.25), 4),
+    PLAIN: (UNIFORM, ONE, ObjectiveConfig()),
+    UNIFORM_4: (UNIFORM, FOUR, ObjectiveConfig()),
+    AGAIN: (UNIFORM, FOUR, ObjectiveConfig()),
+    DENSE_4: (DENSE, FOUR, ObjectiveConfig()),
+    SELECTED_60: (WeightsConfig(preset="rho1-static", fraction=0.6), FOUR, ObjectiveConfig()),
+    SELECTED_25: (WeightsConfig(preset="rho1-static", fraction=0.25), FOUR, ObjectiveConfig()),
+    SHARPER: (UNIFORM, ONE, PRECISION),
+    RANKED: (UNIFORM, ONE, PRECISION.model_copy(update={"lambda_tail": -0.1})),
+    ORDER: (UNIFORM, ONE.model_copy(update={"top_coefficient": 1.0}), ObjectiveConfig()),
+    CYCLE: (
+        UNIFORM,
+        ONE.model_copy(update={"dmtd": DirectDecodingConfig(cycle=4, decoding_layers=2)}),
+        ObjectiveConfig(),
+    ),
 }
+"""Weights, heads and objective of each."""
+
 PACKAGES = {TRAINER: "transformers", LIGER: "liger_kernel", TRL: "trl"}
 COMPARISONS = {
     "selection": [(SELECTED_60, DENSE_4, 0.75), (SELECTED_25, PLAIN, 1.15)],
     "weighting": [(DENSE_4, UNIFORM_4, 1.01), (AGAIN, UNIFORM_4, None)],
+    "objectives": [
+        (SHARPER, PLAIN, None),
+        (RANKED, PLAIN, None),
+        (ORDER, PLAIN, None),
+        (UNIFORM_4, PLAIN, None),
+        (CYCLE, PLAIN, None),
+    ],
     "trainers": [(PLAIN, TRAINER, 1.0), (PLAIN, LIGER, 1.0), (PLAIN, TRL, 1.0)],
 }
 """What is divided by what, and the most that the quotient should be; of a thing and itself it shows the noise."""
@@ -251,20 +274,23 @@ class Contestant(ABC):
 class Ours(Contestant):
     """Steps of `TrainingLoop`; one is taken before any that counts."""
 
-    def __init__(self, job: Job, weights: WeightsConfig, heads: int) -> None:
+    def __init__(self, job: Job, weights: WeightsConfig, heads: HeadsConfig, objective: ObjectiveConfig) -> None:
         arguments = job.arguments
         config = TrainConfig(
             input=str(job.directory / "set"),
             model=str(job.directory / "model"),
             output=str(job.directory / "run"),
             weights=weights,
-            heads=HeadsConfig(offsets=tuple(range(1, heads + 1))),
+            heads=heads,
+            objective=objective,
             batch_size=arguments.rows,
             micro_batch_size=arguments.rows,
             log_every=1_000_000,
         )
         accelerator = make_accelerator(arguments.dtype)
         model = job_model(job, config.heads)
+        if heads.dmtd.cycle > 1:
+            freeze_embeddings(model.trunk)  # as they are in a pretrained model
         self.flops = mean_flops(model, job, weights)
         if arguments.compile:
             compile_layers(model)
@@ -292,7 +318,7 @@ class Others(Contestant):
 
     def __init__(self, job: Job, name: str) -> None:
         self.job, self.name = job, name
-        model = job_model(job, HeadsConfig(offsets=(1,)))
+        model = job_model(job, ONE)
         self.flops = mean_flops(model, job, UNIFORM)
         self.model = model.trunk
         self.rows = job_rows(job, UNIFORM)
@@ -370,8 +396,9 @@ def mean_flops(model: MTPModel, job: Job, weights: WeightsConfig) -> float:
     """Operations of a step, on average over the first ones."""
     rows = job_rows(job, weights)
     ids, positions, values = (torch.from_numpy(array) for array in rows[:3])
-    sums = torch.zeros(len(model.config.offsets), len(HEAD_SUMS))
-    for number, offset in enumerate(model.config.offsets):
+    sums = torch.zeros(len(model.config.parts), len(HEAD_SUMS))
+    for number, part in enumerate(model.config.parts):
+        offset = int(part) if part.isdigit() else 1
         sums[number, HEAD_SUMS.index("selected")] = len(target_rows(ids, positions, values, offset).rows)
     pairs = float(rows.position_ids.sum(dtype="int64") + rows.tokens.sum())
     return StepFlops(model)(float(rows.tokens.sum()), pairs, sums) * job.arguments.rows / len(rows.tokens)

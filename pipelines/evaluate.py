@@ -47,4 +47,4 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
 
 def part_title(part: str) -> str:
     """One of `HeadsConfig.parts` in words."""
-    return f"offset {part}" if part.isdigit() else "token order"
+    return f"offset {part}" if part.isdigit() else "token order" if part == "top" else part.replace("_", " ")

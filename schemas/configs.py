@@ -325,6 +325,29 @@ class WeightsConfig(Config):
         return WeightsConfig(formula=formula, warmup_ratio=self.warmup_ratio, control=self.control)
 
 
+class DirectDecodingConfig(Config):
+    """Direct multi-token decoding: which layers read the thinking layers' output only once in a cycle."""
+
+    cycle: Positive = Field(
+        1,
+        description="tokens that one pass of all layers is to predict, 4 at most in the paper; 1 for an ordinary model",
+    )
+    encoding_layers: Annotated[int, Field(ge=0)] = Field(
+        0, description="first layers, whose output the decoding layers always read; 0 for the embeddings"
+    )
+    decoding_layers: Annotated[int, Field(ge=0)] = Field(
+        0, description="last layers, which predict alone but at the start of a cycle; 8 of 36 in the paper"
+    )
+
+    @model_validator(mode="after")
+    def _check_cycle(self) -> "DirectDecodingConfig":
+        if self.cycle > 1 and not self.decoding_layers:
+            raise ValueError("--heads.dmtd.cycle needs --heads.dmtd.decoding_layers above 0")
+        if self.cycle == 1 and (self.encoding_layers or self.decoding_layers):
+            raise ValueError("--heads.dmtd.encoding_layers and decoding_layers need --heads.dmtd.cycle above 1")
+        return self
+
+
 class HeadsConfig(Config):
     """Which future tokens are predicted, and by what."""
 
@@ -352,6 +375,8 @@ class HeadsConfig(Config):
         None, description="tokens ahead whose order is predicted; default the rest of the document"
     )
 
+    dmtd: DirectDecodingConfig = Field(DirectDecodingConfig(), description="direct multi-token decoding")
+
     @model_validator(mode="after")
     def _check_offsets(self) -> "HeadsConfig":
         if not self.offsets or self.offsets[0] != 1 or list(self.offsets) != sorted(set(self.offsets)):
@@ -362,6 +387,8 @@ class HeadsConfig(Config):
             raise ValueError("--heads.block is for --heads.kind parallel; sequential heads are decoder layers")
         if self.coefficients is not None and not any(self.coefficients):
             raise ValueError("--heads.coefficients must not all be 0, or there is nothing to learn")
+        if self.dmtd.cycle > 1 and len(self.offsets) > 1:
+            raise ValueError("--heads.dmtd.cycle needs --heads.offsets [1]: layers predict later tokens, not heads")
         if self.top_window is not None and not self.top_coefficient:
             raise ValueError("--heads.top_window needs --heads.top_coefficient above 0")
         return self
@@ -384,8 +411,16 @@ class HeadsConfig(Config):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of what losses are reported for: the offsets, then `top` for token order prediction."""
-        return tuple(map(str, self.offsets)) + ("top",) * self.predicts_order
+        """Names of what losses are reported for.
+
+        The offsets, `top` for token order prediction, and in a cycle offset 1 by phase.
+        """
+        phases = range(self.dmtd.cycle) if self.dmtd.cycle > 1 else ()
+        return (
+            *map(str, self.offsets),
+            *("top",) * self.predicts_order,
+            *(f"phase_{phase}" for phase in phases),
+        )
 
 
 class ObjectiveConfig(Config):

@@ -51,5 +51,7 @@ class StepFlops:
         """Operations for `tokens` tokens that see `pairs` tokens in all, and sums (P, 6) of the heads (`HEAD_SUMS`)."""
         selected = head_sums[:, HEAD_SUMS.index("selected")]
         rows, further = selected[: self.offsets], selected[self.offsets :]
-        heads = rows.sum() * self.row + rows[1:].sum() * self.head_row + further[:1].sum() * self.order_row
+        heads = rows.sum() * self.row + rows[1:].sum() * self.head_row
+        if self.order_row:
+            heads = heads + further[0] * self.order_row
         return tokens * self.token + pairs * self.pair + float(heads)

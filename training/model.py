@@ -17,6 +17,7 @@ from schemas.configs import HeadsConfig
 from schemas.errors import UserError, first_line
 from schemas.files import write_text
 from schemas.locations import local_copy, locate
+from training.direct_decoding import check_split, decoding_cycle
 from training.heads import Heads, TrunkPass, make_heads
 from training.losses import HeadGroup, HeadLosses, HeadRows, multi_head_cross_entropy
 from training.objectives import Objective
@@ -107,6 +108,11 @@ class MTPModel(nn.Module):
             order = self._predict_order(self.top, trunk, input_ids, task, coefficients[offsets:])
             total = total + order.total
             sums.append(_add_up(*order[1:]))
+        if self.config.dmtd.cycle > 1:
+            values, losses, correct, used = (rows[: counts[0]] for rows in result[1:])
+            phases = position_ids.flatten()[tasks[0].rows] % self.config.dmtd.cycle
+            masks = [phases == phase for phase in range(self.config.dmtd.cycle)]
+            sums += [_add_up(values, losses, correct, used * mask) for mask in masks]
         return total, torch.stack(sums)
 
     def _predict_order(
@@ -130,6 +136,8 @@ class MTPModel(nn.Module):
             if self.heads.reads:
                 layers, final_norm = decoder_parts(self.trunk)
                 last, norm = (stack.enter_context(recorded_call(module)) for module in (layers[-1], final_norm))
+            if self.config.dmtd.cycle > 1:
+                stack.enter_context(decoding_cycle(self.trunk, self.config.dmtd, position_ids))
             output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         inputs = [output.last_hidden_state]
         for name in self.heads.reads:
@@ -192,6 +200,8 @@ def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, at
     trunk = load_trunk(source, from_scratch=from_scratch, attention=attention)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     check_trunk(trunk, name)
+    if config.dmtd.cycle > 1:
+        check_split(trunk, config.dmtd)
     top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None
     model = MTPModel(trunk, heads, config, top)
     if saved is not None and not from_scratch:
@@ -212,9 +222,11 @@ def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, at
 
 
 def _structure(config: HeadsConfig) -> tuple[str, ...]:
-    """What must be the same for parameters to fit."""
+    """What must be the same for saved parameters to mean the same."""
     order = ("token order prediction",) * config.predicts_order
-    return config.kind, config.block, f"offsets {list(config.offsets)}", *order
+    dmtd = config.dmtd
+    split = f"dmtd cycle {dmtd.cycle} with {dmtd.encoding_layers} encoding, {dmtd.decoding_layers} decoding layers"
+    return config.kind, config.block, f"offsets {list(config.offsets)}", *order, *(split,) * (dmtd.cycle > 1)
 
 
 def load_model(name: str) -> MTPModel:

@@ -17,6 +17,12 @@ def freeze_trunk(trunk: nn.Module) -> None:
     trunk.requires_grad_(False)
 
 
+def freeze_embeddings(trunk: Any) -> None:
+    """Let embeddings and unembedding stay as they are, as in direct multi-token decoding (arXiv 2510.11958)."""
+    for module in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
+        module.requires_grad_(False)
+
+
 def add_adapters(trunk: Any, config: LoRAConfig) -> None:
     """Freeze the trunk and put low-rank adapters into it, in place (LoRA, arXiv 2106.09685).
 

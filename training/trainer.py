@@ -32,7 +32,7 @@ from training.mixing import make_loader, mix_identity, open_mix
 from training.model import HEADS_WEIGHTS, MTPModel, build_model, saved_heads
 from training.run import TRACKING, RunDirectory
 from training.sharding import distribute, full_state, sharding_requested
-from training.trainable import add_adapters, freeze_trunk
+from training.trainable import add_adapters, freeze_embeddings, freeze_trunk
 from training.trunk import choose_attention
 from training.weighting.stored import check_formula
 
@@ -89,6 +89,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None,
         freeze_trunk(mtp_model.trunk)
     elif config.trainable == "lora":
         add_adapters(mtp_model.trunk, config.lora)
+    if config.heads.dmtd.cycle > 1 and not config.from_scratch:
+        freeze_embeddings(mtp_model.trunk)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = make_loader(config, shards, mixed, sequence_length)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)

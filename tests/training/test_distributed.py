@@ -83,6 +83,14 @@ def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> Non
             {"weights": {"formula": "top(long_short, 0.5, by=batch)", "control": "random", "warmup_ratio": 0.5}},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "llama",
+            {
+                "heads": {"offsets": (1,), "top_coefficient": 1.0, "dmtd": {"cycle": 2, "decoding_layers": 1}},
+                "activation_checkpointing": True,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_ranks_equal_one(
