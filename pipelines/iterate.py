@@ -110,8 +110,8 @@ def print_rounds(rounds: list[dict[str, Any]]) -> None:
         share, loss = of["selected_share"], of.get("eval_loss_1")
         table.add_row(
             str(of["round"]),
-            of["set_digest"][:12],
-            of["reference_fingerprint"][:12],
+            of["set_digest"][:8],
+            of["reference_fingerprint"][:8],
             of["weights"],
             "-" if share is None else f"{share:.1%}",
             "-" if loss is None else f"{loss:.4f}",
