@@ -3,6 +3,7 @@
 Field names are the command line's flags and the keys of a YAML file; descriptions are its help.
 """
 
+import keyword
 import os.path
 import re
 from fractions import Fraction as Exact
@@ -50,6 +51,8 @@ RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
+RESERVED = ("document_id", "start", "input_ids", "live", "corpus", "batch", "sequence")
+"""What a column of fields of the corpus cannot be called: columns of every shard, and words of formulas."""
 
 
 class Config(BaseModel):
@@ -95,10 +98,10 @@ class PrepareConfig(Config):
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"'{name}' should be letters, digits and _; rename the field in the corpus")
-            if re.match("(document_id|start|input_ids)$|loss_|entropy_|gradient_|excess_loss|long_short", name):
-                raise ValueError(f"'{name}' is a name of columns that wmtp writes; rename the field in the corpus")
+            if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
+                raise ValueError(f"'{name}' is no identifier, as reward_2; rename the field in the corpus")
+            if re.match(f"({'|'.join(RESERVED)})$|loss_|entropy_|gradient_|excess_loss|long_short", name):
+                raise ValueError(f"'{name}' is a name that wmtp uses itself; rename the field in the corpus")
         return names
 
     @model_validator(mode="after")
