@@ -13,6 +13,8 @@ from schemas.manifest import Manifest
 DISTINCT = 8
 """A histogram shows so many values by themselves; of more, intervals."""
 INTERVALS = 12
+NARROW = 0.02
+"""Weights that differ by no more than this share are one line of it, as those of sequences that are scaled each."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
     return np.divide(numerators, denominators, out=empty, where=denominators != 0)
 
 
+def positions(lengths: np.ndarray) -> np.ndarray:
+    """Where each token of sequences of these lengths stands in its own, (T,) from lengths (S,)."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
 class WeightStatistics:
     """Gathers the weights of one row group after the other; keeps the weight of every target, 4 bytes each."""
 
@@ -105,7 +112,7 @@ class WeightStatistics:
             lengths: (S,) of the sequences, at least 1.
         """
         starts = np.cumsum(lengths) - lengths
-        position = np.arange(len(ids)) - np.repeat(starts, lengths)
+        position = positions(lengths)
         target = position > 0
         of_targets = weights[target]
         self.by_id += Totals.of(ids[target], of_targets, len(self.by_id.targets))
@@ -165,6 +172,8 @@ class WeightStatistics:
         weights = self.ascending[self.ascending != 0]
         lines = [("0", self.targets - self.kept)] if self.kept < self.targets else []
         distinct, counts = np.unique(weights, return_counts=True)
+        if len(distinct) > 1 and distinct[-1] - distinct[0] <= NARROW * abs(distinct[-1]):
+            return [*lines, (f"{distinct[0]:.4g} to {distinct[-1]:.4g}", len(weights))]
         if len(distinct) <= DISTINCT:
             shown = [(f"{value:.4g}", int(count)) for value, count in zip(distinct, counts, strict=True)]
             return sorted([*lines, *shown], key=lambda line: float(line[0]))
