@@ -16,7 +16,7 @@ from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
@@ -34,8 +34,10 @@ from schemas.configs import (
     ListConfig,
     PrepareConfig,
     ScoreConfig,
+    ShardSets,
     TrainConfig,
     VerifyConfig,
+    WeightsReportConfig,
 )
 from schemas.errors import UserError
 from schemas.locations import locate
@@ -45,6 +47,7 @@ COMMANDS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "inspect": InspectConfig,
     "verify": VerifyConfig,
+    "weights": WeightsReportConfig,
     "list": ListConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
@@ -203,12 +206,14 @@ def build_parser() -> ArgumentParser:
 
 def command_parser(name: str, config: type[Config]) -> ArgumentParser:
     """The parser of one command."""
+    types = get_type_hints(config, include_extras=True)
     positionals = {key: field for key, field in config.model_fields.items() if key in POSITIONALS}
     usage = " ".join([f"wmtp {name}", *(key.upper() for key in positionals), "[options]"])
     parser = new_parser(usage=usage, description=config.__doc__)
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with settings")
     for key, field in positionals.items():
-        parser.add_argument(key, type=UPath, nargs=POSITIONALS[key], metavar=key.upper(), help=field.description)
+        kind = types[key] if types[key] == ShardSets else UPath
+        parser.add_argument(key, type=kind, nargs=POSITIONALS[key], metavar=key.upper(), help=field.description)
     groups = {parser.add_argument_group(heading): names for heading, names in config.HELP_GROUPS.items()}
     parser.add_class_arguments(config, None, as_group=False, skip=set(positionals))
     for group, names in groups.items():

@@ -1,20 +1,18 @@
 """`wmtp inspect`: what a shard set holds, and which tokens score highest and lowest, in their text."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from pipelines.pages import check_page, decode, printable, show
 from schemas.configs import InspectConfig
-from schemas.errors import UserError
-from schemas.files import write_text
 from schemas.locations import local_copy
 from schemas.manifest import Column, Contrast, Manifest
 from schemas.shard_set import FOOTERS, ShardSet
@@ -22,8 +20,6 @@ from schemas.shards import flat_values, list_lengths
 
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
-WIDTH = 140
-"""Columns of the report where there is no terminal to ask: in a pipe and on an HTML page."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,9 @@ class ScoredToken:
 
 def run(config: InspectConfig) -> None:
     """Print the report, and write it as HTML where asked."""
-    if config.html and config.html.suffix not in (".html", ".htm"):
-        raise UserError(f"--html {config.html}: give a name that ends in .html, so that nothing else is overwritten")
+    check_page(config.html)
     shard_set = ShardSet.open(config.set)
-    report = build_report(shard_set, config.column, config.samples)
-    console = Console(markup=False)
-    console.width = console.width if console.is_terminal else WIDTH
-    console.print(report)
-    if config.html:
-        page = Console(record=True, markup=False, width=WIDTH, file=io.StringIO())
-        page.print(report)
-        config.html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config.html, page.export_html())
+    show(build_report(shard_set, config.column, config.samples), config.html)
 
 
 def build_report(shard_set: ShardSet, column: str | None, samples: int) -> RenderableType:
@@ -205,13 +192,3 @@ def split_text(tokenizer: Any, token: ScoredToken) -> tuple[str, str, str]:
     marked = until[len(before) :] if until.startswith(before) else decode(tokenizer, [token.token])
     after = whole[len(until) :] if whole.startswith(until) else decode(tokenizer, token.after)
     return printable(before), printable(marked), printable(after)
-
-
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text of token ids exactly as it was, special tokens included."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with line breaks and other control characters escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -64,6 +64,7 @@ def run(config: ScoreConfig) -> ShardSet | None:
             stack.enter_context(ray_session(config.ray_address))
         pool, engine_config = plan_workers(config, source, engine, method)
         plan = reuse_columns(plan, describe_conditions(plan, engine_config), source.manifest.columns, config.suffix)
+        check_new_names(plan, source)
         origins: dict[str, Condition | Contrast] = {**describe_conditions(plan, engine_config), **plan.contrasts}
         request = describe_request(source, origins)
         if finished := find_finished(config.output, request):
@@ -116,6 +117,14 @@ def further_quantities(config: ScoreConfig | ConditionConfig) -> list[Quantity]:
     """What is measured besides the loss of the reference, or of a condition."""
     wanted: dict[Quantity, bool] = {"entropy": config.entropy, "gradient": config.gradient}
     return [quantity for quantity, flag in wanted.items() if flag]
+
+
+def check_new_names(plan: ScoringPlan, source: ShardSet) -> None:
+    """Raise UserError if a new column has the name of one that came with the corpus."""
+    if clash := [name for name in plan.columns if name in source.manifest.corpus.sequence_columns]:
+        raise UserError(
+            f"--input {source.path}: has a column '{clash[0]}' of its corpus; give the contrast another name"
+        )
 
 
 def plan_method(config: ScoreConfig, engine: EngineName, plan: ScoringPlan) -> EngineMethod | None:

@@ -3,6 +3,7 @@
 Field names are the command line's flags and the keys of a YAML file; descriptions are its help.
 """
 
+import keyword
 import os.path
 import re
 from collections.abc import Mapping
@@ -51,6 +52,8 @@ RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
+RESERVED = ("document_id", "start", "input_ids", "live", "corpus", "batch", "sequence")
+"""What a column of fields of the corpus cannot be called: columns of every shard, and words of formulas."""
 
 
 class Config(BaseModel):
@@ -96,10 +99,10 @@ class PrepareConfig(Config):
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"'{name}' should be letters, digits and _; rename the field in the corpus")
-            if re.match("(document_id|start|input_ids)$|loss_|entropy_|gradient_|excess_loss|long_short", name):
-                raise ValueError(f"'{name}' is a name of columns that wmtp writes; rename the field in the corpus")
+            check_identifier(name)
+            written = re.match("loss_|entropy_|gradient_|excess_loss|long_short", name)
+            if written or name in RESERVED or keyword.iskeyword(name):
+                raise ValueError(f"'{name}' is a name that wmtp uses itself; rename the field in the corpus")
         return names
 
     @model_validator(mode="after")
@@ -219,7 +222,7 @@ class ScoreConfig(Config):
         for name in ("base", "entropy", "gradient", "short_context"):
             if self.reference is None and getattr(self, name):
                 raise ValueError(f"--{name} needs --reference")
-        taken = {"document_id", "start", "input_ids", "excess_loss", "long_short"}
+        taken = {*RESERVED, "excess_loss", "long_short"}
         taken |= {f"{of}_{name}" for of in ("loss", "entropy", "gradient") for name in (*BUILT_IN, *self.conditions)}
         if clash := sorted(taken & self.contrasts.keys()):
             raise ValueError(f"--contrasts: {clash[0]} is the name of another column; choose another one")
@@ -651,6 +654,33 @@ class InspectConfig(Config):
     column: str | None = Field(None, description="score column whose extremes are shown; default the first contrast")
     samples: Annotated[int, Field(ge=0)] = Field(5, description="how many highest and lowest scoring tokens to show")
     html: Path | None = Field(None, description="also write the report as an HTML page")
+
+
+class WeightsReportConfig(Config):
+    """Show the weights that a scheme gives, before training with them."""
+
+    set: ShardSets = Field(description="shard set; A,B reads score columns of B too, a set of the same rows")
+    weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
+    live_column: str | None = Field(
+        None, description="column that stands for what the model in training would lose, as loss_base"
+    )
+    samples: Annotated[int, Field(ge=0)] = Field(3, description="how many pieces of text to show with their weights")
+    max_tokens: Positive = Field(
+        10_000_000, description="look at about this many tokens, in row groups drawn at random from a larger set"
+    )
+    seed: Seed = Field(0, description="seed of what is drawn, and of random controls as in training")
+    html: Path | None = Field(None, description="also write the report as an HTML page")
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightsReportConfig":
+        if self.weights.is_live and self.live_column is None:
+            raise ValueError(
+                "these weights depend on what the model in training loses; name a column that stands for it, "
+                "as --live_column loss_base"
+            )
+        if self.live_column is not None and not self.weights.is_live:
+            raise ValueError("--live_column: these weights do not depend on the model in training; leave it out")
+        return self
 
 
 class VerifyConfig(Config):

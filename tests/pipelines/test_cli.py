@@ -133,6 +133,14 @@ def test_several_sets_are_named_with_commas_or_as_a_list(
     assert configured(["train", "--config", "run.yaml"]) == config
 
 
+def test_weights_of_several_sets(configured: Callable[[list[str]], Config], tmp_path: Path) -> None:
+    expected = {"set": ["a", "s3://b/c"], "weights": {"preset": "sparse"}, "max_tokens": 7}
+    arguments = ["weights", "a,s3://b/c", "--weights.preset", "sparse", "--max_tokens", "7"]
+    assert configured(arguments) == COMMANDS["weights"].model_validate(expected)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(expected))
+    assert configured(["weights", "--config", str(tmp_path / "run.yaml")]) == configured(arguments)
+
+
 def test_a_mixture_is_a_mapping_on_the_command_line_and_in_a_file(
     configured: Callable[[list[str]], Config], tmp_path: Path
 ) -> None:
@@ -158,7 +166,7 @@ def test_settings_of_both_parts_of_a_round(configured: Callable[[list[str]], Con
     assert (training.weights.preset, training.max_steps) == ("rho1-static", 7)
 
 
-@pytest.mark.parametrize("name", ["inspect", "verify"])
+@pytest.mark.parametrize("name", ["inspect", "verify", "weights"])
 def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Config]) -> None:
     assert configured([name, "corpus"]) == COMMANDS[name].model_validate({"set": "corpus"})
 
@@ -185,12 +193,19 @@ def test_the_set_is_positional(name: str, configured: Callable[[list[str]], Conf
         ([*SCORE, "--engine", "jax"], "--engine: should be one of 'auto', 'vllm', 'transformers', not 'jax'"),
         ([*SCORE, "--workers", "many"], "--workers: should be a valid integer"),
         ([*PREPARE, "--number_fields", "reward"], "--number_fields: should be a list such as '[a,b]', not 'reward'"),
-        ([*PREPARE, "--number_fields", "[start]"], "--number_fields: 'start' is a name of columns that wmtp writes;"),
-        ([*PREPARE, "--label_fields", "[excess_loss_b]"], "'excess_loss_b' is a name of columns that wmtp writes;"),
-        ([*PREPARE, "--label_fields", "[gradient_x]"], "'gradient_x' is a name of columns that wmtp writes; rename"),
-        ([*PREPARE, "--label_fields", "[a-b]"], "--label_fields: 'a-b' should be letters, digits and _; rename"),
+        ([*PREPARE, "--number_fields", "[start]"], "--number_fields: 'start' is a name that wmtp uses itself;"),
+        ([*PREPARE, "--label_fields", "[excess_loss_b]"], "'excess_loss_b' is a name that wmtp uses itself;"),
+        ([*PREPARE, "--label_fields", "[gradient_x]"], "'gradient_x' is a name that wmtp uses itself; rename"),
+        ([*PREPARE, "--label_fields", "[a-b]"], "--label_fields: 'a-b' is no name for a column; use letters"),
+        ([*PREPARE, "--label_fields", "[class]"], "--label_fields: 'class' is a name that wmtp uses itself"),
+        ([*PREPARE, "--number_fields", "[live]"], "--number_fields: 'live' is a name that wmtp uses itself;"),
         ([*PREPARE, "--label_fields", "[a,a]"], "--number_fields and --label_fields name 'a' twice"),
         ([*PREPARE, "--label_fields", "[a]", "--number_fields", "[a]"], "name 'a' twice; name each field once"),
+        ([*SCORE, "--contrasts", "{live: loss_a - loss_b}"], "--contrasts: live is the name of another column"),
+        (["weights", "a", "--weights.preset", "rho1"], "name a column that stands for it, as --live_column loss_base"),
+        (["weights", "a", "--live_column", "loss_base"], "--live_column: these weights do not depend on the model"),
+        (["weights", "a,"], "SET: should have a path on both sides of every comma;"),
+        (["weights"], "wmtp weights: error: SET missing"),
         ([*TRAIN, "--weights.fraction", "1.5"], "--weights.fraction: should be less than or equal to 1, not '1.5'"),
         ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
         ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),

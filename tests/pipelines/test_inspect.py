@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.inspect import default_column, extremes, printable, run, split_text
+from pipelines.inspect import default_column, extremes, run, split_text
+from pipelines.pages import printable
 from schemas.configs import InspectConfig
 from schemas.errors import UserError
 from schemas.shard_set import ShardSet

@@ -18,7 +18,7 @@ from training.packing import Rows
 from training.weighting.controls import Control, apply_control
 from training.weighting.expressions import Tokens, evaluate
 from training.weighting.segments import ArraySegments, TensorSegments
-from training.weighting.stored import split
+from training.weighting.stored import replaced, split
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class BatchWeighting:
     control: Control
 
     @classmethod
-    def make(cls, config: WeightsConfig) -> "BatchWeighting":
-        """That of a scheme."""
-        node = config.node
+    def make(cls, config: WeightsConfig, stand_in: str | None = None) -> "BatchWeighting":
+        """That of a scheme; `stand_in` as for `make_weighting`."""
+        node = replaced(config.node, stand_in) if stand_in else config.node
         return cls(split(node)[0] if waits_for_batch(node) else None, is_live(node), config.control)
 
     def of_rows(self, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
@@ -51,18 +51,25 @@ class BatchWeighting:
         """
         if self.live:
             return rows
-        weights = self._of_batch(rows, rng) if self.rest else rows.weights
+        weights = self.of_parts(rows.weights, rows.position_ids, rng) if self.rest else rows.weights
         if share < 1:
             weights = 1 + np.float32(share) * (weights - 1)
         return rows._replace(weights=weights)
 
-    def _of_batch(self, rows: Rows, rng: np.random.Generator) -> np.ndarray:
+    def of_parts(self, parts: np.ndarray, position_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Weights (...) float32 of the tokens of a batch, for a scheme that waits for it but is not live.
+
+        Args:
+            parts: (..., parts) what the loader made of each token, NaN where it has no score.
+            position_ids: (...) of the tokens in their documents.
+            rng: for the controls.
+        """
         assert self.rest is not None
         # The first token of a document is no target, and padding is documents of one token.
-        scored = (rows.position_ids > 0) & np.isfinite(rows.weights).all(-1)
-        documents = np.flatnonzero(rows.position_ids.ravel() == 0)
+        scored = (position_ids > 0) & np.isfinite(parts).all(-1)
+        documents = np.flatnonzero(position_ids.ravel() == 0)
         counts = np.add.reduceat(scored.ravel(), documents, dtype=np.int64)
-        columns = {str(number): rows.weights[..., number][scored] for number in range(rows.weights.shape[-1])}
+        columns = {str(number): parts[..., number][scored] for number in range(parts.shape[-1])}
         segments = {"sequence": ArraySegments(counts), "batch": ArraySegments(counts.sum(keepdims=True))}
         weights = np.zeros(scored.shape, dtype=np.float32)
         weights[scored] = apply_control(self.control, evaluate(self.rest, Tokens(columns, segments)), counts, rng)

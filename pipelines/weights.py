@@ -1,0 +1,139 @@
+"""`wmtp weights`: what a weighting scheme does to a scored corpus, before training with it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from pipelines.marked_text import Excerpt
+from pipelines.pages import check_page, show
+from pipelines.weight_report import build_report
+from pipelines.weight_statistics import WeightStatistics, positions
+from schemas.configs import WeightsReportConfig
+from schemas.errors import UserError
+from schemas.locations import local_copy
+from schemas.manifest import Manifest
+from schemas.shards import flat_values, list_lengths
+from schemas.zipped import ZippedSets
+from training.weighting import Weighting, make_weighting
+from training.weighting.batch import BatchWeighting
+
+EXCERPT_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a set: the number of its shard, and its own number there."""
+
+    shard: int
+    number: int
+
+
+def run(config: WeightsReportConfig) -> None:
+    """Print the report, and write it as HTML where asked.
+
+    Raises:
+        UserError: a set or a column is not as the weights need it, or there is nothing to predict.
+    """
+    check_page(config.html)
+    shards = ZippedSets.open(config.set)
+    manifest = shards.first.manifest
+    if manifest.tokens == manifest.rows:
+        raise UserError(f"{shards.first.path}: has no sequence of two tokens, so no target; prepare longer texts")
+    weighting = make_weighting(config.weights, shards, config.live_column)
+    groups = draw_groups(manifest, config.max_tokens, config.seed)
+    statistics, excerpts = look_at(shards, weighting, groups, config)
+    tokenizer = AutoTokenizer.from_pretrained(local_copy(shards.first.tokenizer_path))
+    facts = describe(config, weighting, manifest, len(groups), statistics.tokens)
+    show(build_report(facts, manifest, statistics, excerpts, tokenizer), config.html)
+
+
+def describe(
+    config: WeightsReportConfig, weighting: Weighting, manifest: Manifest, groups: int, tokens: int
+) -> dict[str, str]:
+    """What was looked at."""
+    total = sum(shard.row_groups for shard in manifest.shards)
+    drawn = f": {groups:,} of {total:,} row groups, drawn at random with seed {config.seed}" if groups < total else ""
+    facts = {
+        "set": "\n".join(map(str, config.set)),
+        "formula": weighting.formula,
+        "columns": ", ".join(weighting.columns) or "none",
+    }
+    if config.live_column:
+        facts["live loss"] = f"{config.live_column} in its place"
+    if weighting.waits:
+        facts["batch"] = "each row group in the place of one"
+    if config.weights.control != "none":
+        facts["control"] = config.weights.control
+    return facts | {"looked at": f"{tokens:,} of {manifest.tokens:,} tokens{drawn}"}
+
+
+def draw_groups(manifest: Manifest, max_tokens: int, seed: int) -> list[RowGroup]:
+    """All row groups of a set, or as many at random as hold about `max_tokens` tokens; in order."""
+    ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
+    total = int(ends[-1])
+    wanted = max(1, round(total * max_tokens / manifest.tokens))
+    if wanted < total:
+        drawn = np.sort(np.random.default_rng(seed).choice(total, wanted, replace=False, shuffle=False))
+    else:
+        drawn = np.arange(total)
+    shards = np.searchsorted(ends, drawn, side="right")
+    numbers = drawn - ends[shards] + [manifest.shards[shard].row_groups for shard in shards]
+    return [RowGroup(*place) for place in zip(shards.tolist(), numbers.tolist(), strict=True)]
+
+
+def look_at(
+    shards: ZippedSets, weighting: Weighting, groups: list[RowGroup], config: WeightsReportConfig
+) -> tuple[WeightStatistics, list[Excerpt]]:
+    """Weigh row groups, each as if it were a batch, and take excerpts from some of them."""
+    statistics = WeightStatistics(shards.first.manifest)
+    of_batch = BatchWeighting.make(config.weights, config.live_column)
+    excerpts: list[Excerpt] = []
+    rng = np.random.default_rng(config.seed)
+    excerpts_of = Counter(np.resize(rng.permutation(len(groups)), config.samples).tolist())
+    for index, group in enumerate(tqdm(groups, unit="row group", desc="weights", leave=False)):
+        table = shards.read(group.shard, weighting.columns, group.number)
+        ids, lengths = flat_values(table["input_ids"]), list_lengths(table["input_ids"])
+        rng_of_group = np.random.default_rng([config.seed, group.shard, group.number])  # as in training
+        weights = weighting.of_table(table, rng_of_group)
+        if weighting.waits:
+            weights = of_batch.of_parts(weights, positions(lengths), rng_of_group)
+        statistics.add(ids, weights, scored_mask(table, weighting.columns), lengths)
+        if index in excerpts_of:
+            names = shards.first.read(group.shard, ["document_id", "start"], group.number)
+            for row in draw_rows(lengths, excerpts_of[index], rng):
+                tokens = slice(int(lengths[:row].sum()), int(lengths[: row + 1].sum()))
+                name, start = names["document_id"][row].as_py(), names["start"][row].as_py()
+                excerpts.append(excerpt(name, start, ids[tokens], weights[tokens], rng))
+    return statistics, excerpts
+
+
+def scored_mask(table: pa.Table, columns: Iterable[str]) -> np.ndarray:
+    """Which tokens of a table (T,) have a finite score in all its score columns among `columns`."""
+    mask = np.ones(len(flat_values(table["input_ids"])), dtype=bool)
+    for name in columns:
+        if pa.types.is_list(table.schema.field(name).type):
+            mask &= np.isfinite(flat_values(table[name]))
+    return mask
+
+
+def draw_rows(lengths: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+    """Different sequences of at least two tokens, in order; long ones more often."""
+    weights = np.where(lengths > 1, lengths, 0)
+    count = min(count, int(np.count_nonzero(weights)))
+    drawn = rng.choice(len(lengths), count, replace=False, p=weights / weights.sum()) if count else np.arange(0)
+    return sorted(map(int, drawn))
+
+
+def excerpt(document_id: str, start: int, ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> Excerpt:
+    """At most `EXCERPT_TOKENS` tokens of a sequence, from anywhere in it."""
+    first = int(rng.integers(max(1, len(ids) - EXCERPT_TOKENS + 1)))
+    last = min(first + EXCERPT_TOKENS, len(ids))
+    shown = weights[first:last].copy()
+    if first == 0:
+        shown[0] = np.nan
+    return Excerpt(document_id, start + first, ids[first:last], shown, first == 0, last == len(ids))
