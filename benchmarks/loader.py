@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -82,8 +82,8 @@ def main() -> None:
         console.print(packing(shards))
 
 
-def make_set(path: Path, tokens: int) -> ShardSet:
-    """A scored set of at least `tokens` tokens in shards of 2^22, made of real texts and a random contrast."""
+def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> ShardSet:
+    """A scored set of at least `tokens` tokens in shards of 2^22, made of real texts and random contrasts."""
     texts = [text for _, text in [*documentation(), *sources()]]
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts[::5], VOCABULARY, show_progress=False)
@@ -96,21 +96,23 @@ def make_set(path: Path, tokens: int) -> ShardSet:
         documents += [encoded[index] for index in rng.permutation(len(encoded))]
     ends = np.cumsum([len(document) for document in documents])
     parts = np.split(np.arange(len(documents)), np.searchsorted(ends, np.arange(1 << 22, ends[-1], 1 << 22)))
-    counts, entries = ValueCounts(), []
+    counts: dict[str, ValueCounts] = {name: ValueCounts() for name in names}
+    entries = []
     for number, part in enumerate(parts):
         lengths = split_long(np.array([len(documents[index]) for index in part]), LENGTH)[1]
         ids = np.concatenate([documents[index] for index in part])
-        scores = (np.round(rng.normal(0.1, 0.7, len(ids)) * 512) / 512).astype(np.float16)
-        scores[np.cumsum(lengths) - lengths] = np.nan
-        counts.add(scores)
         columns = {
             "document_id": pa.array([f"document-{row}" for row in range(len(lengths))]),
             "start": pa.array(np.zeros(len(lengths), np.int64)),
             "input_ids": list_column(ids, lengths),
-            COLUMN: list_column(scores, lengths),
         }
+        for name in names:
+            scores = (np.round(rng.normal(0.1, 0.7, len(ids)) * 512) / 512).astype(np.float16)
+            scores[np.cumsum(lengths) - lengths] = np.nan
+            counts[name].add(scores)
+            columns[name] = list_column(scores, lengths)
         entries.append(write_shard(path / shard_name(number, len(parts)), pa.table(columns)))
-    contrast = Column(origin=Contrast(minuend="loss_base", subtrahend="loss_reference"), statistics=counts.statistics())
+    contrast = Contrast(minuend="loss_base", subtrahend="loss_reference")
     manifest = Manifest(
         corpus=CorpusInfo(
             input="Python standard library",
@@ -129,11 +131,11 @@ def make_set(path: Path, tokens: int) -> ShardSet:
             bos_token_id=None,
             eos_token_id=None,
         ),
-        columns={COLUMN: contrast},
+        columns={name: Column(origin=contrast, statistics=own.statistics()) for name, own in counts.items()},
         shards=entries,
         request={"command": "benchmark"},
     )
-    return finish_shard_set(path, manifest, {COLUMN: counts})
+    return finish_shard_set(path, manifest, counts)
 
 
 def make_loader(shards: ShardSet, preset: str, sequence_length: int = LENGTH) -> RowLoader:
