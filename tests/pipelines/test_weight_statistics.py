@@ -82,6 +82,12 @@ def test_uniform_weights_are_all_effective(manifest: Manifest) -> None:
     assert statistics.histogram() == [("1", 7)]
 
 
+def test_weights_that_hardly_differ_are_one_line(manifest: Manifest) -> None:
+    weights = [[1, 1.6, 1.61, 1.62, 0], [1], [1, 1.6, 1.605], [1, 1.615]]
+    statistics = gathered(manifest, weights, [[1] * len(row) for row in SEQUENCES])
+    assert statistics.histogram() == [("0", 1), ("1.6 to 1.62", 6)]
+
+
 sequences = st.lists(
     st.lists(st.tuples(st.integers(0, 9), st.sampled_from([-1.5, 0.0, 0.25, 1.0, 7.0])), min_size=1, max_size=20),
     min_size=1,

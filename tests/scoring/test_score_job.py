@@ -329,6 +329,11 @@ class TestRefusedBeforeAnyWork:
         with pytest.raises(UserError, match="holds something else"):
             run(config())
 
+    def test_a_contrast_called_as_a_column_of_the_corpus(self, config, base_model):
+        contrasts = {"reward": "loss_base - loss_reference"}
+        with pytest.raises(UserError, match="has a column 'reward' of its corpus; give the contrast another name"):
+            run(config(base=str(base_model), contrasts=contrasts))
+
     def test_other_tokenizer(self, config, make_model):
         path = make_model(seed=1)
         tokenizer = json.loads((path / "tokenizer.json").read_text())
