@@ -29,7 +29,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     table.add_row("weights", config.weights.text)
     offsets = len(config.heads.offsets)
     if (loss := summary["loss"]) is not None and loss == loss:
-        table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1), f"{loss:.4f}")
+        order = ", with token order" * config.heads.predicts_order
+        table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1) + order, f"{loss:.4f}")
         table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
     for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:

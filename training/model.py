@@ -104,8 +104,11 @@ class MTPModel(nn.Module):
         sums = [_add_up(*rows) for rows in per_head]
         total = result.total
         if self.top is not None:
-            task = HeadRows(tasks[0].rows, tasks[0].rows + 1, result.weights[: counts[0]])
-            order = self._predict_order(self.top, trunk, input_ids, task, coefficients[offsets:])
+            used = result.weights[: counts[0]]
+            kept = used != 0 if live else slice(None)  # of stored weights none is 0 here
+            order = self._predict_order(
+                self.top, trunk, input_ids, tasks[0].rows[kept], used[kept], coefficients[offsets:]
+            )
             total = total + order.total
             sums.append(_add_up(*order[1:]))
         if self.config.dmtd.cycle > 1:
@@ -116,14 +119,19 @@ class MTPModel(nn.Module):
         return total, torch.stack(sums)
 
     def _predict_order(
-        self, top: nn.Linear, trunk: TrunkPass, input_ids: Tensor, task: HeadRows, coefficient: Tensor
+        self,
+        top: nn.Linear,
+        trunk: TrunkPass,
+        input_ids: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        coefficient: Tensor,
     ) -> HeadLosses:
-        """Losses of token order prediction for the rows that have weight."""
-        kept = task.weights != 0  # of live weights some are 0
+        """Losses of token order prediction for rows (R,) and their weights (R,)."""
         return multi_head_cross_entropy(
             trunk.inputs[:1],
             [HeadGroup([0], _own_hidden_states)],
-            [HeadRows(*(values[kept] for values in task))],
+            [HeadRows(rows, rows + 1, weights)],
             top.weight,
             coefficient,
             objective=TokenOrder(input_ids, trunk.position_ids, self.config.top_window),

@@ -134,6 +134,14 @@ def test_phases_are_reported_by_position_in_the_document(model_dir: Callable[...
     torch.testing.assert_close(sums[1:].sum(0), sums[0])
 
 
+def test_a_batch_without_weight_gives_zeros_to_all_phases(model_dir: Callable[..., Path]) -> None:
+    model = model_with(model_dir())
+    loss, sums = model(IDS, POSITIONS, torch.zeros(POSITIONS.shape))
+    loss.backward()
+    assert loss.item() == 0
+    assert sums.tolist() == [[0] * 6] * 4
+
+
 def test_with_token_order_prediction_both_read_the_same_hidden_states(model_dir: Callable[..., Path]) -> None:
     dmtd = DirectDecodingConfig(cycle=2, decoding_layers=1)
     heads = HeadsConfig(offsets=(1,), dmtd=dmtd, top_coefficient=1.0, top_window=1)

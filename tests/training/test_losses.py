@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from training.losses import HeadGroup, HeadRows, multi_head_cross_entropy, weighted_linear_cross_entropy
+from training.objectives import CrossEntropy, DiversityOrPrecision, Objective
+from training.token_order import TokenOrder
 
 
 def inputs(dtype: torch.dtype, rows: int = 37) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,19 +52,29 @@ class Repeatable(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor, *rest: Any) -> Tensor:
         leaves = [tensor.detach().requires_grad_() for tensor in (hidden, matrix, bias)]
         with torch.enable_grad():
-            loss, _ = weighted_linear_cross_entropy(leaves[0], leaves[1], *rest[:2], bias=leaves[2], softcap=rest[2])
+            loss, _ = weighted_linear_cross_entropy(
+                leaves[0], leaves[1], *rest[:2], bias=leaves[2], softcap=rest[2], objective=rest[3]
+            )
         ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
         return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * own for own in ctx.saved_tensors), None, None, None
+        return *(grad * own for own in ctx.saved_tensors), None, None, None, None
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradcheck(softcap: float | None) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        CrossEntropy(),
+        DiversityOrPrecision(beta=0.0, lambda_top=0.3, lambda_tail=-0.2, top_k=4),
+        TokenOrder(torch.arange(12)[None] % 11, torch.arange(12)[None], window=3),
+    ],
+)
+def test_gradcheck(objective: Objective, softcap: float | None) -> None:
     hidden, matrix, bias, targets, weights = inputs(torch.float64, rows=5)
-    assert torch.autograd.gradcheck(Repeatable.apply, (hidden, matrix, bias, targets, weights, softcap))
+    assert torch.autograd.gradcheck(Repeatable.apply, (hidden, matrix, bias, targets, weights, softcap, objective))
 
 
 def test_gradients_are_handed_out_once() -> None:

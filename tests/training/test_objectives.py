@@ -10,12 +10,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.configs import HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
 from schemas.shard_set import ShardSet
 from training.losses import HeadGroup, HeadRows, multi_head_cross_entropy, weighted_linear_cross_entropy
 from training.model import build_model
 from training.objectives import CrossEntropy, DiversityOrPrecision, Objective, make_objective
+from training.token_order import TokenOrder
 from training.trainer import train
 from training.weighting.batch import LiveWeighting
 from training.weighting.stored import split
@@ -125,6 +127,38 @@ def test_a_target_that_is_certain_or_impossible_gives_finite_numbers(beta: float
     grad = chunk.gradient(torch.ones(2))
     assert grad[0].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert grad[1].tolist() == pytest.approx([-1, 1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return output
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        DiversityOrPrecision(-0.25, lambda_tail=-0.1, top_k=7),
+        TokenOrder(torch.arange(65)[None] % 50, torch.arange(65)[None], None),
+    ],
+)
+def test_never_holds_more_than_a_chunk_of_logits(objective: Objective) -> None:
+    """64 rows and 50 tokens, a chunk is 8 rows; hidden states and unembedding are smaller."""
+    hidden, matrix = torch.randn(64, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    targets = 1 + torch.arange(64) % 49
+    with LargestTensor() as largest:
+        value, _ = weighted_linear_cross_entropy(
+            hidden, matrix, targets, torch.ones(64), chunk_rows=8, objective=objective
+        )
+        value.backward()
+    assert 8 * 50 <= largest.elements <= 8 * 65
 
 
 @pytest.mark.parametrize("heads", [{"block": "residual"}, {"block": "decoder"}, {"kind": "sequential"}])
