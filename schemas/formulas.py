@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 LIVE = "live"
 SCOPES = ("corpus", "batch", "sequence")
@@ -47,13 +48,13 @@ class Call:
 
     Attributes:
         function: a key of `FUNCTIONS`, or an operator as it is written.
-        arguments: expressions, each with a value for each token.
+        arguments: `Node`s, or what `training.weighting` puts in their place.
         numbers: what else it is given, in the order of `Function.numbers`.
         by: scope of a function that looks at more than one token; None for all others.
     """
 
     function: str
-    arguments: "tuple[Node, ...]"
+    arguments: tuple[Any, ...]
     numbers: tuple[float, ...] = ()
     by: str | None = None
 

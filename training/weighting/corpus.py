@@ -86,7 +86,7 @@ class Corpus:
         if isinstance(node, Column):
             return Lookup(node, HALVES) if self.shards.kind(node.name) == "score" else node
         arguments = tuple(self.resolve(argument) for argument in node.arguments)
-        call = Call(node.function, arguments, node.numbers, node.by)  # type: ignore[arg-type]
+        call = Call(node.function, arguments, node.numbers, node.by)
         if node.by is None:
             return fold(call)
         if node.by == "corpus":
@@ -95,7 +95,7 @@ class Corpus:
             [x] = arguments
             if node.function in ("top", "rank") and isinstance(x, Lookup):  # ranked as float16, so looked up as such
                 halves = Lookup(x.of, half_bits(x.table).view(np.float16))
-                return Call(node.function, (halves,), node.numbers, node.by)  # type: ignore[arg-type]
+                return Call(node.function, (halves,), node.numbers, node.by)
             return call
         return self._by_label(call, node.by)
 
