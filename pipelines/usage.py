@@ -57,10 +57,11 @@ def value_sentence(message: str, error: ArgumentError) -> str:
 
 
 def reason_of(error: ValidationError) -> str:
-    """The first finding of pydantic, without its decoration, after the flag it is about."""
+    """The first finding of pydantic, without its decoration, after the flag it is about if it does not name one."""
     finding = error.errors()[0]
     where = ".".join(part for part in finding["loc"] if isinstance(part, str))
-    return (f"{flag(where)}: " if where else "") + finding["msg"].removeprefix("Value error, ")
+    message = finding["msg"].removeprefix("Value error, ")
+    return message if message.startswith("--") or not where else f"{flag(where)}: {message}"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
