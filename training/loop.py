@@ -119,7 +119,7 @@ class TrainingLoop:
         first = rows * self.accelerator.process_index
         size = self.config.micro_batch_size
         parts = [batch.take(slice(at, min(at + size, first + rows))) for at in range(first, first + rows, size)]
-        targets, weight_sum = self._count(batch)
+        targets, weight_sum = self._count(batch, share)
         self.tokens += int(batch.tokens.sum())
         self.window.enter(batch)
         if weight_sum:
@@ -133,11 +133,11 @@ class TrainingLoop:
         self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def _count(self, batch: Rows) -> tuple[float, float]:
+    def _count(self, batch: Rows, share: float) -> tuple[float, float]:
         """Targets of the first offset in the whole step, and the sum of their weights."""
         ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
         targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
-        return float(targets), float(weight_sum)
+        return float(targets), self.weighting.sum_of(float(weight_sum), share)
 
     def _run_part(
         self, part: Rows, denominator: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool

@@ -81,6 +81,13 @@ def test_fraction_one_of_live_and_stored_schemes_is_plain_cross_entropy(
             assert step == pytest.approx(expected, rel=1e-6), name
 
 
+def test_the_sum_of_live_weights_takes_their_factor_out(run: Callable[..., list[dict[str, float]]]) -> None:
+    weights = {"formula": "2 * normalise(live, by=batch)"}
+    doubled = run("doubled", weights=weights, normalization="weight_sum", max_steps=1)
+    plain = run("plain", weights={"formula": "normalise(live, by=batch)"}, max_steps=1)
+    assert doubled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+
+
 def test_negative_weights_push_tokens_away(run: Callable[..., list[dict[str, float]]]) -> None:
     """With weight -1 for all the loss is negative, and the model gets worse at what it is shown."""
     steps = run("signed", weights={"formula": "signed(0 - 1)"}, normalization="weight_sum")

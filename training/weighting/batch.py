@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from schemas.configs import WeightsConfig
-from schemas.formulas import LIVE, Node, is_live, waits_for_batch
+from schemas.formulas import LIVE, Node, is_live, mean_of, waits_for_batch
 from training.losses import WeighLive
 from training.packing import Rows
 from training.weighting.controls import Control, apply_control
@@ -28,18 +28,22 @@ class BatchWeighting:
     Attributes:
         rest: what weights are made of the loader's parts by, None where it hands on weights.
         live: whether that takes the losses of the model in training.
+        mean: what live weights average to over the targets of a batch that have a score, 1 where it is not known.
         control: what is made of the weights then.
     """
 
     rest: Node | None
     live: bool
+    mean: float
     control: Control
 
     @classmethod
     def make(cls, config: WeightsConfig, stand_in: str | None = None) -> "BatchWeighting":
         """That of a scheme; `stand_in` as for `make_weighting`."""
         node = replaced(config.node, stand_in) if stand_in else config.node
-        return cls(split(node)[0] if waits_for_batch(node) else None, is_live(node), config.control)
+        rest = split(node)[0] if waits_for_batch(node) else None
+        mean = mean_of(node)
+        return cls(rest, is_live(node), 1.0 if mean is None else mean, config.control)
 
     def of_rows(self, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
         """The rows of an optimizer step with weights (B, L), unless these are live.
@@ -74,6 +78,10 @@ class BatchWeighting:
         weights = np.zeros(scored.shape, dtype=np.float32)
         weights[scored] = apply_control(self.control, evaluate(self.rest, Tokens(columns, segments)), counts, rng)
         return weights
+
+    def sum_of(self, counted: float, share: float) -> float:
+        """The sum of the weights of a step, from what `training.targets` counts: stored weights, or live targets."""
+        return counted * (1 + share * (self.mean - 1)) if self.live else counted
 
     def live_weights(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
         """What makes the weights of a step's forward passes of this process, None unless they are live."""
