@@ -1,11 +1,9 @@
 """`wmtp weights`: what a weighting scheme does to a scored corpus, before training with it."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -17,10 +15,12 @@ from schemas.configs import WeightsReportConfig
 from schemas.errors import UserError
 from schemas.locations import local_copy
 from schemas.manifest import Manifest
+from schemas.presets import PRESETS
 from schemas.shards import flat_values, list_lengths
 from schemas.zipped import ZippedSets
 from training.weighting import Weighting, make_weighting
 from training.weighting.batch import BatchWeighting
+from training.weighting.tables import scored_tokens
 
 EXCERPT_TOKENS = 200
 
@@ -44,7 +44,8 @@ def run(config: WeightsReportConfig) -> None:
     manifest = shards.first.manifest
     if manifest.tokens == manifest.rows:
         raise UserError(f"{shards.first.path}: has no sequence of two tokens, so no target; prepare longer texts")
-    weighting = make_weighting(config.weights, shards, config.live_column)
+    weights = config.weights.model_copy(update={"warmup_ratio": 0.0})  # those after it
+    weighting = make_weighting(weights, shards, config.live_column)
     groups = draw_groups(manifest, config.max_tokens, config.seed)
     statistics, excerpts = look_at(shards, weighting, groups, config)
     tokenizer = AutoTokenizer.from_pretrained(local_copy(shards.first.tokenizer_path))
@@ -63,6 +64,8 @@ def describe(
         "formula": weighting.formula,
         "columns": ", ".join(weighting.columns) or "none",
     }
+    if config.weights.formula is None:
+        facts["scheme"] = f"{config.weights.preset}: {PRESETS[config.weights.preset].source}"
     if config.live_column:
         facts["live loss"] = f"{config.live_column} in its place"
     if weighting.waits:
@@ -102,7 +105,7 @@ def look_at(
         weights = weighting.of_table(table, rng_of_group)
         if weighting.waits:
             weights = of_batch.of_parts(weights, positions(lengths), rng_of_group)
-        statistics.add(ids, weights, scored_mask(table, weighting.columns), lengths)
+        statistics.add(ids, weights, scored_tokens(table, weighting.columns).mask, lengths)
         if index in excerpts_of:
             names = shards.first.read(group.shard, ["document_id", "start"], group.number)
             for row in draw_rows(lengths, excerpts_of[index], rng):
@@ -110,15 +113,6 @@ def look_at(
                 name, start = names["document_id"][row].as_py(), names["start"][row].as_py()
                 excerpts.append(excerpt(name, start, ids[tokens], weights[tokens], rng))
     return statistics, excerpts
-
-
-def scored_mask(table: pa.Table, columns: Iterable[str]) -> np.ndarray:
-    """Which tokens of a table (T,) have a finite score in all its score columns among `columns`."""
-    mask = np.ones(len(flat_values(table["input_ids"])), dtype=bool)
-    for name in columns:
-        if pa.types.is_list(table.schema.field(name).type):
-            mask &= np.isfinite(flat_values(table[name]))
-    return mask
 
 
 def draw_rows(lengths: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:

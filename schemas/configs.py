@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from schemas.formulas import FormulaError, Node, Number, is_live, mean_of, parse, rename
+from schemas.formulas import Call, FormulaError, Node, Number, is_live, mean_of, parse, rename
 from schemas.locations import LocationSetting, NameSetting, locate
 from schemas.presets import PRESETS
 
@@ -295,7 +295,10 @@ class WeightsConfig(Config):
                 parse(text or "1")
             except FormulaError as error:
                 raise ValueError(f"--weights.{name}: {error}") from error
-        if isinstance(self.node, Number) and self.control != "none":
+        node = self.node
+        if isinstance(node, Call) and node.function == "signed" and self.control == "random":
+            raise ValueError("--weights.control random draws no negative weights; use shuffled")
+        if isinstance(node, Number) and self.control != "none":
             raise ValueError(f"--weights.control needs other weights than those of {own}")
         return self
 
@@ -510,7 +513,7 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
     normalization: Literal["tokens", "weight_sum"] = Field(
         "tokens",
-        description="divide by the number of target tokens, with weights of corpus mean 1, or by their weights",
+        description="divide by the number of target tokens, or by the sum of their weights",
     )
     sequence_length: RowLength | None = Field(
         None, description="tokens in a packed training row; default is the largest max_length of the shard sets"

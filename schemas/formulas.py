@@ -13,13 +13,16 @@ or a column of labels, over the documents of the same label.
 import ast
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 LIVE = "live"
 SCOPES = ("corpus", "batch", "sequence")
 MAX_LENGTH = 10_000
+MAX_DEPTH = 100
+MAX_NUMBER = 1e38
+"""Weights are float32."""
 UNBOUNDED = (-math.inf, math.inf)
 POSITIVE = (0.0, math.inf)
 
@@ -66,27 +69,26 @@ Node = Number | Column | Call
 class Function:
     """What a function takes besides its first argument: numbers with their defaults (None: must be given), and `by`."""
 
-    numbers: dict[str, float | None]
-    scoped: bool
-    help: str
+    numbers: dict[str, float | None] = field(default_factory=dict)
+    scoped: bool = False
 
 
 FUNCTIONS = {
-    "abs": Function({}, False, "absolute value"),
-    "negate": Function({}, False, "-x"),
-    "relu": Function({}, False, "x where it is positive, else 0"),
-    "exp": Function({}, False, "e^x, of x at most 11"),
-    "sigmoid": Function({}, False, "1 / (1 + e^-x)"),
-    "shift": Function({"amount": None}, False, "x + amount"),
-    "scale": Function({"factor": None}, False, "factor * x"),
-    "clip": Function({"low": -math.inf, "high": math.inf}, False, "x, not below low and not above high"),
-    "interpolate": Function({"lam": None}, False, "lam + (1 - lam) * x: a share lam of plain cross-entropy"),
-    "top": Function({"fraction": None}, True, "1 for the largest fraction of the values, ties included, else 0"),
-    "rank": Function({}, True, "share of the values that are not larger, so in (0, 1]"),
-    "standardise": Function({}, True, "(x - mean) / standard deviation, 0 where that is 0"),
-    "normalise": Function({"silent": 0.0}, True, "x / mean; silent where all values are 0; of x that is not negative"),
-    "softmax": Function({}, True, "e^x / mean of e^x"),
-    "signed": Function({}, False, "x, where weights are meant to be negative, too; outermost only"),
+    "abs": Function(),
+    "negate": Function(),
+    "relu": Function(),
+    "exp": Function(),
+    "sigmoid": Function(),
+    "shift": Function({"amount": None}),
+    "scale": Function({"factor": None}),
+    "clip": Function({"low": -math.inf, "high": math.inf}),
+    "interpolate": Function({"lam": None}),
+    "top": Function({"fraction": None}, scoped=True),
+    "rank": Function(scoped=True),
+    "standardise": Function(scoped=True),
+    "normalise": Function({"silent": 0.0}, scoped=True),
+    "softmax": Function(scoped=True),
+    "signed": Function(),
 }
 OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<",
@@ -111,6 +113,8 @@ def parse(text: str) -> Node:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
         raise FormulaError(f"'{_shortened(text)}': cannot be read ({reason})") from None
+    if _depth(node) > MAX_DEPTH:
+        raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} operations inside each other")
     for inner in walk(node):
         if isinstance(inner, Call) and inner.function == "signed" and inner is not node:
             raise FormulaError(f"'{_shortened(text)}': signed() goes around the whole formula")
@@ -157,6 +161,56 @@ def waits_for_batch(node: Node) -> bool:
     return any(inner == Column(LIVE) or (isinstance(inner, Call) and inner.by == "batch") for inner in walk(node))
 
 
+def replaced(node: Node, column: str, other: str) -> Node:
+    """The formula with another column in place of one."""
+    if node == Column(column):
+        return Column(other)
+    if isinstance(node, Call):
+        arguments = tuple(replaced(argument, column, other) for argument in node.arguments)
+        return Call(node.function, arguments, node.numbers, node.by)
+    return node
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A formula cut into what is known when.
+
+    Attributes:
+        stored: what the loader computes of each token.
+        batch: what is then computed of the rows of a whole step, with columns "0", "1", ... for the values of `stored`.
+        live: what is left to each forward pass, with columns "0", ... for those of `batch`; None if nothing is.
+    """
+
+    stored: tuple[Node, ...]
+    batch: tuple[Node, ...]
+    live: Node | None
+
+    @classmethod
+    def of(cls, node: Node) -> "Stages":
+        """Cut a formula; one that waits for nothing is `stored` as a whole."""
+        rest, stored = _cut(node, waits_for_batch)
+        if not is_live(node):
+            return cls(stored, (rest,), None)
+        live, batch = _cut(rest, is_live)
+        return cls(stored, batch, live)
+
+
+def _cut(node: Node, waits: Callable[[Node], bool]) -> tuple[Node, tuple[Node, ...]]:
+    """What waits, with columns "0", "1", ... in place of its parts that do not, and these parts."""
+    parts: dict[Node, Column] = {}
+
+    def cut(node: Node) -> Node:
+        if isinstance(node, Number):
+            return node
+        if not waits(node):
+            return parts.setdefault(node, Column(str(len(parts))))
+        if isinstance(node, Column):
+            return node
+        return Call(node.function, tuple(map(cut, node.arguments)), node.numbers, node.by)
+
+    return cut(node), tuple(parts)
+
+
 def mean_of(node: Node) -> float | None:
     """The mean that a formula has over every batch (and its targets with a score), None where that is unknown."""
     if isinstance(node, Number):
@@ -164,7 +218,7 @@ def mean_of(node: Node) -> float | None:
     if isinstance(node, Column):
         return None
     if node.function in ("normalise", "softmax"):
-        return 1.0 if node.by in ("batch", "sequence") else None
+        return 1.0 if node.by in ("batch", "sequence") and _has_signal(node) else None
     if node.function in ("+", "-", "*"):
         one, other = (mean_of(argument) for argument in node.arguments)
         if one is None or other is None:
@@ -173,6 +227,30 @@ def mean_of(node: Node) -> float | None:
             return one * other if any(isinstance(argument, Number) for argument in node.arguments) else None
         return one + other if node.function == "+" else one - other
     return None
+
+
+def _has_signal(node: Node) -> bool:
+    """Whether values are never 0 for all tokens of a sequence or batch but by a coincidence of all digits."""
+    if not isinstance(node, Call):
+        return node == Column(LIVE)
+    if node.function == "normalise":
+        return node.numbers == (1.0,) or _has_signal(node.arguments[0])
+    if node.function == "top":
+        return node.numbers[1] == 0 or _has_signal(node.arguments[0])
+    return node.function in ("abs", "exp", "sigmoid", "rank", "softmax")
+
+
+def _is_magnitude(node: Node) -> bool:
+    """Whether values are not negative, as far as the formula alone tells, so that 0 is the least there is."""
+    if isinstance(node, Number):
+        return node.value >= 0
+    if isinstance(node, Column):
+        return node.name == LIVE
+    if node.function in ("+", "*", "/"):
+        return all(map(_is_magnitude, node.arguments))
+    if node.function == "clip":
+        return node.numbers[0] >= 0 or (_is_magnitude(node.arguments[0]) and node.numbers[1] >= 0)
+    return node.function not in ("-", "standardise", "signed")
 
 
 def bounds(node: Node, of_column: Callable[[str], tuple[float, float]]) -> tuple[float, float]:
@@ -223,6 +301,10 @@ def _product(one: float, other: float) -> float:
     return 0.0 if one == 0 or other == 0 else one * other
 
 
+def _depth(node: Node) -> int:
+    return 1 + max(map(_depth, node.arguments), default=0) if isinstance(node, Call) else 0
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -249,10 +331,10 @@ def _read(tree: ast.AST) -> Node:
 
 
 def _combine(operator: str, left: Node, right: Node) -> Node:
+    if operator == "/" and right == Number(0.0):
+        raise FormulaError("division by 0")
     if isinstance(left, Number) and isinstance(right, Number):
         one, other = left.value, right.value
-        if operator == "/" and other == 0:
-            raise FormulaError("division by 0")
         if operator in COMPARISONS:
             raise FormulaError("compares two numbers")
         results = {"+": one + other, "-": one - other, "*": one * other}
@@ -261,9 +343,9 @@ def _combine(operator: str, left: Node, right: Node) -> Node:
 
 
 def _number(value: float) -> Number:
-    if not math.isfinite(value):
+    if not abs(value) <= MAX_NUMBER:
         raise FormulaError("a number is too large")
-    return Number(value)
+    return Number(value + 0.0)  # so that -0 is 0
 
 
 def _read_call(name: str, tree: ast.Call) -> Node:
@@ -300,6 +382,8 @@ def _read_call(name: str, tree: ast.Call) -> Node:
             raise FormulaError(f"{name}(by={by}) of what is known for the batch at hand only; use by=batch or sequence")
         if by not in SCOPES and name != "standardise":
             raise FormulaError(f"{name}(by={by}): is one of {', '.join(SCOPES)}; only standardise() goes by labels")
+        if by not in SCOPES and any(isinstance(inner, Call) and inner.by for inner in walk(argument)):
+            raise FormulaError(f"standardise(by={by}) of what is compared with other tokens already")
     return _make(name, argument, tuple(numbers), by)
 
 
@@ -318,8 +402,10 @@ def _make(name: str, x: Node, numbers: tuple[float, ...], by: str | None) -> Nod
             if not 0 <= numbers[0] <= 1:
                 raise FormulaError("interpolate() needs lam from 0 to 1")
             return _combine("+", Number(numbers[0]), _combine("*", Number(1 - numbers[0]), x))
-        case "top" if not 0 < numbers[0] <= 1:
-            raise FormulaError("top() needs a fraction above 0 and not above 1")
+        case "top":
+            if not 0 < numbers[0] <= 1:
+                raise FormulaError("top() needs a fraction above 0 and not above 1")
+            numbers = (*numbers, float(_is_magnitude(x)))  # of magnitudes 0 is never among the top
         case "normalise" if numbers[0] < 0:
             raise FormulaError("normalise() needs silent not below 0")
         case "clip" if numbers[0] > numbers[1]:

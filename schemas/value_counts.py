@@ -5,7 +5,6 @@ Counts of shards add up to the counts of the set, and from them follow the exact
 any function applied to the values: a corpus-wide threshold never needs a pass over the data.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,25 +59,6 @@ class ValueCounts:
     def missing(self) -> int:
         """Tokens without a finite value."""
         return int(self.counts.sum() - self.distinct()[1].sum())
-
-    def mean_of(self, function: Callable[[np.ndarray], np.ndarray]) -> float:
-        """Mean of `function(value)` over all finite values; NaN when there are none."""
-        values, counts = self.distinct()
-        if not len(values):
-            return float("nan")
-        return float((function(values) * counts).sum() / counts.sum())
-
-    def top_threshold(self, fraction: float) -> float:
-        """Largest threshold t such that at least `fraction` of the finite values are >= t.
-
-        Values equal to t all pass, so ties may keep somewhat more than `fraction`.
-        """
-        values, counts = self.distinct()
-        if not len(values):
-            return float("inf")
-        kept_from = np.cumsum(counts[::-1])[::-1]
-        wanted = np.ceil(fraction * counts.sum() - 1e-9)
-        return float(values[np.flatnonzero(kept_from >= wanted)[-1]])
 
     def statistics(self) -> ColumnStatistics:
         """Count, mean, standard deviation and quantiles (inverse of the empirical distribution function)."""

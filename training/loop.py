@@ -25,6 +25,7 @@ from training.flops import StepFlops, peak_flops
 from training.loader import RowLoader
 from training.metrics import Window
 from training.mixing import MixedLoader
+from training.model import HEAD_SUMS
 from training.objectives import make_objective
 from training.packing import Rows
 from training.sharding import all_finite, no_sync
@@ -153,7 +154,7 @@ class TrainingLoop:
         return sums
 
     def _update(self, parts: list[Rows], sums: Tensor) -> bool:
-        """Take the optimizer step, unless a loss or the gradient is not finite; says whether it was taken.
+        """Take the optimizer step, unless there is no weight or something is not finite; says whether it was taken.
 
         Args:
             parts: the micro-batches.
@@ -165,8 +166,12 @@ class TrainingLoop:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
         self.grad_norm = float(norm)
         finite = sums.isfinite().flatten(1).all(1)
-        good = self.accelerator.reduce(finite.all().int(), "sum") == self.accelerator.num_processes
-        if math.isfinite(self.grad_norm) and good:
+        weight = sums[..., HEAD_SUMS.index("weight")].sum()
+        good, weight = self.accelerator.reduce(torch.stack([finite.all().to(weight), weight]), "sum").tolist()
+        if weight == 0:  # of live weights this is known only now
+            self.window.counters["no_signal_steps"] += 1
+            return False
+        if math.isfinite(self.grad_norm) and good == self.accelerator.num_processes:
             self.optimizer.step()
             self.bad_in_a_row = 0
             return True

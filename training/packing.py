@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,10 +129,8 @@ def pack(
     for values in (packed_ids, positions, *packed_weights):
         values[padding] = 0
 
-    signal: Any = np.not_equal(packed_weights[0], 0) if weights.ndim == 1 else np.isfinite(packed_weights).all(axis=0)
-    signal[first] = signal[padding] = False  # the first token of a piece is no target
-    silent = (pieces > 1) & ~np.logical_or.reduceat(signal, first)
     shape = (count, row_length)
+    signal = np.abs(packed_weights[0]) > 0 if weights.ndim == 1 else np.isfinite(packed_weights).all(axis=0)
     return Rows(
         packed_ids.reshape(shape),
         positions.reshape(shape),
@@ -140,9 +138,23 @@ def pack(
         if weights.ndim == 1
         else np.moveaxis(packed_weights.reshape(len(channels), *shape), 0, -1),
         tokens,
-        np.bincount(row, silent, count).astype(np.int64),
+        silent_documents(signal.reshape(shape), positions.reshape(shape)),
         _sources(row, shards, count),
     )
+
+
+def silent_documents(signal: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+    """How many documents of at least two tokens have no target with signal, (B,) int64.
+
+    Args:
+        signal: (B, L) bool.
+        position_ids: (B, L), restarting at 0 in each document; padding is documents of one token.
+    """
+    targets = position_ids.ravel() > 0
+    starts = np.flatnonzero(~targets)
+    lengths = np.diff(starts, append=targets.size)
+    silent = (lengths > 1) & ~np.logical_or.reduceat(signal.ravel() & targets, starts)
+    return np.bincount(starts // position_ids.shape[1], silent, len(position_ids)).astype(np.int64)
 
 
 def _sources(row: np.ndarray, shards: np.ndarray, count: int) -> np.ndarray:

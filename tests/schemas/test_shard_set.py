@@ -30,7 +30,7 @@ def test_a_set_opens_as_it_was_written(scored: ShardSet) -> None:
     assert opened.manifest == scored.manifest
     assert (opened.manifest.rows, opened.manifest.tokens, len(opened.manifest.shards)) == (3, 9, 2)
     assert opened.read(1, ["input_ids"])["input_ids"].to_pylist() == [[6, 7, 8, 9]]
-    assert opened.value_counts()["loss_reference"].mean_of(lambda v: v) == pytest.approx(15.5 / 6)
+    assert opened.value_counts()["loss_reference"].statistics().mean == pytest.approx(15.5 / 6)
     assert opened.manifest.columns["loss_reference"].statistics.missing == 3
     assert (scored.path / MANIFEST).exists()
     assert faults(scored) == []

@@ -7,7 +7,6 @@ from hypothesis.extra import numpy as hnp
 from schemas.value_counts import QUANTILES, ValueCounts, from_table, to_table
 
 float16s = hnp.arrays(np.float16, st.integers(1, 300), elements=st.floats(width=16, allow_infinity=True))
-finite = hnp.arrays(np.float16, st.integers(1, 300), elements=st.floats(-100, 100, width=16))
 
 
 def counted(values: np.ndarray) -> ValueCounts:
@@ -29,31 +28,6 @@ def test_statistics_are_those_of_the_finite_values(values: np.ndarray) -> None:
     assert statistics.std == pytest.approx(kept.std(), rel=1e-6, abs=1e-6)
     for q in QUANTILES:
         assert statistics.quantiles[str(q)] == np.quantile(kept, q, method="inverted_cdf")
-
-
-@given(finite, st.floats(0.01, 1.0))
-def test_top_threshold_keeps_the_fraction_and_no_smaller_set_of_values_does(values: np.ndarray, share: float) -> None:
-    threshold = counted(values).top_threshold(share)
-    assert threshold in values
-    assert (values >= threshold).mean() >= share - 1e-9
-    assert (values > threshold).mean() < share
-
-
-def test_ties_at_the_threshold_are_kept() -> None:
-    values = np.array([3, 2, 2, 2, 1], np.float16)
-    assert counted(values).top_threshold(0.4) == 2
-    assert counted(values).top_threshold(0.2) == 3
-    assert counted(values).top_threshold(1.0) == 1
-
-
-def test_nothing_passes_the_threshold_of_an_empty_column() -> None:
-    assert counted(np.array([np.nan], np.float16)).top_threshold(0.5) == float("inf")
-
-
-def test_mean_of_a_function_is_the_mean_over_tokens() -> None:
-    values = np.array([-1, 0, 2, 2, np.nan], np.float16)
-    assert counted(values).mean_of(lambda v: np.maximum(v, 0)) == pytest.approx(1.0)
-    assert np.isnan(ValueCounts().mean_of(np.abs))
 
 
 @given(float16s, float16s)

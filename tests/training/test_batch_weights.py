@@ -97,6 +97,15 @@ def test_negative_weights_push_tokens_away(run: Callable[..., list[dict[str, flo
     assert not math.isnan(steps[-1]["loss"])
 
 
+def test_a_run_whose_live_weights_are_all_zero_has_learnt_nothing(
+    run: Callable[..., list[dict[str, float]]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="none of the 6 steps had a target with weight"):
+        run("silent", weights={"formula": "relu(live - 1000)"})
+    lines = (tmp_path / "silent" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["no_signal_steps"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
 def test_formulas_that_cannot_work_are_refused_before_the_model_is_loaded(
     run: Callable[..., list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

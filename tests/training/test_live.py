@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
-from schemas.formulas import Column, parse
+from schemas.formulas import Column, Stages, parse
 from schemas.shard_set import ShardSet
 from training.losses import HeadRows
 from training.model import MTPModel, build_model
@@ -19,7 +19,6 @@ from training.output_layer import OutputLayer
 from training.targets import count_targets, target_rows
 from training.trainer import train
 from training.weighting.batch import BatchWeighting, LiveWeighting
-from training.weighting.stored import split
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]])
 IDS = torch.arange(24).reshape(2, 12) * 11 % 256
@@ -74,9 +73,10 @@ def test_warm_up_and_controls_of_live_weights() -> None:
 def test_a_formula_of_live_losses_and_stored_columns() -> None:
     """Two parts that the loader makes, and what only the step can: top half of live - a in each document, times b."""
     config = WeightsConfig(formula="top(live - loss_a, 0.5, by=sequence) * sigmoid(long_short)")
-    node, parts = split(config.node)
-    assert parts == [Column("loss_a"), parse("sigmoid(long_short)")]
-    scheme = LiveWeighting(node)
+    stages = Stages.of(config.node)
+    assert stages.stored == (Column("loss_a"), parse("sigmoid(long_short)"))
+    assert stages.live is not None
+    scheme = LiveWeighting(stages.live)
     stored = torch.tensor([[1.0, 0.25], [0.0, 0.5], [0.0, 0.75]])
     weights = scheme(torch.tensor([3.0, 1.0, 7.0]), stored, torch.tensor([0, 0, 4]))
     assert weights.tolist() == [0.25, 0, 0.75]

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from schemas.configs import HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
+from schemas.configs import HeadsConfig, ObjectiveConfig, TrainConfig
+from schemas.formulas import parse
 from schemas.shard_set import ShardSet
 from training.losses import HeadGroup, HeadRows, multi_head_cross_entropy, weighted_linear_cross_entropy
 from training.model import build_model
@@ -20,7 +21,6 @@ from training.objectives import CrossEntropy, DiversityOrPrecision, Objective, m
 from training.token_order import TokenOrder
 from training.trainer import train
 from training.weighting.batch import LiveWeighting
-from training.weighting.stored import split
 
 SETTINGS: list[dict[str, Any]] = [
     {"beta": -0.25},
@@ -186,7 +186,7 @@ def test_live_weights_rank_by_likelihood_and_only_selected_rows_are_shaped(model
     model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2)), from_scratch=False)
     positions, ids = torch.arange(20)[None], torch.arange(20)[None] * 11 % 256
     stored = torch.full((1, 20), 5.0)
-    live = LiveWeighting(split(WeightsConfig(preset="rho1", fraction=0.5).node)[0])
+    live = LiveWeighting(parse("normalise(top(live, 0.5), by=batch)"))
     reference = model(ids, positions, stored[..., None], live=live)[1]
     loss, sums = model(
         ids, positions, stored[..., None], live=live, objective=DiversityOrPrecision(0.0, lambda_tail=-1.0)

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipelines import evaluate
-from schemas.configs import EvaluateConfig, HeadsConfig, TrainConfig, WeightsConfig
+from schemas.configs import EvaluateConfig, HeadsConfig, TrainConfig
 from schemas.errors import UserError
+from schemas.formulas import parse
 from schemas.shard_set import ShardSet
 from training import run as run_module
 from training.losses import HeadGroup, HeadRows, multi_head_cross_entropy, weighted_linear_cross_entropy
@@ -23,7 +24,6 @@ from training.model import MTPModel, build_model, load_model
 from training.token_order import TokenOrder, previous_occurrences
 from training.trainer import train
 from training.weighting.batch import LiveWeighting
-from training.weighting.stored import split
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7, 0, 0]])
 IDS = torch.tensor([[3, 1, 3, 2, 1, 3, 1, 1, 0, 2], [2, 2, 0, 1, 0, 2, 1, 3, 4, 4]])
@@ -178,7 +178,7 @@ def test_adds_to_the_loss_of_all_heads(
 def test_live_weights_are_those_of_offset_1(model_dir: Callable[..., Path]) -> None:
     model = with_order(model_dir(), offsets=(1,), top_coefficient=1.0)
     stored = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) * 3 + 4
-    live = LiveWeighting(split(WeightsConfig(preset="rho1", fraction=0.4).node)[0])
+    live = LiveWeighting(parse("normalise(top(live, 0.4), by=batch)"))
     sums = model(IDS, POSITIONS, stored[..., None], live=live)[1]
     assert sums[1, 2:].tolist()[0] == sums[0, 2] == math.ceil(0.4 * len(predicting(POSITIONS)))
     assert sums[1, 4:].tolist() == pytest.approx(sums[0, 4:].tolist())

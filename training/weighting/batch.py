@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from schemas.configs import WeightsConfig
-from schemas.formulas import LIVE, Node, is_live, mean_of, waits_for_batch
+from schemas.formulas import LIVE, Call, Column, Node, Stages, mean_of, replaced, waits_for_batch, walk
 from training.losses import WeighLive
-from training.packing import Rows
+from training.packing import Rows, silent_documents
 from training.weighting.controls import Control, apply_control
 from training.weighting.expressions import Tokens, evaluate
 from training.weighting.segments import ArraySegments, TensorSegments
-from training.weighting.stored import replaced, split
 
 
 @dataclass(frozen=True)
@@ -26,58 +25,71 @@ class BatchWeighting:
     """What is left to do to the weights of a batch when its rows are there.
 
     Attributes:
-        rest: what weights are made of the loader's parts by, None where it hands on weights.
-        live: whether that takes the losses of the model in training.
+        stages: what weights are made of when, None where the loader hands on weights.
         mean: what live weights average to over the targets of a batch that have a score, 1 where it is not known.
         control: what is made of the weights then.
     """
 
-    rest: Node | None
-    live: bool
+    stages: Stages | None
     mean: float
     control: Control
 
     @classmethod
     def make(cls, config: WeightsConfig, stand_in: str | None = None) -> "BatchWeighting":
         """That of a scheme; `stand_in` as for `make_weighting`."""
-        node = replaced(config.node, stand_in) if stand_in else config.node
-        rest = split(node)[0] if waits_for_batch(node) else None
+        node = replaced(config.node, LIVE, stand_in) if stand_in else config.node
         mean = mean_of(node)
-        return cls(rest, is_live(node), 1.0 if mean is None else mean, config.control)
+        return cls(Stages.of(node) if waits_for_batch(node) else None, 1.0 if mean is None else mean, config.control)
+
+    @property
+    def live(self) -> bool:
+        """Whether weights take the losses of the model in training."""
+        return self.stages is not None and self.stages.live is not None
 
     def of_rows(self, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
-        """The rows of an optimizer step with weights (B, L), unless these are live.
+        """The rows of an optimizer step with weights (B, L), or with the parts (B, L, parts) of live ones.
 
         Args:
             rows: as the loader made them.
             share: how far weights have moved from 1 to their own.
             rng: for the controls.
         """
+        if self.stages is None:
+            weights = 1 + np.float32(share) * (rows.weights - 1) if share < 1 else rows.weights
+            return rows._replace(weights=np.nan_to_num(weights))
         if self.live:
-            return rows
-        weights = self.of_parts(rows.weights, rows.position_ids, rng) if self.rest else rows.weights
-        if share < 1:
-            weights = 1 + np.float32(share) * (weights - 1)
-        return rows._replace(weights=weights)
+            return rows._replace(weights=self._parts_of_live(rows))
+        weights = self.of_parts(rows.weights, rows.position_ids, rng, share)
+        return rows._replace(weights=weights, silent=silent_documents(weights != 0, rows.position_ids))
 
-    def of_parts(self, parts: np.ndarray, position_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def of_parts(
+        self, parts: np.ndarray, position_ids: np.ndarray, rng: np.random.Generator, share: float = 1.0
+    ) -> np.ndarray:
         """Weights (...) float32 of the tokens of a batch, for a scheme that waits for it but is not live.
 
         Args:
             parts: (..., parts) what the loader made of each token, NaN where it has no score.
             position_ids: (...) of the tokens in their documents.
             rng: for the controls.
+            share: how far weights have moved from 1 to their own.
         """
-        assert self.rest is not None
-        # The first token of a document is no target, and padding is documents of one token.
-        scored = (position_ids > 0) & np.isfinite(parts).all(-1)
-        documents = np.flatnonzero(position_ids.ravel() == 0)
-        counts = np.add.reduceat(scored.ravel(), documents, dtype=np.int64)
-        columns = {str(number): parts[..., number][scored] for number in range(parts.shape[-1])}
-        segments = {"sequence": ArraySegments(counts), "batch": ArraySegments(counts.sum(keepdims=True))}
+        assert self.stages is not None
+        tokens, scored = _scored(parts, position_ids)
+        own = evaluate(self.stages.batch[0], tokens)
+        own = apply_control(self.control, own, tokens.segments["sequence"].counts, rng)
         weights = np.zeros(scored.shape, dtype=np.float32)
-        weights[scored] = apply_control(self.control, evaluate(self.rest, Tokens(columns, segments)), counts, rng)
+        weights[scored] = 1 + np.float32(share) * (own - 1) if share < 1 else own
         return weights
+
+    def _parts_of_live(self, rows: Rows) -> np.ndarray:
+        assert self.stages is not None
+        if self.stages.batch == tuple(Column(str(number)) for number in range(rows.weights.shape[-1])):
+            return rows.weights
+        tokens, scored = _scored(rows.weights, rows.position_ids)
+        parts = np.full((*scored.shape, len(self.stages.batch)), np.nan, dtype=np.float32)
+        for number, part in enumerate(self.stages.batch):
+            parts[scored, number] = evaluate(part, tokens)
+        return parts
 
     def sum_of(self, counted: float, share: float) -> float:
         """The sum of the weights of a step, from what `training.targets` counts: stored weights, or live targets."""
@@ -85,15 +97,28 @@ class BatchWeighting:
 
     def live_weights(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
         """What makes the weights of a step's forward passes of this process, None unless they are live."""
-        return LiveWeighting(self.rest, self.control, share, rng) if self.live and self.rest else None
+        if self.stages is None or self.stages.live is None:
+            return None
+        return LiveWeighting(self.stages.live, self.control, share, rng)
+
+
+def _scored(parts: np.ndarray, position_ids: np.ndarray) -> tuple[Tokens, np.ndarray]:
+    """The targets of a batch that have all parts, and which they are (...) bool."""
+    # The first token of a document is no target, and padding is documents of one token.
+    scored = (position_ids > 0) & np.isfinite(parts).all(-1)
+    documents = np.flatnonzero(position_ids.ravel() == 0)
+    counts = np.add.reduceat(scored.ravel(), documents, dtype=np.int64)
+    columns = {str(number): parts[..., number][scored] for number in range(parts.shape[-1])}
+    segments = {"sequence": ArraySegments(counts), "batch": ArraySegments(counts.sum(keepdims=True))}
+    return Tokens(columns, segments), scored
 
 
 @dataclass(frozen=True)
 class LiveWeighting:
-    """Weights from current losses and the loader's parts.
+    """Weights from current losses and what is known before.
 
     Attributes:
-        rest: the formula, with the loader's parts as columns "0", "1", ...
+        rest: the formula, with what is known before as columns "0", "1", ...
         control: what is made of the weights then.
         share: how far weights have moved from 1 to their own.
         rng: for the controls.
@@ -110,11 +135,17 @@ class LiveWeighting:
         return lambda losses, task: self(losses, task.weights.to(losses.dtype), documents[task.rows])
 
     def __call__(self, losses: Tensor, parts: Tensor, documents: Tensor) -> Tensor:
-        """Weights (R,) from live losses (R,), the loader's parts (R, parts) and documents (R,), which ascend."""
+        """Weights (R,) from live losses (R,), what is known before (R, parts) and documents (R,), which ascend."""
         if not len(losses):
             return losses
-        index = documents.unique_consecutive(return_inverse=True)[1]
-        segments = {"sequence": TensorSegments(index), "batch": TensorSegments(torch.zeros_like(index))}
+        scopes = {inner.by for inner in walk(self.rest) if isinstance(inner, Call)}
+        if self.control != "none":
+            scopes.add("sequence")
+        segments = {}
+        if "batch" in scopes:
+            segments["batch"] = TensorSegments(torch.zeros_like(documents))
+        if "sequence" in scopes:
+            segments["sequence"] = TensorSegments(documents.unique_consecutive(return_inverse=True)[1])
         columns = {LIVE: losses} | {str(number): part for number, part in enumerate(parts.unbind(-1))}
         weights = evaluate(self.rest, Tokens(columns, segments, library=torch))
         if self.control != "none":

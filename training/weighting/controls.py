@@ -29,7 +29,7 @@ def shuffle_within(weights: np.ndarray, counts: np.ndarray, rng: np.random.Gener
 
 
 def lognormal_like(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Independent LogNormal weights with the mean and the variance of `weights`; of a negative mean, negative ones."""
+    """Independent LogNormal weights with the mean and the variance of `weights`, which are not negative."""
     if not len(weights):
         return weights
     mean, variance = float(weights.mean(dtype=np.float64)), float(weights.var(dtype=np.float64))
@@ -37,4 +37,4 @@ def lognormal_like(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return np.zeros_like(weights)
     sigma = float(np.sqrt(np.log1p(variance / mean**2)))
     drawn = rng.standard_normal(len(weights), dtype=np.float32)
-    return np.copysign(np.exp(drawn * sigma + (np.log(abs(mean)) - sigma**2 / 2)), np.float32(mean))
+    return np.exp(drawn * sigma + (np.log(mean) - sigma**2 / 2))

@@ -1,12 +1,12 @@
 """What a formula has to know about the whole corpus: thresholds, means, ranks, and statistics of labelled documents.
 
-All of it is exact. What depends on one score column alone follows from the set's value counts, without a look at the
-data. Anything else is counted in one pass, rounded to float16: what it would be if it were a score column. Labels take
-a pass over the columns of sequences.
+What depends on one score column alone follows exactly from the set's value counts, without a look at the data. What
+combines several is counted in a pass of its own, rounded to float16: what it would be if it were a score column.
+Numbers of documents, and labels, take an exact pass over the columns of sequences.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +24,11 @@ from training.weighting.expressions import (
     ByLabel,
     Expression,
     Lookup,
+    Ranked,
     Tokens,
     columns_read,
     evaluate,
     fold,
-    over_values,
 )
 from training.weighting.segments import half_bits
 from training.weighting.tables import scored_tokens
@@ -40,6 +40,14 @@ class Distribution:
 
     values: np.ndarray
     counts: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, counts: np.ndarray) -> "Distribution":
+        """From values (N,) in any order, with repetitions, and how often each occurs (N,)."""
+        distinct, index = np.unique(values.astype(np.float64), return_inverse=True)
+        total = np.zeros(len(distinct), dtype=np.int64)
+        np.add.at(total, index, counts)
+        return cls(distinct, total)
 
     @property
     def mean(self) -> float:
@@ -56,10 +64,10 @@ class Distribution:
         reach = np.cumsum(self.counts[::-1])[::-1]
         return float(self.values[np.flatnonzero(reach >= np.ceil(fraction * self.counts.sum() - 1e-9))[-1]])
 
-    def ranks(self, values: np.ndarray) -> np.ndarray:
+    @property
+    def ranks(self) -> np.ndarray:
         """Share of all values that are not larger than each of `values`."""
-        not_larger = np.append(0, np.cumsum(self.counts))
-        return not_larger[np.searchsorted(self.values, values, side="right")] / self.counts.sum()
+        return np.cumsum(self.counts) / self.counts.sum()
 
 
 class Corpus:
@@ -100,34 +108,39 @@ class Corpus:
         return self._by_label(call, node.by)
 
     def _over_corpus(self, call: Call) -> Expression:
-        [argument] = call.arguments
-        x = argument if isinstance(argument, Lookup) else Lookup(argument, HALVES)
-        seen = self.distribution(x)
-
-        def function_of_x(function: Callable[[np.ndarray], np.ndarray]) -> Expression:
-            with np.errstate(all="ignore"):  # of NaN and infinity, which no scored token has
-                return over_values(x.of, function(x.table))
-
+        [x] = call.arguments
+        if self._is_of_sequences(x):
+            seen = self._of_sequences(x)
+        else:
+            x = x if isinstance(x, Lookup) else Lookup(x, HALVES)
+            seen = self.distribution(x)
         match call.function:
             case "top":
-                threshold = seen.threshold(*call.numbers)
-                return function_of_x(lambda values: values >= np.float32(threshold))
+                fraction, of_magnitudes = call.numbers
+                threshold = seen.threshold(fraction)
+                comparison = ">" if of_magnitudes and threshold == 0 and fraction < 1 else ">="
+                return arithmetic(comparison, x, threshold)
             case "rank":
-                return function_of_x(seen.ranks)
+                shares = seen.ranks.astype(np.float32)
+                ranked = Ranked(x, seen.values.astype(np.float32), shares)
+                if isinstance(x, Lookup):
+                    index = np.searchsorted(ranked.values, x.table).clip(max=len(shares) - 1)
+                    return Lookup(x.of, shares[index])
+                return ranked
             case "standardise":
-                scale = 1 / seen.deviation if seen.deviation else 0.0
-                return function_of_x(lambda values: (values - seen.mean) * scale)
+                return arithmetic("*", arithmetic("-", x, seen.mean), 1 / seen.deviation if seen.deviation else 0.0)
             case "softmax":
-                largest = seen.values[-1]
+                largest = float(seen.values[-1])
                 mean = Distribution(np.exp(seen.values - largest), seen.counts).mean
-                return function_of_x(lambda values: np.exp(values - largest) / mean)
+                shifted = arithmetic("-", x, largest)
+                return arithmetic("*", fold(Call("exp", (shifted,))), 1 / mean)
         assert call.function == "normalise"
         if seen.mean == 0:
             raise UserError(
                 f"{self.shards.first.path}: --weights are 0 for every token, as nothing of {_names(x)} is positive; "
                 "choose another column or formula"
             )
-        return function_of_x(lambda values: values / seen.mean)
+        return arithmetic("*", x, 1 / seen.mean)
 
     def distribution(self, x: Lookup) -> Distribution:
         """The values of a function of one value over all tokens that have the scores it is made of.
@@ -140,10 +153,23 @@ class Corpus:
         bits = bits[np.isfinite(HALVES[bits])]
         if not len(bits):
             raise UserError(f"{self.shards.first.path}: no token has a score in {_names(x)}; choose another column")
-        values, index = np.unique(x.table[bits].astype(np.float64), return_inverse=True)
-        total = np.zeros(len(values), dtype=np.int64)
-        np.add.at(total, index, counts[bits])
-        return Distribution(values, total)
+        return Distribution.of(x.table[bits], counts[bits])
+
+    def _is_of_sequences(self, x: Expression) -> bool:
+        """Whether all tokens of a sequence have the same value."""
+        return all(self.shards.kind(name) != "score" for name in columns_read(x))
+
+    def _of_sequences(self, x: Expression) -> Distribution:
+        """The values of an expression of numbers of sequences, not rounded."""
+        names = list(dict.fromkeys(columns_read(x)))
+        found = []
+        for shard in range(len(self.shards.first.manifest.shards)):
+            table = self.shards.read_sequences(shard, ["input_ids", *names])
+            scored = scored_tokens(table, names)
+            values = np.broadcast_to(evaluate(x, scored.tokens), scored.mask.sum())
+            found.append(Distribution.of(values, np.ones(len(values), dtype=np.int64)))
+        values, counts = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "counts"))
+        return Distribution.of(values, counts)
 
     def counts(self, x: Expression) -> ValueCounts:
         """How often each float16 occurs: as the set says for a score column, else by a pass over the corpus."""
@@ -177,19 +203,9 @@ class Corpus:
                     bar.update(len(table["input_ids"].combine_chunks().flatten()))
 
     def _by_label(self, call: Call, label: str) -> Expression:
-        """Standardise over the documents of each label; one that is several sequences counts once.
-
-        Raises:
-            UserError: it is made of scores of tokens, or the set does not have the labels.
-        """
+        """Standardise over the documents of each label; one that is several sequences counts once."""
         [x] = call.arguments
         names = list(dict.fromkeys(columns_read(x)))
-        for name, kind in [(label, "label"), *((name, "number") for name in names)]:
-            if self.shards.kind(name) != kind:
-                raise UserError(
-                    f"{self.shards.first.path}: '{name}' is no column of {kind}s of documents, which standardise(by="
-                    f"{label}) needs; prepare the corpus with --{kind}_fields"
-                )
         parts = []
         for shard in range(len(self.shards.first.manifest.shards)):
             table = self.shards.read_sequences(shard, ["start", label, *names])
@@ -206,6 +222,11 @@ class Corpus:
         scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
         numbers = {name: number for number, name in enumerate(found["label"].to_list())}
         return ByLabel(x, label, numbers, mean.astype(np.float32), scale.astype(np.float32))
+
+
+def arithmetic(operator: str, x: Expression, number: float) -> Expression:
+    """An operation on an expression and a number."""
+    return fold(Call(operator, (x, Number(number))))
 
 
 def _names(x: Expression) -> str:

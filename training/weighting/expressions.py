@@ -46,7 +46,22 @@ class ByLabel:
     scale: np.ndarray
 
 
-Expression = Node | Lookup | ByLabel
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The rank of a value among those of the corpus.
+
+    Attributes:
+        of: the value.
+        values: (D,) all values there are, ascending float32.
+        shares: (D,) float32, share of the tokens whose value is not larger.
+    """
+
+    of: "Expression"
+    values: np.ndarray
+    shares: np.ndarray
+
+
+Expression = Node | Lookup | ByLabel | Ranked
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ def columns_read(expression: Expression) -> Iterator[str]:
     match expression:
         case Column(name):
             yield name
-        case Lookup(of):
+        case Lookup(of) | Ranked(of):
             yield from columns_read(of)
         case ByLabel(of, label):
             yield from columns_read(of)
@@ -89,12 +104,7 @@ def fold(call: Call) -> Expression:
         return call
     with np.errstate(all="ignore"):  # of NaN and infinity, which no scored token has
         result = _elementwise(call, values, np)
-    return over_values(bases.pop(), result) if bases else Number(float(result))
-
-
-def over_values(of: Expression, table: np.ndarray) -> Lookup:
-    """The function of a value that a table of all float16 gives."""
-    return Lookup(of, table.astype(np.float32))
+    return Lookup(bases.pop(), result.astype(np.float32)) if bases else Number(float(result))
 
 
 def evaluate(expression: Expression, tokens: Tokens) -> Any:
@@ -108,6 +118,8 @@ def evaluate(expression: Expression, tokens: Tokens) -> Any:
         case Lookup(of, table):
             values = tokens.columns[of.name] if isinstance(of, Column) else evaluate(of, tokens)
             return table[half_bits(values)]
+        case Ranked(of, values, shares):
+            return shares[np.searchsorted(values, evaluate(of, tokens))]
         case ByLabel():
             numbers = np.fromiter(map(expression.numbers.__getitem__, tokens.labels[expression.label]), np.int64)
             spread = tokens.segments["sequence"].spread

@@ -16,6 +16,9 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 class Segments(Protocol):
     """Values (N,) that lie in S segments, one after the other; a segment may be empty.
 
+    Arrays are ranked as float16 stores them, as if they were score columns, and summed in float64; tensors, which are
+    current losses, as they are.
+
     Attributes:
         counts: (S,) values of each segment.
     """
@@ -34,11 +37,11 @@ class Segments(Protocol):
         """(N,): for each token the value of its segment, of (S,)."""
         ...
 
-    def top(self, values: Any, fraction: float) -> Any:
+    def top(self, values: Any, fraction: float, of_magnitudes: float) -> Any:
         """Which values are among the `ceil(fraction * n)` largest of the n in their segment, (N,) bool.
 
-        Ties at the threshold are kept. In a segment of nothing but zeros none is, as it carries no signal, unless
-        `fraction` is 1.
+        Ties at the threshold are kept. But 0 means no signal: it is never kept where values are magnitudes
+        (`of_magnitudes` 1), nor in a segment of nothing else. A `fraction` of 1 keeps everything.
         """
         ...
 
@@ -48,7 +51,7 @@ class Segments(Protocol):
 
 
 class ArraySegments:
-    """Segments of numpy arrays. Values are ranked as float16 stores them: one sort of integers ranks all segments."""
+    """Segments of numpy arrays; one sort of integers ranks the values of all of them."""
 
     def __init__(self, counts: np.ndarray) -> None:
         self.counts = counts
@@ -66,7 +69,7 @@ class ArraySegments:
         """See `Segments`; float32."""
         return np.repeat(values.astype(np.float32), self.counts)
 
-    def top(self, values: np.ndarray, fraction: float) -> np.ndarray:
+    def top(self, values: np.ndarray, fraction: float, of_magnitudes: float) -> np.ndarray:
         """See `Segments`."""
         if fraction == 1:
             return np.ones(len(values), dtype=bool)
@@ -75,9 +78,12 @@ class ArraySegments:
         kept = np.maximum(np.ceil(fraction * self.counts - 1e-9), 1).astype(np.int64)
         threshold = np.full(len(self.counts), np.iinfo(keys.dtype).max, dtype=keys.dtype)
         held = self.counts > 0
+        zeros = first_keys + ZERO_KEY
         least, largest = ranked[(self.ends - self.counts)[held]], ranked[self.ends[held] - 1]
-        held[held] = (least != first_keys[held] + ZERO_KEY) | (least != largest)
+        held[held] = (least != zeros[held]) | (least != largest)
         threshold[held] = ranked[(self.ends - kept)[held]]
+        if of_magnitudes:
+            threshold = np.maximum(threshold, zeros + keys.dtype.type(1))
         return keys >= np.repeat(threshold, self.counts)
 
     def rank(self, values: np.ndarray) -> np.ndarray:
@@ -126,16 +132,17 @@ class TensorSegments:
         """See `Segments`."""
         return values[self.index]
 
-    def top(self, values: Tensor, fraction: float) -> Tensor:
+    def top(self, values: Tensor, fraction: float, of_magnitudes: float) -> Tensor:
         """See `Segments`."""
         if fraction == 1:
             return torch.ones_like(values, dtype=torch.bool)
         ranked = values[self._order(values)]
-        kept = (self.counts * fraction - 1e-9).ceil().long().clamp(min=1)
+        kept = (self.counts.double() * fraction - 1e-9).ceil().long().clamp(min=1)
         ends = self.counts.cumsum(0)
-        silent = self.sums(values.abs()) == 0
+        silent = self.maxima(values.abs()) == 0
         threshold = ranked[ends - kept].masked_fill(silent, math.inf)
-        return values >= threshold[self.index]
+        selected = values >= threshold[self.index]
+        return selected & (values > 0) if of_magnitudes else selected
 
     def rank(self, values: Tensor) -> Tensor:
         """See `Segments`."""
@@ -153,7 +160,7 @@ class TensorSegments:
     def _order(self, values: Tensor) -> Tensor:
         """(N,) where the values lie, by segment and then ascending."""
         order = values.sort(stable=True).indices
-        return order[self.index[order].sort(stable=True).indices]
+        return order if len(self.counts) == 1 else order[self.index[order].sort(stable=True).indices]
 
 
 def half_bits(values: np.ndarray) -> np.ndarray:

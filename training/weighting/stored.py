@@ -1,5 +1,6 @@
 """From stored columns to what the loader hands on: a weight for each token, or what it will be made of later."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 from schemas.configs import WeightsConfig
 from schemas.errors import UserError
 from schemas.formulas import (
+    LIVE,
     POSITIVE,
     UNBOUNDED,
     Call,
@@ -15,9 +17,11 @@ from schemas.formulas import (
     FormulaError,
     Node,
     Number,
+    Stages,
     bounds,
     columns_of,
     labels_of,
+    replaced,
     waits_for_batch,
 )
 from schemas.manifest import Contrast
@@ -39,6 +43,7 @@ class Weighting:
         parts: what is computed of each token: its weight, or what that is made of where it waits for the batch.
         waits: whether it does (see `training.weighting.batch`).
         control: what is made of weights that do not wait.
+        missing: weight of a token without a score.
     """
 
     formula: str
@@ -46,6 +51,7 @@ class Weighting:
     parts: tuple[Expression, ...]
     waits: bool = False
     control: Control = "none"
+    missing: float = 0.0
 
     def of_table(self, table: pa.Table, rng: np.random.Generator) -> np.ndarray:
         """Weights of the tokens of a table of sequences, one after the other.
@@ -55,7 +61,7 @@ class Weighting:
             rng: for the controls.
 
         Returns:
-            (T,) float32, 0 where a token has no score; where weights wait for the batch, (T, parts), NaN there.
+            (T,) float32, `missing` where a token has no score; where weights wait for the batch, (T, parts), NaN there.
         """
         match self.parts:
             case [Lookup(of=Column(name), table=weights)] if self.control == "none" and not self.waits:
@@ -64,12 +70,12 @@ class Weighting:
                 return np.full(int(list_lengths(table["input_ids"]).sum()), value, dtype=np.float32)
         scored = scored_tokens(table, self.columns)
         if self.waits:
-            parts = np.full((len(self.parts), len(scored.mask)), np.nan, dtype=np.float32)
+            parts = np.empty((len(self.parts), len(scored.mask)), dtype=np.float32)
             for values, part in zip(parts, self.parts, strict=True):
-                values[scored.mask] = evaluate(part, scored.tokens)
+                values[:] = scored.spread(evaluate(part, scored.tokens), math.nan)
             return parts.T
         weights = evaluate(self.parts[0], scored.tokens)
-        return scored.spread(apply_control(self.control, weights, scored.counts, rng))
+        return scored.spread(apply_control(self.control, weights, scored.counts, rng), self.missing)
 
 
 def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | None = None) -> Weighting:
@@ -83,42 +89,17 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | No
     Raises:
         UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
     """
-    node = replaced(config.node, stand_in) if stand_in else config.node
-    columns = (*columns_of(node), *labels_of(node))
+    node = replaced(config.node, LIVE, stand_in) if stand_in else config.node
     check_formula(node, shards)
     corpus = Corpus(shards)
     waits = waits_for_batch(node)
-    parts = tuple(corpus.resolve(part) for part in (split(node)[1] if waits else [node]))
+    # In a warm-up the weights of scored tokens alone begin with 1: NaN tells the others apart.
+    missing = math.nan if config.warmup_ratio else 0.0
+    parts = tuple(corpus.resolve(part) for part in (Stages.of(node).stored if waits else (node,)))
     finite = np.isfinite(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
-    parts = tuple(Lookup(p.of, np.where(finite, p.table, 0)) if isinstance(p, Lookup) else p for p in parts)
-    return Weighting(config.text, columns, parts, waits, config.control)
-
-
-def split(node: Node) -> tuple[Node, list[Node]]:
-    """What waits for the batch, with columns "0", "1", ... in place of its parts that do not, and these parts."""
-    parts: list[Node] = []
-
-    def replace(node: Node) -> Node:
-        if isinstance(node, Number):
-            return node
-        if not waits_for_batch(node):
-            if node not in parts:
-                parts.append(node)
-            return Column(str(parts.index(node)))
-        if isinstance(node, Column):
-            return node
-        return Call(node.function, tuple(map(replace, node.arguments)), node.numbers, node.by)
-
-    return replace(node), parts
-
-
-def replaced(node: Node, stand_in: str) -> Node:
-    """The formula with a column in place of the loss of the model in training."""
-    if node == Column("live"):
-        return Column(stand_in)
-    if isinstance(node, Call):
-        return Call(node.function, tuple(replaced(a, stand_in) for a in node.arguments), node.numbers, node.by)
-    return node
+    parts = tuple(Lookup(p.of, np.where(finite, p.table, missing)) if isinstance(p, Lookup) else p for p in parts)
+    columns = (*columns_of(node), *labels_of(node))
+    return Weighting(config.text, columns, parts, waits, config.control, missing)
 
 
 def check_formula(node: Node, shards: ZippedSets) -> None:
@@ -127,9 +108,8 @@ def check_formula(node: Node, shards: ZippedSets) -> None:
     Raises:
         UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
     """
-    for name in labels_of(node):
-        shards.holder(name)
     _check_columns(node, shards)
+    _check_labels(node, shards)
     _check_sign(node, shards)
 
 
@@ -147,8 +127,25 @@ def _check_columns(node: Node, shards: ZippedSets) -> None:
                 raise UserError(f"{where}: column '{name}' has no value but 0; choose another --weights.column")
 
 
-def _check_sign(node: Node, shards: ZippedSets) -> None:
+def _check_labels(node: Node, shards: ZippedSets) -> None:
+    """Raise UserError unless what is done by label is done to numbers, by labels."""
+    if not isinstance(node, Call):
+        return
+    for argument in node.arguments:
+        _check_labels(argument, shards)
+    for label in labels_of(node):
+        wanted = [(label, "label")]
+        if node.by == label:
+            wanted += [(name, "number") for name in columns_of(node)]
+        for name, kind in wanted:
+            if shards.kind(name) != kind:
+                raise UserError(
+                    f"{shards.holder(name).path}: '{name}' is no column of {kind}s of documents, which "
+                    f"standardise(by={label}) needs; prepare the corpus with --{kind}_fields"
+                )
 
+
+def _check_sign(node: Node, shards: ZippedSets) -> None:
     def of_column(name: str) -> tuple[float, float]:
         column = shards.holder(name).manifest.columns.get(name)
         return UNBOUNDED if column is None or isinstance(column.origin, Contrast) else POSITIVE

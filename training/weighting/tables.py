@@ -27,9 +27,9 @@ class Scored(NamedTuple):
     mask: np.ndarray
     counts: np.ndarray
 
-    def spread(self, values: np.ndarray | float) -> np.ndarray:
-        """Values (N,) of the scored tokens as float32 (T,), 0 for the others."""
-        result = np.zeros(len(self.mask), dtype=np.float32)
+    def spread(self, values: np.ndarray | float, missing: float) -> np.ndarray:
+        """Values (N,) of the scored tokens as float32 (T,), `missing` for the others."""
+        result = np.full(len(self.mask), missing, dtype=np.float32)
         result[self.mask] = values
         return result
 
