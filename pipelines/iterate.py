@@ -8,6 +8,7 @@ Self-evolving references (Token Cleaning, arXiv 2502.01968), and any other alter
 import gc
 import json
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,11 +48,13 @@ def run(config: IterateConfig) -> None:
         scoring = config.scoring(input=source, output=directory / "scored", reference=reference, suffix=suffix)
         scored = score.run(scoring)
         assert scored is not None
+        added = scored.manifest.columns.keys() - ShardSet.open(source).manifest.columns.keys()
         training = config.training(input=scored.path, output=directory / "run", model=model)
-        training = weigh(training, scored, scoring.suffix)
+        training = weigh(training, added, scoring.suffix)
         summary = train.run(training)
         release_memory()
-        rounds.append(describe_round(number, scored, reference_of(scored, scoring.suffix), training, summary))
+        fingerprint = reference_of(scored, added, scoring.suffix)
+        rounds.append(describe_round(number, scored, fingerprint, training, summary))
         source, reference = scored.path, str(directory / "run" / "model")
         if not config.fresh:
             model = str(directory / "run")
@@ -59,21 +62,24 @@ def run(config: IterateConfig) -> None:
     print_rounds(rounds)
 
 
-def weigh(training: TrainConfig, scored: ShardSet, suffix: str) -> TrainConfig:
-    """The settings with the round's own columns for the weights, where this round has scored them."""
-    names = {column: column_in(scored, column, suffix) for column in columns_of(training.weights.node)}
+def weigh(training: TrainConfig, added: Collection[str], suffix: str) -> TrainConfig:
+    """The settings with the round's own columns for the weights, where they are among those that it has added."""
+    names = {column: column_in(added, column, suffix) for column in columns_of(training.weights.node)}
     return training.model_copy(update={"weights": training.weights.with_columns(names)})
 
 
-def column_in(scored: ShardSet, column: str, suffix: str) -> str:
-    """Name that a column has in a round; one that is the same in all of them, as `loss_base` is, has no suffix."""
-    return column + suffix if column + suffix in scored.manifest.columns else column
+def column_in(added: Collection[str], column: str, suffix: str) -> str:
+    """Name that a column has in a round; one that is the same in all of them, as `loss_base` is, has no suffix.
+
+    That a name with the suffix is in the set says nothing: it may be one of the user's own.
+    """
+    return column + suffix if column + suffix in added else column
 
 
-def reference_of(scored: ShardSet, suffix: str) -> str:
+def reference_of(scored: ShardSet, added: Collection[str], suffix: str) -> str:
     """Fingerprint of the reference of a round."""
     columns = scored.manifest.columns
-    excess = columns[column_in(scored, "excess_loss", suffix)].origin
+    excess = columns[column_in(added, "excess_loss", suffix)].origin
     assert isinstance(excess, Contrast)
     reference = columns[excess.subtrahend].origin
     assert isinstance(reference, Condition)

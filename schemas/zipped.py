@@ -64,7 +64,10 @@ class ZippedSets:
             if column in shards.manifest.columns or column in shards.manifest.corpus.sequence_columns:
                 return shards
         held = " or ".join(f"{s.path} (score columns: {', '.join(s.manifest.columns) or 'none'})" for s in self.sets)
-        raise UserError(f"no column '{column}' in {held}; add it with 'wmtp score'")
+        raise UserError(
+            f"no column '{column}' in {held}; add it with 'wmtp score', "
+            "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
+        )
 
     def kind(self, column: str) -> Literal["score", "number", "label"]:
         """What a column holds: a score of each token, or a number or a label of each sequence.

@@ -33,7 +33,7 @@ class ScoringPlan:
 
     Attributes:
         measurements: what is computed.
-        contrasts: what is subtracted; each refers to two columns that are computed or stored.
+        contrasts: what is subtracted; each refers to two columns that are stored, measured, or contrasts before it.
         stored: measurements that the input has already.
     """
 
@@ -137,7 +137,7 @@ def reuse_columns(
 ) -> ScoringPlan:
     """What is left to do where the input holds columns already.
 
-    A measurement whose condition has a column, whatever its name, is not computed again.
+    A measurement whose condition has a column, whatever its name, is not computed again, nor is such a contrast.
 
     Args:
         plan: everything that is asked for.
@@ -159,28 +159,48 @@ def reuse_columns(
             check_name(name + suffix, held, conditions[name])
             left.measurements[name + suffix] = measurement
         names[name] = stored or name + suffix
+    sources = dict(conditions)
     for name, contrast in plan.contrasts.items():
-        check_sides(name, contrast, conditions, held)
+        sources[name] = check_sides(name, contrast, sources, held)
         renamed = Contrast(
             minuend=names.get(contrast.minuend, contrast.minuend),
             subtrahend=names.get(contrast.subtrahend, contrast.subtrahend),
         )
-        if all(column.origin != renamed for column in held.values()):
+        stored = next((column for column, of in held.items() if of.origin == renamed), None)
+        if stored is None:
             check_name(name + suffix, held, renamed)
             left.contrasts[name + suffix] = renamed
+        names[name] = stored or name + suffix
     if not left.columns:
         raise UserError(f"--input has all of these columns already ({', '.join(names.values())}); ask for others")
     return left
 
 
-def check_sides(name: str, contrast: Contrast, conditions: Mapping[str, Condition], held: Mapping[str, Column]) -> None:
-    """Raise UserError unless both columns of a contrast are there and come from one engine, run in the same way."""
+def check_sides(
+    name: str, contrast: Contrast, sources: Mapping[str, Condition], held: Mapping[str, Column]
+) -> Condition:
+    """Check the two columns of a contrast.
+
+    Args:
+        name: of the contrast.
+        contrast: which columns it is of.
+        sources: columns that this run has by then, each with a condition that it comes from.
+        held: columns of the input.
+
+    Returns:
+        A condition that the contrast comes from: all of one column have the same engine.
+
+    Raises:
+        UserError: a column is not there, or the two come from different engines, or from one run in different ways.
+    """
     origins: list[Condition] = []
     for side in (contrast.minuend, contrast.subtrahend):
-        if side not in conditions.keys() | held.keys():
-            there = ", ".join([*conditions, *(column for column in held if column not in conditions)])
-            raise UserError(f"--contrasts.{name}: no column '{side}' is computed or in --input (there are {there})")
-        origin = conditions[side] if side in conditions else held[side].origin
+        if side not in sources.keys() | held.keys():
+            there = ", ".join([*sources, *(column for column in held if column not in sources)]) or "none"
+            raise UserError(
+                f"--contrasts.{name}: no column '{side}' is computed before it or in --input (there are {there})"
+            )
+        origin = sources[side] if side in sources else held[side].origin
         while isinstance(origin, Contrast):  # whose own two columns agree
             origin = held[origin.minuend].origin
         origins.append(origin)
@@ -190,6 +210,7 @@ def check_sides(name: str, contrast: Contrast, conditions: Mapping[str, Conditio
             f"--contrasts.{name}: {contrast.describe()} would mix engines ({', '.join(changed)} differ), whose results "
             "differ by more than scores resolve; score both columns with the same settings"
         )
+    return origins[0]
 
 
 def check_name(name: str, held: Mapping[str, Column], origin: Condition | Contrast) -> None:

@@ -141,9 +141,10 @@ class ShardScorer:
                 scores[side] if side in scores else stored_scores(table, side)
                 for side in (contrast.minuend, contrast.subtrahend)
             )
-            scores[name] = round_contrast(minuend - subtrahend)
+            scores[name] = minuend - subtrahend
         for name in self.task.plan.columns:
-            table = table.append_column(name, list_column(scores[name].astype(np.float16), lengths))
+            rounded = round_contrast(scores[name]) if name in self.task.plan.contrasts else scores[name]
+            table = table.append_column(name, list_column(rounded.astype(np.float16), lengths))
         return ScoredShard(table, rejects, time.monotonic() - started)
 
     def _score_model(

@@ -17,7 +17,7 @@ BEST_BETA = -0.25
 """The exponent that served later reinforcement learning best (arXiv 2512.22955)."""
 
 LEAST_DOUBT = torch.finfo(torch.float32).eps
-"""1 - p is raised to a negative power from here on: below it float32 cannot tell p from 1."""
+"""1 - p is raised to a negative power from here on: below it p is 1 in float32, and its loss 0."""
 
 
 class ChunkLosses(NamedTuple):
@@ -80,7 +80,8 @@ class DiversityOrPrecision(Objective):
         ranked = self.lambda_top != self.lambda_tail
         top = logits.topk(min(self.top_k, logits.shape[-1]), sorted=False).indices if ranked else None
         sums, losses, correct = exponentials(logits, targets)
-        doubt = -torch.expm1(-losses)  # 1 - p, exact where p is close to 1
+        # 1 - p: the others' share has its digits where p rounds to 1. The target's own entry is put in by the gradient.
+        doubt = logits.scatter_(-1, targets[:, None], 0).sum(-1) / sums.squeeze(-1)
         reward = (doubt.clamp(min=LEAST_DOUBT) if self.beta < 0 else doubt) ** self.beta
         top_mass = torch.zeros_like(doubt)
         if top is not None:
@@ -94,8 +95,8 @@ class DiversityOrPrecision(Objective):
             if top is not None:
                 difference = self.lambda_tail - self.lambda_top
                 logits.scatter_add_(-1, top, probabilities * (difference * weights)[:, None])
-            own = weights * (self.lambda_tail * torch.exp(-losses) - reward)
-            return logits.scatter_add_(-1, targets[:, None], own[:, None])
+            own = weights * (torch.exp(-losses) * shaped - reward * doubt)
+            return logits.scatter_(-1, targets[:, None], own[:, None])
 
         return ChunkLosses(reward * losses - shaped, losses, correct, gradient)
 

@@ -173,6 +173,22 @@ def test_students_that_start_anew(
         assert of["weights"]["formula"] == f"normalise(top(live - {name}, 0.6, by=batch), by=batch)"
 
 
+def test_columns_of_the_user_that_end_like_those_of_a_round(
+    config: Callable[..., IterateConfig], score_here: list[ScoringTask], make_model: Callable[..., Path]
+) -> None:
+    critics = {name: {"model": str(make_model(seed=seed))} for name, seed in (("critic", 2), ("critic_2", 3))}
+    settings = config(
+        score={"engine": "transformers", "conditions": critics},
+        train={"weights": {"formula": "top(loss_critic - loss_reference, 0.6)"}, "max_steps": 2},
+    )
+    run(settings)
+    written = [
+        yaml.safe_load((settings.output / f"round-{number}" / "run" / "config.yaml").read_text()) for number in (1, 2)
+    ]
+    for of, name in zip(written, ("loss_reference", "loss_reference_2"), strict=True):
+        assert of["weights"]["formula"] == f"top(loss_critic - {name}, 0.6)"
+
+
 def test_what_cannot_be_iterated(config: Callable[..., IterateConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"run it alone, with --train\.ray_workers for several"):

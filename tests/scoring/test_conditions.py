@@ -171,7 +171,7 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
 
     settings |= {"output": tmp_path / "none"}
     with pytest.raises(
-        UserError, match=r"--contrasts\.one: no column 'loss_wrose' is computed or in --input \(there are"
+        UserError, match=r"--contrasts\.one: no column 'loss_wrose' is computed before it or in --input \(there are"
     ):
         run(config(**settings, contrasts={"one": "loss_wrose - loss_plain"}))
     with pytest.raises(
@@ -183,6 +183,34 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
         run(config(**settings))
     only = run(config(**settings | {"input": more.path}, contrasts={"again": "one_2 - two_2"}))
     np.testing.assert_array_equal(column(only, "again_2"), 2 * column(more, "one_2"))
+
+
+def test_contrasts_of_contrasts(config, score_here, reference_model, base_model, tmp_path):
+    """In the order in which they are written, of one run or of two. Only the last difference is rounded."""
+    settings = {
+        "reference": str(reference_model),
+        "base": str(base_model),
+        "conditions": {"worse": {"model": str(base_model), "prompt": WORSE}},
+        "contrasts": {"gap": "loss_worse - loss_base", "further": "excess_loss - gap", "half": "further - loss_base"},
+    }
+    scored = run(config(**settings))
+    assert list(scored.manifest.columns)[3:] == ["excess_loss", "gap", "further", "half"]
+    worse, base, reference = (column(scored, f"loss_{name}") for name in ("worse", "base", "reference"))
+    for name, expected in {"further": 2 * base - reference - worse, "half": base - reference - worse}.items():
+        np.testing.assert_allclose(column(scored, name), expected, rtol=2.0**-10, atol=2.0**-6)
+    assert scored.manifest.columns["further"].origin.describe() == "excess_loss - gap"
+
+    swapped = settings | {"reference": str(base_model), "base": str(reference_model), "suffix": "_2"}
+    more = run(config(**swapped, input=scored.path, output=tmp_path / "more"))
+    origins = {name: of.origin.describe() for name, of in more.manifest.columns.items()}
+    assert origins["excess_loss_2"] == "loss_reference - loss_base"
+    assert origins["gap_2"] == "loss_worse - loss_reference"
+    assert origins["further_2"] == "excess_loss_2 - gap_2"
+    np.testing.assert_allclose(column(more, "excess_loss_2"), -column(more, "excess_loss"), rtol=0, atol=2.0**-7)
+
+    settings |= {"contrasts": dict(reversed(settings["contrasts"].items())), "output": tmp_path / "none"}
+    with pytest.raises(UserError, match=r"--contrasts\.half: no column 'further' is computed before it or in --input"):
+        run(config(**settings))
 
 
 def test_a_dry_run_counts_the_tokens_of_prompts(config, reference_model, base_model, prompt_ids, capsys, monkeypatch):
