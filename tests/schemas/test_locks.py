@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import threading
 import time
+from itertools import count
 
 import pytest
+import s3fs
 from upath import UPath
 
 from schemas import locks
@@ -79,11 +82,14 @@ def test_of_several_that_start_at_once_one_wins(s3: UPath) -> None:
     assert_one_of_three_wins(s3)
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(s3: UPath, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_of_a_killed_process_is_taken_over(
+    s3: UPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with holder(s3) as other:
         assert first_line(other) == "held\n"
         other.kill()
     assert list(list_files(s3)) == [LOCK]
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
     started = time.monotonic()
     with exclusive(s3):
         assert time.monotonic() - started >= 3 * locks.RENEWAL_SECONDS
@@ -97,8 +103,10 @@ def test_of_several_that_take_over_at_once_one_wins(s3: UPath) -> None:
 
 
 def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
-    s3: UPath, capsys: pytest.CaptureFixture[str]
+    s3: UPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+
     def lose_it() -> None:
         with exclusive(s3):
             write_text(s3 / LOCK, "process 1 on nowhere 0")
@@ -113,16 +121,41 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
 
 
 def test_a_lock_outlives_a_store_that_is_away(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
     def away(_: UPath) -> str:
+        asked.set()
         raise RuntimeError("the store's own exception")
 
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
     with exclusive(s3):
         with monkeypatch.context() as patch:
             patch.setattr(locks, "_content", away)
-            time.sleep(2 * RENEWAL_SECONDS)
-        before = (s3 / LOCK).read_text()
-        time.sleep(2 * RENEWAL_SECONDS)
-        assert (s3 / LOCK).read_text() != before
+            assert asked.wait(30)
+        before = locks._content(s3 / LOCK)
+        deadline = time.monotonic() + 30
+        while locks._content(s3 / LOCK) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_lock_is_read_whole_while_its_holder_renews_it(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that somebody has begun to read it, it changes; that is no error, and shows that the holder lives."""
+    write_text(s3 / LOCK, "process 1 on nowhere 0")
+    bucket, _, key = (s3 / LOCK).path.partition("/")
+    times = count(1)
+    call = s3fs.S3FileSystem._call_s3
+
+    async def renew_before_reading(self: s3fs.S3FileSystem, method: str, *args: object, **kwargs: object) -> dict:
+        if method == "get_object":
+            content = f"process 1 on nowhere {next(times)}".encode()
+            await call(self, "put_object", Bucket=bucket, Key=key, Body=content)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", renew_before_reading)
+    with pytest.raises(UserError, match="process 1 on nowhere is writing it"), exclusive(s3):
+        pass
 
 
 def test_nothing_is_written_into_a_shard_set(s3: UPath) -> None:
