@@ -195,12 +195,14 @@ def bucket() -> Iterator[str]:
     """Address of a bucket on an S3 server of our own, which this process and those it starts will use.
 
     The server is a process of its own: vLLM touches every object of every module, which those of web servers dislike.
+    Its listings have pages of ten objects, so that few are enough to fill several.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "10"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_server(port)
     settings = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
