@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,6 +36,9 @@ from schemas.value_counts import ValueCounts
 from scoring.scorer import ScoringTask, load_model
 from scoring.units import Attempt, commit, find_done
 from scoring.worker import ScoringWorker, Unit
+
+PRELOADED = ["training.trainer", "pipelines.prepare", "s3fs", "pandas", "transformers.models.llama.modeling_llama"]
+OWN_ENVIRONMENT = "import os\nos.environ.clear()\nos.environ.update(environment)\n"
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.load_profile("default")
@@ -158,6 +163,24 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def start_process() -> Callable[..., BaseProcess]:
+    """`start_process(script, environment=None, **variables)` runs a script with global variables in a clean process.
+
+    It has this process's environment and `environment`. What takes seconds is imported already.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def start(script: str, environment: dict[str, str] | None = None, **variables: object) -> BaseProcess:
+        variables["environment"] = {**os.environ, **(environment or {})}
+        process = context.Process(target=exec, args=(OWN_ENVIRONMENT + script, variables), daemon=True)
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -135,29 +134,34 @@ def test_a_stopped_run_goes_on_on_another_machine(
     assert_same(whole.output, broken.output)
 
 
-KILLED = (
-    "import os, signal, sys\n"
-    "from schemas.configs import TrainConfig\n"
-    "from training.mirror import Mirror\n"
-    "from training.trainer import train\n"
-    "complete = Mirror.complete_checkpoint\n"
-    "def die(self, name, keep):\n"
-    "    if name == 'step-00000004': os.kill(os.getpid(), signal.SIGKILL)\n"
-    "    complete(self, name, keep)\n"
-    "Mirror.complete_checkpoint = die\n"
-    "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
-)
+DIE = """
+import os, signal
+from schemas.configs import TrainConfig
+from training.mirror import Mirror
+from training.trainer import train
+complete = Mirror.complete_checkpoint
+def die(self, name, keep):
+    if name == "step-00000004": os.kill(os.getpid(), signal.SIGKILL)
+    complete(self, name, keep)
+Mirror.complete_checkpoint = die
+train(TrainConfig.model_validate_json(config))
+"""
 
 
 @pytest.mark.slow
 def test_a_checkpoint_without_its_last_object_does_not_count(
-    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., TrainConfig],
+    s3: UPath,
+    tmp_path: Path,
+    start_process: Callable[..., BaseProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The process is killed with SIGKILL when all files of the second checkpoint are there but not their list."""
     whole, broken = config(tmp_path / "whole"), config(s3 / "broken", keep_checkpoints=1)
     train(whole)
-    killed = subprocess.run([sys.executable, "-c", KILLED, broken.model_dump_json()], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = start_process(DIE, config=broken.model_dump_json())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     files = set(walk(broken.output / "checkpoints"))
     assert f"step-00000004/{SHARD}" in files
     assert [name for name in files if name.endswith(COMPLETE)] == [f"step-00000002/{COMPLETE}"]

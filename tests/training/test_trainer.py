@@ -4,9 +4,9 @@ import errno
 import json
 import math
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +113,28 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert steps[0] == steps[1]
 
 
-def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(config: Callable[..., TrainConfig]) -> None:
+SAVE_AND_DIE = """
+import os, signal
+from schemas.configs import TrainConfig
+from training.checkpoint import TrainingState
+from training.trainer import train
+save = TrainingState.save
+def save_and_die(self, accelerator, path):
+    save(self, accelerator, path)
+    if path.name.endswith("step-00000008"): os.kill(os.getpid(), signal.SIGKILL)
+TrainingState.save = save_and_die
+train(TrainConfig.model_validate_json(config))
+"""
+
+
+def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(
+    config: Callable[..., TrainConfig], start_process: Callable[..., BaseProcess]
+) -> None:
     """A real process, killed with SIGKILL while it saves its second checkpoint."""
     whole, broken = config("whole"), config("broken")
-    script = (
-        "import os, signal, sys\n"
-        "from schemas.configs import TrainConfig\n"
-        "from training.checkpoint import TrainingState\n"
-        "from training.trainer import train\n"
-        "save = TrainingState.save\n"
-        "def save_and_die(self, accelerator, path):\n"
-        "    save(self, accelerator, path)\n"
-        "    if path.name.endswith('step-00000008'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "TrainingState.save = save_and_die\n"
-        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, broken.model_dump_json()], capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
+    killed = start_process(SAVE_AND_DIE, config=broken.model_dump_json())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in (broken.output / "checkpoints").iterdir()) == [
         ".step-00000008",
         "step-00000004",
