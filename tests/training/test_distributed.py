@@ -36,8 +36,8 @@ def config(
         "sequence_length": 64,
         "batch_size": 4,
         "micro_batch_size": 1,
-        "max_steps": 20,
-        "checkpoint_every": 8,
+        "max_steps": 8,
+        "checkpoint_every": 4,
         "log_every": 1,
     }
     return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))

@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def config(
         "sequence_length": 64,
         "batch_size": 4,
         "micro_batch_size": 2,
-        "max_steps": 12,
-        "checkpoint_every": 4,
+        "max_steps": 6,
+        "checkpoint_every": 100,
         "log_every": 3,
     }
     return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
@@ -90,6 +91,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         "heads": {"offsets": (1, 2), "block": block},
         "dtype": dtype,
         "weights": weights | {"warmup_ratio": 0.5},
+        "max_steps": 12,
+        "checkpoint_every": 4,
     }
     # Evaluations on the way must not matter either: they switch dropout off, and on again.
     whole, broken = config("whole", eval_every=5, **settings), config("broken", **settings)
@@ -131,7 +134,7 @@ def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(
     config: Callable[..., TrainConfig], start_process: Callable[..., BaseProcess]
 ) -> None:
     """A real process, killed with SIGKILL while it saves its second checkpoint."""
-    whole, broken = config("whole"), config("broken")
+    whole, broken = (config(name, max_steps=12, checkpoint_every=4) for name in ("whole", "broken"))
     killed = start_process(SAVE_AND_DIE, config=broken.model_dump_json())
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
@@ -175,7 +178,7 @@ def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(
 
 
 def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15)
+    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15, checkpoint_every=14)
     summary = train(run)
     logged = metrics(run)
     assert logged[-2]["loss"] < logged[0]["loss"] - 0.5  # random bytes can only be memorised
@@ -186,7 +189,7 @@ def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None
 
 
 def test_weight_share_is_reported(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", weights={"preset": "rho1-static", "fraction": 0.25}, max_steps=40)
+    run = config("run", weights={"preset": "rho1-static", "fraction": 0.25}, max_steps=20)
     assert train(run)["selected_share"] == pytest.approx(0.25, abs=0.06)
 
 
@@ -205,7 +208,7 @@ def test_foreign_directory_is_left_alone(config: Callable[..., TrainConfig]) -> 
     assert [path.name for path in run.output.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("max_steps", [1, 12])
+@pytest.mark.parametrize("max_steps", [1, 6])
 def test_diverged_model_is_not_saved(max_steps: int, config: Callable[..., TrainConfig]) -> None:
     """With one step the loss is still finite, and only the update is not. A corrected run may use the directory."""
     run = config("run", optimizer={"learning_rate": 1e38, "warmup_ratio": 0.0}, max_steps=max_steps)
@@ -241,9 +244,9 @@ def test_damaged_files_of_a_run_are_named(config: Callable[..., TrainConfig]) ->
     run = config("run")
     train(run)
     (run.output / "summary.json").unlink()
-    checkpoint = run.output / "checkpoints" / "step-00000012"
+    checkpoint = run.output / "checkpoints" / "step-00000006"
     (checkpoint / SHARD).write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"step-00000012: cannot be loaded .* remove it to continue"):
+    with pytest.raises(UserError, match=r"step-00000006: cannot be loaded .* remove it to continue"):
         train(run)
     shutil.rmtree(checkpoint)
     train(run)
@@ -333,6 +336,7 @@ def test_a_mixture_continues_bit_for_bit_and_only_as_it_was(
     """The number of threads may change on the way; sets and shares may not."""
     second, third = (scored_set(LENGTHS, name=name, seed=seed) for seed, name in enumerate(("second", "third"), 2))
     mix = {str(second.path): 0.3, str(third.path): 0.2}
+    config = partial(config, checkpoint_every=2)
     whole, broken = config("whole", mix=mix), config("broken", mix=mix)
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
@@ -397,7 +401,7 @@ def test_a_mixed_set_may_be_zipped(config: Callable[..., TrainConfig], add_colum
 
 def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """One micro-batch of step 4 has an infinite loss: that step must leave no trace but a count."""
-    run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=12)
+    run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=6)
     forward, calls = MTPModel.forward, []
 
     def spoiled(self: MTPModel, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -409,8 +413,8 @@ def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], m
     summary = train(run)
     assert summary["bad_steps"] == 1
     lines = [line for line in metrics(run) if "loss" in line]
-    assert [line["bad_steps"] for line in lines] == [0, 0, 0] + [1] * 9
-    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] + [False] * 8
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0] + [1] * 3
+    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] + [False] * 2
     assert all(line["selected_share"] == 1 for line in lines if line["loss"])
     parameters = [
         torch.cat([value.flatten() for _, value in sorted(load_checkpoint(run, step).items())]) for step in (3, 4, 5)
@@ -430,7 +434,7 @@ def test_too_many_bad_steps_name_the_shard(
     allowed: int, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss is infinite for rows that hold sequences of the second shard, from step 3 on."""
-    run = config("run", max_bad_steps=allowed, log_every=1, checkpoint_every=1, micro_batch_size=1)
+    run = config("run", max_bad_steps=allowed, log_every=1, max_steps=12, checkpoint_every=2, micro_batch_size=1)
     steps = []
 
     def spoil(self: TrainingLoop, part: Rows, *args: Any, last: bool) -> Tensor:
@@ -454,7 +458,7 @@ def test_steps_without_signal_change_nothing_and_are_counted(
     shards = scored_set(LENGTHS, name="silent", silent_after=4)
     run = config(
         "run", input=shards.path, weights={"preset": "soft-threshold"}, log_every=1, batch_size=2, checkpoint_every=1,
-        keep_checkpoints=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
+        keep_checkpoints=12, max_steps=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
     )  # fmt: skip
     summary = train(run)
     lines = [line for line in metrics(run) if "loss" in line]
@@ -477,7 +481,7 @@ def test_live_weights_fix_the_passes_that_they_are_ranked_in(config: Callable[..
 def test_a_full_disk_at_a_checkpoint_is_one_line(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config("run")
+    run = config("run", checkpoint_every=4)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -487,7 +491,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(
         with pytest.raises(UserError, match=r"step-00000004: cannot be written \(.*No space left.*free some space"):
             train(run)
     assert not list((run.output / "checkpoints").iterdir())
-    assert train(run)["steps"] == 12
+    assert train(run)["steps"] == 6
 
 
 def test_a_run_that_learnt_nothing_is_no_success(
