@@ -183,14 +183,15 @@ def start_process() -> Callable[..., BaseProcess]:
     return start
 
 
-@pytest.fixture
-def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
-    """Let the worker of a run be in this process, which Ray takes seconds to start; gives the tasks that it had."""
-    tasks: list[ScoringTask] = []
+@pytest.fixture(scope="session")
+def score_in_process() -> Callable[..., Scored]:
+    """What can stand for `score_missing`: its worker is in this process, which Ray takes seconds to start.
 
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object) -> Scored:
-        tasks.append(task)
-        worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load_model)
+    It loads engines with `load`.
+    """
+
+    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> Scored:
+        worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load)
         done = find_done(task.output, shards)
         units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
         for outcome in [worker.start(), *map(worker.score, units)]:
@@ -200,6 +201,18 @@ def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
         for unit in units:
             commit(task.output, unit.attempt)
         return Scored()
+
+    return score
+
+
+@pytest.fixture
+def score_here(score_in_process: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
+    """Let the worker of a run be in this process; gives the tasks that it had."""
+    tasks: list[ScoringTask] = []
+
+    def score(task: ScoringTask, *rest: object) -> Scored:
+        tasks.append(task)
+        return score_in_process(task, *rest)
 
     monkeypatch.setattr("pipelines.score.score_missing", score)
     return tasks
