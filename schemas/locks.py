@@ -124,6 +124,6 @@ def _create(lock: UPath, content: str) -> bool:
 
 def _content(lock: UPath) -> str:
     try:
-        return lock.read_text()
+        return lock.fs.cat_file(lock.path).decode()  # in one request: it may change between two, which is an error
     except FileNotFoundError:
         return ""

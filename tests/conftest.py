@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,6 +36,9 @@ from schemas.value_counts import ValueCounts
 from scoring.scorer import ScoringTask, load_model
 from scoring.units import Attempt, commit, find_done
 from scoring.worker import ScoringWorker, Unit
+
+PRELOADED = ["training.trainer", "pipelines.prepare", "s3fs", "pandas", "transformers.models.llama.modeling_llama"]
+OWN_ENVIRONMENT = "import os\nos.environ.clear()\nos.environ.update(environment)\n"
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.load_profile("default")
@@ -160,14 +165,33 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
-@pytest.fixture
-def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
-    """Let the worker of a run be in this process, which Ray takes seconds to start; gives the tasks that it had."""
-    tasks: list[ScoringTask] = []
+@pytest.fixture(scope="session")
+def start_process() -> Callable[..., BaseProcess]:
+    """`start_process(script, environment=None, **variables)` runs a script with global variables in a clean process.
 
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object) -> Scored:
-        tasks.append(task)
-        worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load_model)
+    It has this process's environment and `environment`. What takes seconds is imported already.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def start(script: str, environment: dict[str, str] | None = None, **variables: object) -> BaseProcess:
+        variables["environment"] = {**os.environ, **(environment or {})}
+        process = context.Process(target=exec, args=(OWN_ENVIRONMENT + script, variables), daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def score_in_process() -> Callable[..., Scored]:
+    """What can stand for `score_missing`: its worker is in this process, which Ray takes seconds to start.
+
+    It loads engines with `load`.
+    """
+
+    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> Scored:
+        worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load)
         done = find_done(task.output, shards)
         units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
         for outcome in [worker.start(), *map(worker.score, units)]:
@@ -177,6 +201,18 @@ def score_here(monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
         for unit in units:
             commit(task.output, unit.attempt)
         return Scored()
+
+    return score
+
+
+@pytest.fixture
+def score_here(score_in_process: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
+    """Let the worker of a run be in this process; gives the tasks that it had."""
+    tasks: list[ScoringTask] = []
+
+    def score(task: ScoringTask, *rest: object) -> Scored:
+        tasks.append(task)
+        return score_in_process(task, *rest)
 
     monkeypatch.setattr("pipelines.score.score_missing", score)
     return tasks
@@ -195,12 +231,14 @@ def bucket() -> Iterator[str]:
     """Address of a bucket on an S3 server of our own, which this process and those it starts will use.
 
     The server is a process of its own: vLLM touches every object of every module, which those of web servers dislike.
+    Its listings have pages of ten objects, so that few are enough to fill several.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "10"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_server(port)
     settings = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",

@@ -5,9 +5,8 @@ import json
 import lzma
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pyarrow as pa
@@ -222,24 +221,32 @@ def test_a_remote_output_lies_outside_the_input(tokenizer_dir: Path, s3: UPath) 
     assert list(list_files(s3 / "out")) == ["thesis.tex"]
 
 
+WRITE_AND_DIE = """
+import os, signal
+from pipelines.prepare import run
+from schemas.configs import PrepareConfig
+from scoring import prepare
+write = prepare.write_shard
+def write_and_die(path, table):
+    if path.name == "shard-00002.parquet": os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, table)
+prepare.write_shard = write_and_die
+run(PrepareConfig.model_validate_json(config))
+"""
+
+
 def test_a_killed_run_in_a_store_starts_over(
-    corpus: Path, tokenizer_dir: Path, tmp_path: Path, s3: UPath, monkeypatch: pytest.MonkeyPatch
+    corpus: Path,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    s3: UPath,
+    start_process: Callable[..., BaseProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    script = (
-        "import os, signal, sys\n"
-        "from pipelines.prepare import run\n"
-        "from schemas.configs import PrepareConfig\n"
-        "from scoring import prepare\n"
-        "write = prepare.write_shard\n"
-        "def write_and_die(path, table):\n"
-        "    if path.name == 'shard-00002.parquet': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(path, table)\n"
-        "prepare.write_shard = write_and_die\n"
-        "run(PrepareConfig.model_validate_json(sys.argv[1]))\n"
-    )
     settings = config(corpus, tokenizer_dir, s3 / "out")
-    killed = subprocess.run([sys.executable, "-c", script, settings.model_dump_json()], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = start_process(WRITE_AND_DIE, config=settings.model_dump_json())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert set(list_files(s3 / "out" / PROGRESS)) >= {"shard-00000.parquet", "shard-00001.parquet"}
     assert not (s3 / "out" / MANIFEST).exists()
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""Faults of engines and workers in real runs: a real engine that fails on certain tokens, in real Ray workers."""
+"""Faults of engines and workers in real runs: a real engine that fails on certain tokens, mostly in Ray workers."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ import ray
 import pipelines.score
 import scoring.job
 from pipelines.score import run
+from pipelines.score_summary import Scored
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
 from schemas.files import PROGRESS
@@ -97,24 +98,31 @@ def score(
     tmp_path: Path,
     log: Path,
     plain: Engine,
+    score_in_process: Callable[..., Scored],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., ShardSet]:
-    """Scores twelve sequences in three shards, with failing tokens put into some of them."""
+    """Scores twelve sequences in three shards, with failing tokens put into some of them.
+
+    With `in_process` the worker is no actor, where only what happens inside it matters.
+    """
 
     def fail(model: ScoringModel, config: EngineConfig) -> Engine:
         return FailingEngine(model, config, log)
 
-    def make(faults: dict[int, int], **settings: object) -> ShardSet:
+    def make(faults: dict[int, int], in_process: bool = False, **settings: object) -> ShardSet:
         rng = np.random.default_rng(0)
         sequences = [rng.integers(10, 256, 30 + number).tolist() for number in range(12)]
         for number, token in faults.items():
             sequences[number][5] = token
         tokens = make_shard_set(sequences, rows_per_shard=4, name="tokens-" + "-".join(map(str, faults.values())))
-        monkeypatch.setattr(pipelines.score, "ScoringJob", partial(ScoringJob, load=fail))
         defaults = {"input": tokens.path, "output": tmp_path / "scored", "reference": str(reference_model)}
-        shards = run(ScoreConfig.model_validate(defaults | {"engine": "transformers"} | settings))
+        with monkeypatch.context() as patch:
+            if in_process:
+                patch.setattr(pipelines.score, "score_missing", partial(score_in_process, load=fail))
+            else:
+                patch.setattr(pipelines.score, "ScoringJob", partial(ScoringJob, load=fail))
+            shards = run(ScoreConfig.model_validate(defaults | {"engine": "transformers"} | settings))
         assert shards is not None
-        monkeypatch.setattr(pipelines.score, "ScoringJob", ScoringJob)
         requests = [Request(np.array(ids, dtype=np.int32)) for ids in sequences]
         assert_equal_but(shards, [losses[0] for losses in plain.score(requests)], set(rejected(shards)))
         return shards
@@ -159,7 +167,7 @@ def test_sequences_that_the_engine_refuses_are_left_out(score, log, capfd):
 
 
 def test_losses_that_are_no_numbers_are_left_out(score, log):
-    assert rejected(score({10: NOT_A_NUMBER})) == {10: "token 39 has the score nan"}
+    assert rejected(score({10: NOT_A_NUMBER}, in_process=True)) == {10: "token 39 has the score nan"}
     assert sorted(int(line.split()[0]) for line in log.read_text().splitlines()) == [1, 4, 4, 4], "tried again alone"
 
 
@@ -167,7 +175,7 @@ def test_a_shard_of_which_nothing_can_be_scored_stops_the_run(score):
     with pytest.raises(
         UserError, match=r"no sequence of shard-00001-of-00003\S+ can be scored \(ValueError: prompt is"
     ):
-        score(dict.fromkeys(range(4, 8), RAISE))
+        score(dict.fromkeys(range(4, 8), RAISE), in_process=True)
 
 
 @pytest.mark.slow
@@ -205,8 +213,8 @@ def test_memory_that_never_suffices_stops_the_run(score, monkeypatch):
         score({6: EXHAUST}, batch_tokens=4000)
 
 
-def test_rejects_of_a_scored_set_are_kept_when_columns_are_added(score, base_model, tmp_path):
-    first = score({6: RAISE})
+def test_rejects_of_a_scored_set_are_kept_when_columns_are_added(score, score_here, base_model, tmp_path):
+    first = score({6: RAISE}, in_process=True)
     added = run(
         ScoreConfig(
             input=first.path,

@@ -1,9 +1,9 @@
 """Scoring models in an object store."""
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ def test_a_remote_model_is_the_local_one_on_every_machine(
     make_shard_set: Callable[..., ShardSet],
     s3: UPath,
     tmp_path: Path,
+    start_process: Callable[..., BaseProcess],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
@@ -32,10 +33,13 @@ def test_a_remote_model_is_the_local_one_on_every_machine(
     assert remote.directory.is_relative_to(tmp_path / "here")
     assert (remote.fingerprint, remote.max_length, remote.revision) == (local.fingerprint, local.max_length, None)
 
-    script = "import pickle, sys\nprint(pickle.load(sys.stdin.buffer).directory)\n"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
-    answer = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(remote), capture_output=True, check=True)
-    there = Path(answer.stdout.decode().strip())
+    ours, theirs = Pipe()
+    elsewhere = {"XDG_CACHE_HOME": str(tmp_path / "there")}
+    script = "import pickle\nsaid.send(pickle.loads(model).directory)\n"
+    process = start_process(script, elsewhere, model=pickle.dumps(remote), said=theirs)
+    process.join()
+    assert process.exitcode == 0
+    there = ours.recv()
     assert there.is_relative_to(tmp_path / "there")
     assert (there / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
 

@@ -90,7 +90,10 @@ def test_two_runs_with_one_output(nodes, scoring, tokens):
     assert [check for check in verify(scored.path, scored.manifest) if check.fault] == []
 
 
-@pytest.mark.parametrize("environment", [{"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "disabled"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"RAY_AUTH_TOKEN": "f" * 64}, pytest.param({"RAY_AUTH_MODE": "disabled"}, marks=pytest.mark.slow)],
+)
 def test_without_the_token(cluster, scoring, tokens, environment):
     run = scoring(tokens, "--ray_address", cluster.address, environment=environment)
     run.start()

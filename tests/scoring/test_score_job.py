@@ -1,4 +1,4 @@
-"""`wmtp score` as a whole: real Ray, real engines, real shards."""
+"""`wmtp score` as a whole: real engines, real shards, and real Ray where it matters."""
 
 import json
 import logging
@@ -152,7 +152,7 @@ def test_no_cluster_at_the_address(config):
     assert "\n" not in str(caught.value)
 
 
-def test_finished_run_is_left_alone(config, running_ray, capfd):
+def test_finished_run_is_left_alone(config, score_here, capfd):
     first = run(config())
     modified = [file.stat().st_mtime_ns for file in sorted(first.path.iterdir())]
     again = run(config(workers=2, batch_tokens=64))
@@ -163,7 +163,9 @@ def test_finished_run_is_left_alone(config, running_ray, capfd):
         run(config(short_context=SIZE))
 
 
-def test_killed_run_is_continued_and_gives_the_same_bytes(config, make_shard_set, reference_model, tmp_path):
+def test_killed_run_is_continued_and_gives_the_same_bytes(
+    config, score_in_process, make_shard_set, reference_model, tmp_path, monkeypatch
+):
     rng = np.random.default_rng(1)
     tokens = make_shard_set([rng.integers(0, 256, 256).tolist() for _ in range(400)], name="many", rows_per_shard=10)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -188,6 +190,7 @@ def test_killed_run_is_continued_and_gives_the_same_bytes(config, make_shard_set
     (killed / ".shard-00039-of-00040.parquet.1.tmp").write_bytes(b"half")
 
     resumed = run(config(input=tokens.path, output=killed))
+    monkeypatch.setattr("pipelines.score.score_missing", score_in_process)
     fresh = run(config(input=tokens.path, output=whole))
     untouched = [name for name, modified in before.items() if (killed / name).stat().st_mtime_ns == modified]
     assert done[0].name in untouched
@@ -198,7 +201,7 @@ def test_killed_run_is_continued_and_gives_the_same_bytes(config, make_shard_set
     assert {file.name for file in killed.iterdir()} == {file.name for file in whole.iterdir()}
 
 
-def test_only_missing_parts_are_scored(config, running_ray, tmp_path):
+def test_only_missing_parts_are_scored(config, score_here, tmp_path):
     """A run that was stopped before its manifest, with the record of one shard gone."""
     settings = {"output": tmp_path / "parts"}
     scored = run(config(**settings))
@@ -233,7 +236,7 @@ def test_model_without_finite_losses(config, running_ray, make_model):
         run(config(reference=str(path)))
 
 
-def test_scores_are_added_to_a_scored_corpus(config, running_ray, reference_model, base_model, tmp_path):
+def test_scores_are_added_to_a_scored_corpus(config, score_here, reference_model, base_model, tmp_path):
     """What is there is carried over or read; the rest equals scoring everything at once, up to float16."""
     first = run(config())
     more = {"base": str(base_model), "short_context": SIZE}
@@ -266,7 +269,7 @@ def test_scores_are_added_to_a_scored_corpus(config, running_ray, reference_mode
     assert np.nanmax(np.abs(total)) <= 2.0**-7
 
 
-def test_damaged_shard(config, running_ray, tokens):
+def test_damaged_shard(config, score_here, tokens):
     shard = tokens.path / tokens.manifest.shards[1].name
     content = bytearray(shard.read_bytes())
     content[200:260] = bytes(60)

@@ -7,6 +7,7 @@ import pytest
 from upath import UPath
 
 from pipelines.score import run
+from pipelines.score_summary import Scored
 from schemas.configs import ScoreConfig
 from schemas.files import LOCK, PROGRESS, copy_files
 from schemas.locations import walk
@@ -26,14 +27,19 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     make_shard_set: Callable[..., ShardSet],
     reference_model: Path,
     base_model: Path,
+    score_in_process: Callable[..., Scored],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Only the run that is stopped has its worker on Ray."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tokens = make_shard_set([[number, 7, 8, 9] for number in range(12)], rows_per_shard=4, name="tokens")
     settings = {"engine": "transformers", "short_context": 2}
     models = {"reference": str(reference_model), "base": str(base_model)}
-    local = run(ScoreConfig.model_validate(settings | models | {"input": tokens.path, "output": tmp_path / "scored"}))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.score.score_missing", score_in_process)
+        there = {"input": tokens.path, "output": tmp_path / "scored"}
+        local = run(ScoreConfig.model_validate(settings | models | there))
     remote = {
         "input": upload(tokens.path, s3 / "tokens"),
         "output": s3 / "scored",
@@ -53,6 +59,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     (s3 / "scored" / PROGRESS / tokens.manifest.shards[1].name).unlink()
     (s3 / "scored" / PROGRESS / f"{tokens.manifest.shards[1].name}.0123.record").write_bytes(b"of a killed worker")
 
+    monkeypatch.setattr("pipelines.score.score_missing", score_in_process)
     scored = run(ScoreConfig.model_validate(settings | remote))
     assert local is not None
     assert scored is not None

@@ -1,10 +1,8 @@
 """A small scored shard set and tiny models of several architectures."""
 
 import math
-import os
 import socket
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -43,8 +41,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 RANK = """
 import os, traceback
-os.environ.clear()
-os.environ.update(environment)
 import torch
 from schemas import locks
 from schemas.configs import TrainConfig
@@ -65,20 +61,6 @@ except BaseException:
 """
 
 
-@pytest.fixture(scope="session")
-def start_process() -> Callable[..., BaseProcess]:
-    """Start a clean process that runs a script with global variables; what takes seconds is imported already."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["training.trainer"])
-
-    def start(script: str, **variables: object) -> BaseProcess:
-        process = context.Process(target=exec, args=(script, variables), daemon=True)
-        process.start()
-        return process
-
-    return start
-
-
 @pytest.fixture
 def launch(start_process: Callable[..., BaseProcess], tmp_path: Path) -> Callable[..., None]:
     """`launch(config, processes, stop_at=None, **variables)` trains in several gloo processes.
@@ -95,7 +77,7 @@ def launch(start_process: Callable[..., BaseProcess], tmp_path: Path) -> Callabl
         ranks = [
             start_process(
                 RANK,
-                environment=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables,
+                environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables,
                 config=config.model_dump_json(),
                 stop_at=stop_at,
                 failure=str(failures[rank]),

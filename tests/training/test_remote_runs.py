@@ -1,17 +1,14 @@
 """Training from an object store, and into one."""
 
-import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
-from torch import Tensor
+from comparing import metrics, trained
 from upath import UPath
 
 from pipelines.evaluate import run as evaluate
@@ -64,19 +61,7 @@ def config(
     return build
 
 
-def trained(output: Location) -> dict[str, Tensor]:
-    """All parameters of a finished run."""
-    files = (output / "model" / "model.safetensors", output / "heads" / "heads.safetensors")
-    return {name: value for file in files for name, value in load(file.read_bytes()).items()}
-
-
-def metrics(output: Location) -> list[dict[str, float]]:
-    """Logged metrics without those that measure time and memory."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
-
-
-def assert_same(one: Location, other: Location) -> None:
+def assert_same(one: TrainConfig, other: TrainConfig) -> None:
     assert metrics(one) == metrics(other)
     for name, value in trained(one).items():
         assert torch.equal(value, trained(other)[name]), name
@@ -98,7 +83,7 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     local, remote = config(tmp_path / "run", trackers=["tensorboard"]), config(s3 / "run", trackers=["tensorboard"])
     train(local)
     train(remote)
-    assert_same(local.output, remote.output)
+    assert_same(local, remote)
     expected = {name for name in walk(local.output) if not name.startswith("wmtp/")}
     found = {name for name in walk(remote.output) if not name.startswith("wmtp/")}
     assert found - expected == {f"checkpoints/step-0000000{step}/{COMPLETE}" for step in (4, 6)}
@@ -132,32 +117,37 @@ def test_a_stopped_run_goes_on_on_another_machine(
             train(broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     train(broken)
-    assert_same(whole.output, broken.output)
+    assert_same(whole, broken)
 
 
-KILLED = (
-    "import os, signal, sys\n"
-    "from schemas.configs import TrainConfig\n"
-    "from training.mirror import Mirror\n"
-    "from training.trainer import train\n"
-    "complete = Mirror.complete_checkpoint\n"
-    "def die(self, name, keep):\n"
-    "    if name == 'step-00000004': os.kill(os.getpid(), signal.SIGKILL)\n"
-    "    complete(self, name, keep)\n"
-    "Mirror.complete_checkpoint = die\n"
-    "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
-)
+DIE = """
+import os, signal
+from schemas.configs import TrainConfig
+from training.mirror import Mirror
+from training.trainer import train
+complete = Mirror.complete_checkpoint
+def die(self, name, keep):
+    if name == "step-00000004": os.kill(os.getpid(), signal.SIGKILL)
+    complete(self, name, keep)
+Mirror.complete_checkpoint = die
+train(TrainConfig.model_validate_json(config))
+"""
 
 
 @pytest.mark.slow
 def test_a_checkpoint_without_its_last_object_does_not_count(
-    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., TrainConfig],
+    s3: UPath,
+    tmp_path: Path,
+    start_process: Callable[..., BaseProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The process is killed with SIGKILL when all files of the second checkpoint are there but not their list."""
     whole, broken = config(tmp_path / "whole"), config(s3 / "broken", keep_checkpoints=1)
     train(whole)
-    killed = subprocess.run([sys.executable, "-c", KILLED, broken.model_dump_json()], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = start_process(DIE, config=broken.model_dump_json())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     files = set(walk(broken.output / "checkpoints"))
     assert f"step-00000004/{SHARD}" in files
     assert [name for name in files if name.endswith(COMPLETE)] == [f"step-00000002/{COMPLETE}"]
@@ -173,7 +163,7 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     monkeypatch.setattr(run_module.RunDirectory, "claim", record)
     train(broken)
     assert continued == [2]
-    assert_same(whole.output, broken.output)
+    assert_same(whole, broken)
     assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000006"}
 
 

@@ -4,15 +4,17 @@ import errno
 import json
 import math
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from comparing import metrics, trained
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,23 +50,11 @@ def config(
         "sequence_length": 64,
         "batch_size": 4,
         "micro_batch_size": 2,
-        "max_steps": 12,
-        "checkpoint_every": 4,
+        "max_steps": 6,
+        "checkpoint_every": 100,
         "log_every": 3,
     }
     return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
-
-
-def trained(config: TrainConfig) -> dict[str, Tensor]:
-    """All parameters of a finished run."""
-    trunk = load_file(config.output / "model" / "model.safetensors")
-    return trunk | load_file(config.output / "heads" / "heads.safetensors")
-
-
-def metrics(config: TrainConfig) -> list[dict[str, float]]:
-    """Logged metrics without those that measure time and memory."""
-    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +80,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         "heads": {"offsets": (1, 2), "block": block},
         "dtype": dtype,
         "weights": weights | {"warmup_ratio": 0.5},
+        "max_steps": 12,
+        "checkpoint_every": 4,
     }
     # Evaluations on the way must not matter either: they switch dropout off, and on again.
     whole, broken = config("whole", eval_every=5, **settings), config("broken", **settings)
@@ -113,23 +105,28 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert steps[0] == steps[1]
 
 
-def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(config: Callable[..., TrainConfig]) -> None:
+SAVE_AND_DIE = """
+import os, signal
+from schemas.configs import TrainConfig
+from training.checkpoint import TrainingState
+from training.trainer import train
+save = TrainingState.save
+def save_and_die(self, accelerator, path):
+    save(self, accelerator, path)
+    if path.name.endswith("step-00000008"): os.kill(os.getpid(), signal.SIGKILL)
+TrainingState.save = save_and_die
+train(TrainConfig.model_validate_json(config))
+"""
+
+
+def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(
+    config: Callable[..., TrainConfig], start_process: Callable[..., BaseProcess]
+) -> None:
     """A real process, killed with SIGKILL while it saves its second checkpoint."""
-    whole, broken = config("whole"), config("broken")
-    script = (
-        "import os, signal, sys\n"
-        "from schemas.configs import TrainConfig\n"
-        "from training.checkpoint import TrainingState\n"
-        "from training.trainer import train\n"
-        "save = TrainingState.save\n"
-        "def save_and_die(self, accelerator, path):\n"
-        "    save(self, accelerator, path)\n"
-        "    if path.name.endswith('step-00000008'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "TrainingState.save = save_and_die\n"
-        "train(TrainConfig.model_validate_json(sys.argv[1]))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, broken.model_dump_json()], capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
+    whole, broken = (config(name, max_steps=12, checkpoint_every=4) for name in ("whole", "broken"))
+    killed = start_process(SAVE_AND_DIE, config=broken.model_dump_json())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in (broken.output / "checkpoints").iterdir()) == [
         ".step-00000008",
         "step-00000004",
@@ -170,7 +167,7 @@ def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(
 
 
 def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15)
+    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15, checkpoint_every=14)
     summary = train(run)
     logged = metrics(run)
     assert logged[-2]["loss"] < logged[0]["loss"] - 0.5  # random bytes can only be memorised
@@ -181,7 +178,7 @@ def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None
 
 
 def test_weight_share_is_reported(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", weights={"preset": "rho1-static", "fraction": 0.25}, max_steps=40)
+    run = config("run", weights={"preset": "rho1-static", "fraction": 0.25}, max_steps=20)
     assert train(run)["selected_share"] == pytest.approx(0.25, abs=0.06)
 
 
@@ -200,7 +197,7 @@ def test_foreign_directory_is_left_alone(config: Callable[..., TrainConfig]) -> 
     assert [path.name for path in run.output.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("max_steps", [1, 12])
+@pytest.mark.parametrize("max_steps", [1, 6])
 def test_diverged_model_is_not_saved(max_steps: int, config: Callable[..., TrainConfig]) -> None:
     """With one step the loss is still finite, and only the update is not. A corrected run may use the directory."""
     run = config("run", optimizer={"learning_rate": 1e38, "warmup_ratio": 0.0}, max_steps=max_steps)
@@ -236,9 +233,9 @@ def test_damaged_files_of_a_run_are_named(config: Callable[..., TrainConfig]) ->
     run = config("run")
     train(run)
     (run.output / "summary.json").unlink()
-    checkpoint = run.output / "checkpoints" / "step-00000012"
+    checkpoint = run.output / "checkpoints" / "step-00000006"
     (checkpoint / SHARD).write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"step-00000012: cannot be loaded .* remove it to continue"):
+    with pytest.raises(UserError, match=r"step-00000006: cannot be loaded .* remove it to continue"):
         train(run)
     shutil.rmtree(checkpoint)
     train(run)
@@ -328,6 +325,7 @@ def test_a_mixture_continues_bit_for_bit_and_only_as_it_was(
     """The number of threads may change on the way; sets and shares may not."""
     second, third = (scored_set(LENGTHS, name=name, seed=seed) for seed, name in enumerate(("second", "third"), 2))
     mix = {str(second.path): 0.3, str(third.path): 0.2}
+    config = partial(config, checkpoint_every=2)
     whole, broken = config("whole", mix=mix), config("broken", mix=mix)
     train(whole)
     save = run_module.RunDirectory.save_checkpoint
@@ -392,7 +390,7 @@ def test_a_mixed_set_may_be_zipped(config: Callable[..., TrainConfig], add_colum
 
 def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """One micro-batch of step 4 has an infinite loss: that step must leave no trace but a count."""
-    run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=12)
+    run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=6)
     forward, calls = MTPModel.forward, []
 
     def spoiled(self: MTPModel, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -404,8 +402,8 @@ def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], m
     summary = train(run)
     assert summary["bad_steps"] == 1
     lines = [line for line in metrics(run) if "loss" in line]
-    assert [line["bad_steps"] for line in lines] == [0, 0, 0] + [1] * 9
-    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] + [False] * 8
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0] + [1] * 3
+    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] + [False] * 2
     assert all(line["selected_share"] == 1 for line in lines if line["loss"])
     parameters = [
         torch.cat([value.flatten() for _, value in sorted(load_checkpoint(run, step).items())]) for step in (3, 4, 5)
@@ -425,7 +423,7 @@ def test_too_many_bad_steps_name_the_shard(
     allowed: int, config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss is infinite for rows that hold sequences of the second shard, from step 3 on."""
-    run = config("run", max_bad_steps=allowed, log_every=1, checkpoint_every=1, micro_batch_size=1)
+    run = config("run", max_bad_steps=allowed, log_every=1, max_steps=12, checkpoint_every=2, micro_batch_size=1)
     steps = []
 
     def spoil(self: TrainingLoop, part: Rows, *args: Any, last: bool) -> Tensor:
@@ -449,7 +447,7 @@ def test_steps_without_signal_change_nothing_and_are_counted(
     shards = scored_set(LENGTHS, name="silent", silent_after=4)
     run = config(
         "run", input=shards.path, weights={"preset": "soft-threshold"}, log_every=1, batch_size=2, checkpoint_every=1,
-        keep_checkpoints=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
+        keep_checkpoints=12, max_steps=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
     )  # fmt: skip
     summary = train(run)
     lines = [line for line in metrics(run) if "loss" in line]
@@ -472,7 +470,7 @@ def test_live_weights_fix_the_passes_that_they_are_ranked_in(config: Callable[..
 def test_a_full_disk_at_a_checkpoint_is_one_line(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config("run")
+    run = config("run", checkpoint_every=4)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -482,7 +480,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(
         with pytest.raises(UserError, match=r"step-00000004: cannot be written \(.*No space left.*free some space"):
             train(run)
     assert not list((run.output / "checkpoints").iterdir())
-    assert train(run)["steps"] == 12
+    assert train(run)["steps"] == 6
 
 
 def test_a_run_that_learnt_nothing_is_no_success(
