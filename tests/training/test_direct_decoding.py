@@ -1,6 +1,5 @@
 """Direct multi-token decoding against its formula, written down layer by layer for documents on their own."""
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import logged
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -194,10 +194,6 @@ def config(
         return TrainConfig(**(settings | changes))
 
     return build
-
-
-def logged(config: TrainConfig) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_learns_with_fixed_embeddings_and_is_found_again(config: Callable[..., TrainConfig]) -> None:

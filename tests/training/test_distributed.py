@@ -1,14 +1,13 @@
 """One process, DDP, FSDP2 and Ray Train compute the same, and continue each other's runs."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparing import metrics, trained
 from safetensors.torch import load_file
-from torch import Tensor
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError
@@ -43,24 +42,12 @@ def config(
     return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
 
 
-def metrics(config: TrainConfig) -> list[dict[str, float]]:
-    """Logged metrics without those that measure time."""
-    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
-
-
-def trained(config: TrainConfig) -> dict[str, Tensor]:
-    """All parameters of a finished run."""
-    trunk = load_file(config.output / "model" / "model.safetensors")
-    return trunk | load_file(config.output / "heads" / "heads.safetensors")
-
-
 def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> None:
     """The same metrics at every step, held-out losses among them, and the same parameters."""
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert b == pytest.approx(a, rel=rel)
     parameters = trained(other)
-    assert list(parameters) == list(trained(one))
+    assert parameters.keys() == trained(one).keys()
     for name, value in trained(one).items():
         torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-5)
 

@@ -1,12 +1,12 @@
 """Plain next-token training is what Hugging Face's `Trainer` does, step by step, on the same rows."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparing import logged
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
@@ -55,13 +55,13 @@ def test_losses_and_parameters_equal_those_of_hugging_faces_trainer(
         log_every=1,
     )
     train(config)
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(config)
 
     trainer = hugging_face_run(config, packed_rows(config), tmp_path / "trainer")
     losses = [first + second for first, second in zip(trainer.losses[::2], trainer.losses[1::2], strict=True)]
-    assert [line["loss"] for line in logged] == pytest.approx(losses, rel=1e-5)
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
     norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
-    assert [line["grad_norm"] for line in logged] == pytest.approx(norms, rel=1e-3)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
     assert min(norms) > config.optimizer.max_grad_norm, "clipping has to matter"
     own = load_file(tmp_path / "run" / "model" / "model.safetensors")
     theirs = trainer.model.state_dict()

@@ -1,6 +1,5 @@
 """Live contrasts: weights from what the model loses now, against the definition written down plainly."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import logged
 from torch import Tensor
 
 from schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
@@ -212,7 +212,7 @@ def test_training_with_live_weights(
         log_every=1,
     )
     summary = train(config)
-    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(config)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert summary["selected_share"] == pytest.approx(0.6 if weights["preset"] == "rho1" else 1.0, abs=0.02)
     assert summary["bad_steps"] == summary["no_signal_steps"] == 0

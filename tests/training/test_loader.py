@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from comparing import assert_same_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -80,12 +81,6 @@ def test_order_does_not_depend_on_the_batch_size(rows: Callable[..., RowLoader])
     assert (by_six != other_seed).any()
 
 
-def assert_same(one: Rows, other: Rows) -> None:
-    for name in ("input_ids", "position_ids", "weights", "tokens", "silent"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    assert [source.tolist() for source in one.sources] == [source.tolist() for source in other.sources]
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     consumed=st.integers(0, 40),
@@ -103,7 +98,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
     resumed.state = LoaderState.model_validate_json(stopped.state.model_dump_json())
     second = list(islice(resumed.batches(batch_sizes[1]), 4))
     total = consumed * batch_sizes[0] + 4 * batch_sizes[1]
-    assert_same(Rows.concatenate(first + second), next(rows(preset).batches(total)))
+    assert_same_rows(Rows.concatenate(first + second), next(rows(preset).batches(total)))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -184,7 +179,7 @@ def test_a_zipped_column_gives_the_rows_of_one_set_with_both(
     zipped, expected = first_epoch(one, other), first_epoch(both)
     assert len(zipped) > 10
     for own, batch in zip(zipped, expected, strict=True):
-        assert_same(own, batch)
+        assert_same_rows(own, batch)
     names = [str(shards.path / shards.manifest.shards[0].name) for shards in (one, other)]
     shards = ZippedSets((one, other))
     assert RowLoader(shards, make_weighting(config, shards), 64).files([np.array([0])]) == names

@@ -1,6 +1,5 @@
 """Shaped rewards of the next token against numbers worked out by hand, and against autograd on full logits."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import logged
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -227,7 +227,7 @@ def test_training_logs_likelihood_and_what_is_minimised(
         log_every=1,
     )
     summary = train(config)
-    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()][:12]
+    lines = logged(config)[:12]
     assert all(line["weighted_loss_1"] > line["plain_loss_1"] for line in lines)
     assert lines[-1]["plain_loss_1"] < lines[0]["plain_loss_1"]
     assert summary["eval_loss_1"] < lines[0]["plain_loss_1"]

@@ -1,6 +1,5 @@
 """Training from an object store, and into one."""
 
-import json
 import signal
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -9,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
-from torch import Tensor
+from comparing import metrics, trained
 from upath import UPath
 
 from pipelines.evaluate import run as evaluate
@@ -63,19 +61,7 @@ def config(
     return build
 
 
-def trained(output: Location) -> dict[str, Tensor]:
-    """All parameters of a finished run."""
-    files = (output / "model" / "model.safetensors", output / "heads" / "heads.safetensors")
-    return {name: value for file in files for name, value in load(file.read_bytes()).items()}
-
-
-def metrics(output: Location) -> list[dict[str, float]]:
-    """Logged metrics without those that measure time and memory."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
-
-
-def assert_same(one: Location, other: Location) -> None:
+def assert_same(one: TrainConfig, other: TrainConfig) -> None:
     assert metrics(one) == metrics(other)
     for name, value in trained(one).items():
         assert torch.equal(value, trained(other)[name]), name
@@ -97,7 +83,7 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     local, remote = config(tmp_path / "run", trackers=["tensorboard"]), config(s3 / "run", trackers=["tensorboard"])
     train(local)
     train(remote)
-    assert_same(local.output, remote.output)
+    assert_same(local, remote)
     expected = {name for name in walk(local.output) if not name.startswith("wmtp/")}
     found = {name for name in walk(remote.output) if not name.startswith("wmtp/")}
     assert found - expected == {f"checkpoints/step-0000000{step}/{COMPLETE}" for step in (4, 6)}
@@ -131,7 +117,7 @@ def test_a_stopped_run_goes_on_on_another_machine(
             train(broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     train(broken)
-    assert_same(whole.output, broken.output)
+    assert_same(whole, broken)
 
 
 DIE = """
@@ -177,7 +163,7 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     monkeypatch.setattr(run_module.RunDirectory, "claim", record)
     train(broken)
     assert continued == [2]
-    assert_same(whole.output, broken.output)
+    assert_same(whole, broken)
     assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000006"}
 
 
@@ -217,7 +203,7 @@ def test_two_ranks_share_one_mirror(
         found = walk(two.output)
         assert {f"checkpoints/step-00000004/random-0000{rank}.pt" for rank in (0, 1)} < set(found)
         assert ("summary.json" in found) == (stop is None)
-    for a, b in zip(metrics(one.output), metrics(two.output), strict=True):
+    for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
-    for name, value in trained(one.output).items():
-        torch.testing.assert_close(trained(two.output)[name], value, rtol=1e-3, atol=1e-4)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, rtol=1e-3, atol=1e-4)

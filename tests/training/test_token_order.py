@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import logged
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -254,7 +255,7 @@ def config(
 def test_a_run_learns_the_order_and_is_found_again(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     run = config("run")
     summary = train(run)
-    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()][:8]
+    lines = logged(run)[:8]
     for line in lines:
         whole = line["weighted_loss_1"] + line["weighted_loss_2"] + line["weighted_loss_top"]
         assert line["loss"] == pytest.approx(whole, rel=1e-5)
@@ -314,6 +315,6 @@ def test_its_factor_rises_with_those_of_the_heads(config: Callable[..., TrainCon
     heads = {"offsets": (1,), "top_coefficient": 0.5, "warmup_ratio": 0.5}
     run = config("warmup", heads=heads, max_steps=4)
     train(run)
-    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()][:4]
+    lines = logged(run)[:4]
     factors = [(line["loss"] - line["weighted_loss_1"]) / line["weighted_loss_top"] for line in lines]
     assert factors == pytest.approx([0, 0.25, 0.5, 0.5], abs=1e-4)

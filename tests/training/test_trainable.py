@@ -1,12 +1,12 @@
 """Training less than everything: heads on a frozen trunk, and low-rank adapters that are merged in the end."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparing import logged
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -45,8 +45,8 @@ def config(
     return build
 
 
-def logged(config: TrainConfig, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+def curve(config: TrainConfig, key: str) -> list[float]:
+    return [line[key] for line in logged(config)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_heads_alone_learn_and_leave_the_trunk_as_it_is(
     after = AutoModelForCausalLM.from_pretrained(run.output / "model").state_dict()
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
-    losses = logged(run, "plain_loss_2")
+    losses = curve(run, "plain_loss_2")
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -81,7 +81,7 @@ def test_a_second_stage_goes_on_with_the_heads_of_the_first(
     )
     train(second)
     # The first step's losses are those the first stage ended with, on other rows; new heads would lose far more.
-    assert logged(second, "plain_loss_2")[0] == pytest.approx(before["eval_loss_2"], abs=0.1)
+    assert curve(second, "plain_loss_2")[0] == pytest.approx(before["eval_loss_2"], abs=0.1)
     assert train(second)["already_complete"]
     with pytest.raises(UserError, match=rf"--model {first.output}: has other heads \(.*offsets \[1, 2\]\); repeat its"):
         train(second.model_copy(update={"heads": HeadsConfig(offsets=(1, 3)), "output": tmp_path / "third"}))
@@ -93,7 +93,7 @@ def test_adapters_are_merged_into_an_ordinary_model(
 ) -> None:
     run = config(architecture, trainable="lora", lora={"rank": 4, "alpha": 8.0})
     train(run)
-    assert logged(run, "loss")[-1] < logged(run, "loss")[0] - 0.05
+    assert curve(run, "loss")[-1] < curve(run, "loss")[0] - 0.05
     before = AutoModelForCausalLM.from_pretrained(run.model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(run.output / "model").state_dict()
     assert list(before) == list(after)

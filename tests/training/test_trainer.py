@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from comparing import metrics, trained
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,18 +55,6 @@ def config(
         "log_every": 3,
     }
     return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
-
-
-def trained(config: TrainConfig) -> dict[str, Tensor]:
-    """All parameters of a finished run."""
-    trunk = load_file(config.output / "model" / "model.safetensors")
-    return trunk | load_file(config.output / "heads" / "heads.safetensors")
-
-
-def metrics(config: TrainConfig) -> list[dict[str, float]]:
-    """Logged metrics without those that measure time and memory."""
-    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
 
 
 @pytest.mark.parametrize(

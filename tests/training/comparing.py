@@ -1,0 +1,34 @@
+"""What runs and streams of rows are compared by."""
+
+import json
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load
+from torch import Tensor
+
+from schemas.configs import TrainConfig
+from training.packing import Rows
+
+
+def logged(config: TrainConfig) -> list[dict[str, Any]]:
+    """All lines of metrics of a run."""
+    return [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(config: TrainConfig) -> list[dict[str, Any]]:
+    """Logged metrics without those that measure time and memory."""
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in logged(config)]
+
+
+def trained(config: TrainConfig) -> dict[str, Tensor]:
+    """All parameters of a finished run."""
+    files = (config.output / "model" / "model.safetensors", config.output / "heads" / "heads.safetensors")
+    return {name: value for file in files for name, value in load(file.read_bytes()).items()}
+
+
+def assert_same_rows(one: Rows, other: Rows) -> None:
+    """The same tokens, positions and weights, from the same shards."""
+    for own, wanted in zip(one[:5], other[:5], strict=True):
+        np.testing.assert_array_equal(own, wanted)
+    assert [source.tolist() for source in one.sources] == [source.tolist() for source in other.sources]
