@@ -1,12 +1,12 @@
 """Training with weights that are known only when the batch is: the step is the one that the rows as a whole ask for."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comparing import metrics
 
 from schemas.configs import TrainConfig
 from schemas.errors import UserError
@@ -36,10 +36,7 @@ def run(
     def build(name: str, **changes: Any) -> list[dict[str, float]]:
         config = TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
         train(config)
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return [
-            {k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib", "mfu")} for line in lines
-        ]
+        return [{k: v for k, v in line.items() if k != "mfu"} for line in metrics(config)]
 
     return build
 

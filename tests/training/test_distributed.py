@@ -47,7 +47,7 @@ def assert_equal(one: TrainConfig, other: TrainConfig, rel: float = 1e-6) -> Non
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert b == pytest.approx(a, rel=rel)
     parameters = trained(other)
-    assert list(parameters) == list(trained(one))
+    assert parameters.keys() == trained(one).keys()
     for name, value in trained(one).items():
         torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-5)
 

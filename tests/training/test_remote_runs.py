@@ -203,7 +203,7 @@ def test_two_ranks_share_one_mirror(
         found = walk(two.output)
         assert {f"checkpoints/step-00000004/random-0000{rank}.pt" for rank in (0, 1)} < set(found)
         assert ("summary.json" in found) == (stop is None)
-    for a, b in zip(metrics(one.output), metrics(two.output), strict=True):
+    for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
-    for name, value in trained(one.output).items():
-        torch.testing.assert_close(trained(two.output)[name], value, rtol=1e-3, atol=1e-4)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, rtol=1e-3, atol=1e-4)
