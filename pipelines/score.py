@@ -41,6 +41,7 @@ from scoring.job import ScoringJob
 from scoring.models import ScoringModel, check_length, check_model
 from scoring.prompts import Prompt, make_prompt
 from scoring.scorer import ScoringTask
+from scoring.subtraction import subtract
 from scoring.units import Reject, clear_attempts, find_done, gather
 from scoring.windows import make_window
 
@@ -227,7 +228,8 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: Pool) -> Sc
     if not missing:
         return Scored(resumed=len(done))
     total, tokens = sum(shard.tokens for shard in shards), sum(shard.tokens for shard in missing)
-    pool = pool.for_units(len(missing))
+    here = not task.plan.models and not ray.is_initialized()  # contrasts alone: engines and Ray have nothing to do
+    pool = pool.for_units(1 if here else len(missing))
     started = None
     incidents = 0
     with tqdm(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
@@ -238,8 +240,8 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: Pool) -> Sc
             bar.write(f"wmtp score: {line}", file=sys.stderr)
 
         bar.set_postfix_str(f"{len(done)}/{len(shards)} shards, loading models")
-        with ray_session(None, pool):
-            for progress in ScoringJob(task, missing, pool, report).run():
+        with nullcontext() if here else ray_session(None, pool):
+            for progress in subtract(task, missing) if here else ScoringJob(task, missing, pool, report).run():
                 if started is None and progress.workers:
                     started = time.monotonic()
                     bar.unpause()  # loading models is no scoring

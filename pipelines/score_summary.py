@@ -87,7 +87,7 @@ def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: s
         flops += 2 * model.parameters * computed
         parameters = f"{model.parameters:,} parameters" if model.parameters else "quantised, parameters unknown"
         table.add_row("tokens to compute", f"at most {computed:,.0f} by {model.name} ({parameters})")
-    if all(model.parameters for model in plan.models):
+    if plan.models and all(model.parameters for model in plan.models):
         hours = flops / (UTILISATION * H100_FLOPS) / 3600
         assumed = f"2 FLOPs a parameter and token, {UTILISATION:.0%} of an H100's {H100_FLOPS / 1e12:.0f} TFLOPS"
         table.add_row("estimate", f"{hours:,.2g} GPU hours ({assumed})")

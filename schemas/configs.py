@@ -217,8 +217,11 @@ class ScoreConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "ScoreConfig":
-        if self.reference is None and not self.conditions:
-            raise ValueError("--reference missing; give a model to score with, there or in --conditions")
+        if self.reference is None and not self.conditions and not self.contrasts:
+            raise ValueError(
+                "--reference missing; give a model to score with, there or in --conditions, "
+                "or --contrasts of columns that --input has"
+            )
         for name in ("base", "entropy", "gradient", "short_context"):
             if self.reference is None and getattr(self, name):
                 raise ValueError(f"--{name} needs --reference")

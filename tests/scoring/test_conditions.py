@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,7 +15,7 @@ from pipelines.score import run
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
 from schemas.manifest import Condition
-from schemas.shard_set import ShardSet
+from schemas.shard_set import ShardSet, verify
 from schemas.shards import flat_values
 from scoring.conditions import Measurement, ScoringPlan, measure_condition
 from scoring.engines import EngineConfig, load_engine
@@ -22,6 +23,7 @@ from scoring.faults import fault_in
 from scoring.models import ScoringModel
 from scoring.prompts import Prompt, make_prompt
 from scoring.scorer import measure
+from scoring.units import Attempt, commit
 
 TOLERANCE = 1e-4
 BOS = 256
@@ -211,6 +213,49 @@ def test_contrasts_of_contrasts(config, score_here, reference_model, base_model,
     settings |= {"contrasts": dict(reversed(settings["contrasts"].items())), "output": tmp_path / "none"}
     with pytest.raises(UserError, match=r"--contrasts\.half: no column 'further' is computed before it or in --input"):
         run(config(**settings))
+
+
+def test_contrasts_alone_need_neither_models_nor_ray(make_shard_set, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    sequences = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    scores = {name: [[np.nan, *rng.random(len(ids) - 1)] for ids in sequences] for name in ("loss_a", "loss_b")}
+    held = make_shard_set(sequences, scores, "held")
+    settings = {"input": held.path, "output": tmp_path / "more"}
+    config = ScoreConfig.model_validate(settings | {"contrasts": {"gap": "loss_a - loss_b", "twice": "gap - back"}})
+    with pytest.raises(UserError, match=r"--contrasts\.twice: no column 'back' .* \(there are gap, loss_a, loss_b\)"):
+        run(config)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("Ray must not start")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    contrasts = {"gap": "loss_a - loss_b", "back": "loss_b - loss_a", "twice": "gap - back"}
+    config = ScoreConfig.model_validate(settings | {"contrasts": contrasts})
+    assert run(config.model_copy(update={"dry_run": True})) is None
+    assert "GPU hours" not in capsys.readouterr().out
+    commits: list[str] = []
+
+    def commit_one(output: Path, attempt: Attempt) -> None:
+        if commits:
+            raise KeyboardInterrupt
+        commits.append(attempt.unit)
+        commit(output, attempt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scoring.subtraction.commit", commit_one)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    more = run(config)
+    printed = capsys.readouterr()
+    assert "1 shards were done before" in printed.out
+    assert list(more.manifest.columns) == ["loss_a", "loss_b", *contrasts]
+    gap = column(held, "loss_a") - column(held, "loss_b")
+    for name, expected in {"gap": gap, "back": -gap, "twice": 2 * gap}.items():
+        np.testing.assert_allclose(column(more, name), expected, rtol=0, atol=2.0**-10)
+    assert [check for check in verify(more.path, more.manifest) if check.fault] == []
+    again = {"input": more.path, "output": tmp_path / "again", "contrasts": {"gap": contrasts["gap"]}, "suffix": "_2"}
+    with pytest.raises(UserError, match=r"--input has all of these columns already \(gap\); ask for others"):
+        run(ScoreConfig.model_validate(again))
 
 
 def test_a_dry_run_counts_the_tokens_of_prompts(config, reference_model, base_model, prompt_ids, capsys, monkeypatch):
