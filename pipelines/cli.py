@@ -9,6 +9,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -61,6 +62,8 @@ EXAMPLES = """examples:
 Every command takes its settings from --config run.yaml too; flags override the file.
 """
 DEBUG_HELP = "show tracebacks and what libraries log (or set WMTP_DEBUG=1)"
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+"""What is a value and no flag; argparse's own does not know -1e-3."""
 QUIET = {
     "ACCELERATE_LOG_LEVEL": "ERROR",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -226,6 +229,7 @@ def command_parser(name: str, config: type[Config]) -> ArgumentParser:
 def new_parser(**settings: Any) -> ArgumentParser:
     """A parser that raises instead of exiting and does not guess at abbreviated flags."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=Formatter, **settings)
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     parser.add_argument("--debug", action=DebugAction, help=DEBUG_HELP)
     return parser
 

@@ -26,7 +26,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
-    table.add_row("weights", config.weights.text)
+    control = f", {config.weights.control} control" if config.weights.control != "none" else ""
+    warmup = f", after a warm-up of {config.weights.warmup_ratio:.0%}" if config.weights.warmup_ratio else ""
+    table.add_row("weights", config.weights.text + control + warmup)
+    if config.objective.kind != "cross_entropy":
+        settings = config.objective.model_dump(exclude={"kind"}, exclude_none=True)
+        described = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+        table.add_row("objective", f"{config.objective.kind.replace('_', ' ')} ({described})")
     offsets = len(config.heads.offsets)
     if (loss := summary["loss"]) is not None and loss == loss:
         order = ", with token order" * config.heads.predicts_order

@@ -337,7 +337,7 @@ class WeightsConfig(Config):
 class DirectDecodingConfig(Config):
     """Direct multi-token decoding: which layers read the thinking layers' output only once in a cycle."""
 
-    cycle: Positive = Field(
+    cycle: Annotated[int, Field(gt=0, le=256)] = Field(
         1,
         description="tokens that one pass of all layers is to predict, 4 at most in the paper; 1 for an ordinary model",
     )

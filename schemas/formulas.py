@@ -357,6 +357,8 @@ def _read_call(name: str, tree: ast.Call) -> Node:
     function = FUNCTIONS[name]
     usage = f"{name}({', '.join(['x', *function.numbers, *['by'] * function.scoped])})"
     given = {str(keyword.arg): keyword.value for keyword in tree.keywords}
+    if len(given) < len(tree.keywords):
+        raise FormulaError(f"{name}() is given the same argument twice")
     positional = list(tree.args)
     if not positional or len(positional) > 1 + len(function.numbers):
         raise FormulaError(f"{name}() takes {usage}")

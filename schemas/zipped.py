@@ -63,9 +63,10 @@ class ZippedSets:
         for shards in self.sets:
             if column in shards.manifest.columns or column in shards.manifest.corpus.sequence_columns:
                 return shards
-        held = " or ".join(f"{s.path} (score columns: {', '.join(s.manifest.columns) or 'none'})" for s in self.sets)
+        held = {s.path: ", ".join([*s.manifest.columns, *s.manifest.corpus.sequence_columns]) for s in self.sets}
+        places = " or ".join(f"{path} (columns: {names or 'none'})" for path, names in held.items())
         raise UserError(
-            f"no column '{column}' in {held}; add it with 'wmtp score', "
+            f"no column '{column}' in {places}; add it with 'wmtp score', "
             "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
         )
 

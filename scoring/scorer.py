@@ -88,10 +88,12 @@ class ShardScorer:
         """
         self.task = task
         self.engines: dict[str, Engine] = {}
+        self.probed_tokens = 0
         for model in task.plan.models:
             engine = replace(task.engine, max_length=task.engine.max_length + task.plan.longest_prompt(model))
             try:
-                self.engines[model.fingerprint] = load(model, engine)
+                loaded = self.engines[model.fingerprint] = load(model, engine)
+                loaded.score([PROBE])  # an engine may load what it cannot run
             except UserError:
                 raise
             except Exception as error:  # whatever the engine has to say
@@ -100,13 +102,14 @@ class ShardScorer:
                 remedy = "try --engine transformers" if task.engine.name == "vllm" else "check the checkpoint"
                 if task.engine.engine_args:
                     remedy = f"check --engine_args, or {remedy}"
-                message = f"{model.name}: {task.engine.name} cannot load it ({reason_for(error)}); {remedy}"
+                message = f"{model.name}: {task.engine.name} cannot run it ({reason_for(error)}); {remedy}"
                 raise UserError(message) from error
+        self.probed_tokens = self.computed_tokens
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that the engines have computed so far."""
-        return sum(engine.computed_tokens for engine in self.engines.values())
+        return sum(engine.computed_tokens for engine in self.engines.values()) - self.probed_tokens
 
     def score(self, shard: str, table: pa.Table, caution: Caution | None = None) -> ScoredShard:
         """Append the score columns to the rows of a shard.

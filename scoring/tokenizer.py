@@ -33,9 +33,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Location) -> None:
-    """Write the tokenizer's files into `directory`."""
+    """Write the tokenizer's files into `directory`.
+
+    Raises:
+        UserError: there is no room for temporary files.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # tokenizers raise bare Exception for a full disk
+            raise UserError(f"{scratch}: cannot be written ({first_line(error)}); free some space and rerun") from error
         copy_files(Path(scratch), directory)
 
 

@@ -23,6 +23,8 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
     """
     if config.batch_size % processes:
         raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
+    if config.heads.dmtd.cycle > sequence_length:
+        raise UserError(f"--heads.dmtd.cycle {config.heads.dmtd.cycle}: longer than rows of {sequence_length} tokens")
     if config.heads.offsets[-1] >= sequence_length:
         raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
     if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
@@ -96,7 +98,7 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
     if (furthest := model.config.offsets[-1]) >= sequence_length:
         raise UserError(f"--sequence_length {sequence_length}: has no token {furthest} ahead, which a head predicts")
     positions = getattr(model.trunk.config, "max_position_embeddings", None)
-    longest = min(sequence_length, shards.manifest.corpus.max_length)
+    longest = min(sequence_length, shards.manifest.longest)
     if positions is not None and positions < longest:
         raise UserError(
             f"--model {name}: reads at most {positions} tokens, {shards.path} has sequences of up to {longest}; "

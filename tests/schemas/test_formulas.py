@@ -83,6 +83,7 @@ def test_two_ways_to_write_the_same(one: str, other: str) -> None:
         ("standardise(top(x, 0.5, by=batch), by=corpus)", "known for the batch at hand only"),
         ("abs(x, by=corpus)", r"abs\(\) takes abs\(x\), not by"),
         ("clip(x, 2, 1)", "low not above high"),
+        ("top(x, 0.5, by=corpus, by=batch)", "cannot be read|the same argument twice"),
         ("interpolate(x, 2)", "lam from 0 to 1"),
         ("normalise(x, -1)", "silent not below 0"),
         ("log(0)", r"log\(\) takes one number above 0"),

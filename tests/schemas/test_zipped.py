@@ -135,8 +135,8 @@ def test_a_missing_column_names_all_sets_and_their_columns(
     with pytest.raises(UserError) as caught:
         ZippedSets((a, b, corpus)).holder("excess_loss")
     assert str(caught.value) == (
-        f"no column 'excess_loss' in {a.path} (score columns: loss_a) or {b.path} (score columns: loss_b) "
-        f"or {corpus.path} (score columns: none); add it with 'wmtp score', "
+        f"no column 'excess_loss' in {a.path} (columns: loss_a) or {b.path} (columns: loss_b) "
+        f"or {corpus.path} (columns: none); add it with 'wmtp score', "
         "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
     )
 

@@ -1,5 +1,6 @@
 """Training with weights that are known only when the batch is: the step is the one that the rows as a whole ask for."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path

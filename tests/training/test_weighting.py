@@ -341,6 +341,15 @@ def test_shuffled_control_keeps_each_sequences_weights() -> None:
     assert len(shuffle_within(weights[:0], lengths[:0], RNG)) == 0
 
 
+def test_weights_of_documents_are_shuffled_between_them(make_shard_set: MakeSet) -> None:
+    rewards = [float(number) for number in range(1, 30)]
+    shards = ZippedSets((make_shard_set([[1, 1, 1]] * 29, {}, "set", 29, sequence_columns={"reward": rewards}),))
+    found = weights_of(shards, preset="reward", control="shuffled")
+    assert all(row[0] == 0 and row[1] == row[2] for row in found)
+    assert [row[1] for row in found] != rewards
+    assert sorted(row[1] for row in found) == rewards
+
+
 def test_every_order_of_a_shuffle_is_as_likely() -> None:
     drawn = np.array([shuffle_within(np.arange(3), np.array([3]), RNG) for _ in range(6000)])
     counts = np.unique(drawn, axis=0, return_counts=True)[1]
@@ -359,7 +368,7 @@ def test_random_control_has_equal_moments() -> None:
 
 def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., ShardSet]) -> None:
     shards = ZippedSets((scored_set([20, 20]),))
-    with pytest.raises(UserError, match=r"no column 'loss_x' in .*/set \(score columns: excess_loss, long_short\)"):
+    with pytest.raises(UserError, match=r"no column 'loss_x' in .*/set \(columns: excess_loss, long_short\)"):
         make_weighting(WeightsConfig(preset="dense", column="loss_x"), shards)
 
 
@@ -370,6 +379,9 @@ def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., Shard
         ({"preset": "dense", "column": "loss_none"}, "column 'loss_none' has no score at all; choose another"),
         ({"preset": "sparse", "column": "zero"}, "column 'zero' has no value but 0"),
         ({"preset": "soft-threshold", "column": "negative"}, "0 for every token, as nothing of 'negative' is positive"),
+        ({"formula": "0"}, "are 0 for every token"),
+        ({"formula": "(loss_a > 5) * 2"}, "are 0 for every token"),
+        ({"formula": "1e38 * loss_a * 100"}, r"too large to be a number; put clip\(\)"),
         ({"formula": "negative"}, r"may be negative, .* put relu\(\) or abs\(\)"),
         ({"formula": "loss_a - 1"}, "may be negative"),
         ({"formula": "normalise(negative)"}, r"normalise\(\) of what may be negative"),
@@ -392,6 +404,12 @@ def test_what_cannot_give_weights_is_refused(config: dict, message: str, make_sh
     )
     with pytest.raises(UserError, match=message):
         make_weighting(WeightsConfig(**config), shards)
+
+
+def test_a_weight_that_is_no_number_is_an_error(make_shard_set: MakeSet) -> None:
+    shards = scored(make_shard_set, loss_a=[[NAN, 100, 2]], loss_b=[[NAN, 100, 2]])
+    with pytest.raises(UserError, match=r"--weights.formula: a weight is too large"):
+        weights_of(shards, formula="1e37 * loss_a * loss_b")
 
 
 def test_the_uniform_weight_is_one_everywhere(scored_set: Callable[..., ShardSet]) -> None:

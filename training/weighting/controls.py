@@ -28,6 +28,13 @@ def shuffle_within(weights: np.ndarray, counts: np.ndarray, rng: np.random.Gener
     return weights[(keys & np.uint64((1 << place_bits) - 1)).astype(np.int64)]
 
 
+def shuffle_between(weights: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Weights that are the same for all tokens of a sequence, those of the sequences in random order."""
+    held = counts > 0
+    firsts = (np.cumsum(counts) - counts)[held]
+    return np.repeat(rng.permutation(weights[firsts]), counts[held])
+
+
 def lognormal_like(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Independent LogNormal weights with the mean and the variance of `weights`, which are not negative."""
     if not len(weights):

@@ -27,10 +27,12 @@ from schemas.formulas import (
 from schemas.manifest import Contrast
 from schemas.shards import flat_values, list_lengths
 from schemas.zipped import ZippedSets
-from training.weighting.controls import Control, apply_control
+from training.weighting.controls import Control, apply_control, shuffle_between
 from training.weighting.corpus import Corpus
 from training.weighting.expressions import Expression, Lookup, evaluate
 from training.weighting.tables import scored_tokens
+
+TOO_LARGE = "--weights.formula: a weight is too large to be a number; put clip() around what grows"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Weighting:
         waits: whether it does (see `training.weighting.batch`).
         control: what is made of weights that do not wait.
         missing: weight of a token without a score.
+        of_sequences: whether all tokens of a sequence have the same weight.
     """
 
     formula: str
@@ -52,6 +55,7 @@ class Weighting:
     waits: bool = False
     control: Control = "none"
     missing: float = 0.0
+    of_sequences: bool = False
 
     def of_table(self, table: pa.Table, rng: np.random.Generator) -> np.ndarray:
         """Weights of the tokens of a table of sequences, one after the other.
@@ -62,6 +66,9 @@ class Weighting:
 
         Returns:
             (T,) float32, `missing` where a token has no score; where weights wait for the batch, (T, parts), NaN there.
+
+        Raises:
+            UserError: a weight is not finite.
         """
         match self.parts:
             case [Lookup(of=Column(name), table=weights)] if self.control == "none" and not self.waits:
@@ -72,10 +79,19 @@ class Weighting:
         if self.waits:
             parts = np.empty((len(self.parts), len(scored.mask)), dtype=np.float32)
             for values, part in zip(parts, self.parts, strict=True):
-                values[:] = scored.spread(evaluate(part, scored.tokens), math.nan)
+                values[:] = scored.spread(self._finite(evaluate(part, scored.tokens)), math.nan)
             return parts.T
-        weights = evaluate(self.parts[0], scored.tokens)
-        return scored.spread(apply_control(self.control, weights, scored.counts, rng), self.missing)
+        weights = self._finite(evaluate(self.parts[0], scored.tokens))
+        if self.control == "shuffled" and self.of_sequences:
+            weights = shuffle_between(weights, scored.counts, rng)
+        else:
+            weights = apply_control(self.control, weights, scored.counts, rng)
+        return scored.spread(weights, self.missing)
+
+    def _finite(self, weights: np.ndarray) -> np.ndarray:
+        if not np.isfinite(weights).all():
+            raise UserError(TOO_LARGE)
+        return weights
 
 
 def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | None = None) -> Weighting:
@@ -96,10 +112,13 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | No
     # In a warm-up the weights of scored tokens alone begin with 1: NaN tells the others apart.
     missing = math.nan if config.warmup_ratio else 0.0
     parts = tuple(corpus.resolve(part) for part in (Stages.of(node).stored if waits else (node,)))
+    if not waits:
+        _check_values(parts[0], corpus)
     finite = np.isfinite(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
     parts = tuple(Lookup(p.of, np.where(finite, p.table, missing)) if isinstance(p, Lookup) else p for p in parts)
     columns = (*columns_of(node), *labels_of(node))
-    return Weighting(config.text, columns, parts, waits, config.control, missing)
+    of_sequences = all(shards.kind(name) != "score" for name in columns)
+    return Weighting(config.text, columns, parts, waits, config.control, missing, of_sequences)
 
 
 def check_formula(node: Node, shards: ZippedSets) -> None:
@@ -143,6 +162,19 @@ def _check_labels(node: Node, shards: ZippedSets) -> None:
                     f"{shards.holder(name).path}: '{name}' is no column of {kind}s of documents, which "
                     f"standardise(by={label}) needs; prepare the corpus with --{kind}_fields"
                 )
+
+
+def _check_values(weights: Expression, corpus: Corpus) -> None:
+    """Raise UserError if weights are known to be 0 for every token, or too large for one."""
+    values = np.array([1.0])
+    if isinstance(weights, Number):
+        values = np.array([weights.value])
+    elif isinstance(weights, Lookup) and isinstance(weights.of, Column):
+        values = corpus.distribution(weights).values
+    if not np.isfinite(values).all():
+        raise UserError(TOO_LARGE)
+    if not values.any():
+        raise UserError("--weights: are 0 for every token, so there is nothing to learn; choose others")
 
 
 def _check_sign(node: Node, shards: ZippedSets) -> None:
