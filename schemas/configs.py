@@ -42,6 +42,11 @@ def check_identifier(name: str) -> None:
         raise ValueError(f"'{name}' is no name for a column; use letters, digits and underscores")
 
 
+def is_taken(name: str) -> bool:
+    """Whether every shard has a column of this name, or no formula can read one."""
+    return name in RESERVED or keyword.iskeyword(name)
+
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
@@ -53,7 +58,7 @@ Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
 RESERVED = ("document_id", "start", "input_ids", "live", "corpus", "batch", "sequence")
-"""What a column of fields of the corpus cannot be called: columns of every shard, and words of formulas."""
+"""What a column cannot be called: columns of every shard, and words of formulas."""
 
 
 class Config(BaseModel):
@@ -101,7 +106,7 @@ class PrepareConfig(Config):
         for name in names:
             check_identifier(name)
             written = re.match("loss_|entropy_|gradient_|excess_loss|long_short", name)
-            if written or name in RESERVED or keyword.iskeyword(name):
+            if written or is_taken(name):
                 raise ValueError(f"'{name}' is a name that wmtp uses itself; rename the field in the corpus")
         return names
 
@@ -209,6 +214,8 @@ class ScoreConfig(Config):
     def _check_contrasts(cls, contrasts: dict[str, str]) -> dict[str, str]:
         for name, difference in contrasts.items():
             check_identifier(name)
+            if is_taken(name):
+                raise ValueError(f"'{name}' is a name that wmtp uses itself; choose another one")
             if not re.fullmatch(r"\s*\w+\s*-\s*\w+\s*", difference):
                 raise ValueError(
                     f"{name} should be the difference of two columns, 'loss_a - loss_b', not '{difference}'"
@@ -225,7 +232,7 @@ class ScoreConfig(Config):
         for name in ("base", "entropy", "gradient", "short_context"):
             if self.reference is None and getattr(self, name):
                 raise ValueError(f"--{name} needs --reference")
-        taken = {*RESERVED, "excess_loss", "long_short"}
+        taken = {"excess_loss", "long_short"}
         taken |= {f"{of}_{name}" for of in ("loss", "entropy", "gradient") for name in (*BUILT_IN, *self.conditions)}
         if clash := sorted(taken & self.contrasts.keys()):
             raise ValueError(f"--contrasts: {clash[0]} is the name of another column; choose another one")

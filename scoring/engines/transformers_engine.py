@@ -3,7 +3,8 @@
 Every sequence is computed from its start in one forward pass of the model's own code. Padding is on the right, where
 causal attention keeps it from reaching the tokens of the sequence.
 
-Gradients are those of the inputs alone: one backward pass for a batch, whose activations are in memory meanwhile.
+Gradients are those of the inputs alone: one backward pass for a batch, whose activations, logits and float32
+log-softmax are in memory meanwhile.
 """
 
 from collections.abc import Iterator
@@ -40,18 +41,19 @@ class TransformersEngine:
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         """See `Engine.score`."""
         results = [request.missing() for request in requests]
-        for rows in batches([len(request.input_ids) for request in requests], self.batch_tokens):
-            batch = self._score_batch([requests[row] for row in rows])
-            for place, row in enumerate(rows):
-                request, end = requests[row], len(requests[row].input_ids)
-                for line, quantity in enumerate(request.quantities):
-                    results[row][line] = batch[quantity][place, request.first_scored : end]
-                self.computed_tokens += end
+        for quantities, alike in by_quantities(requests):
+            for some in batches([len(requests[row].input_ids) for row in alike], self.batch_tokens):
+                rows = [alike[place] for place in some]
+                batch = self._score_batch([requests[row] for row in rows], quantities)
+                for place, row in enumerate(rows):
+                    request, end = requests[row], len(requests[row].input_ids)
+                    for line, quantity in enumerate(request.quantities):
+                        results[row][line] = batch[quantity][place, request.first_scored : end]
+                    self.computed_tokens += end
         return results
 
-    def _score_batch(self, requests: list[Request]) -> dict[Quantity, np.ndarray]:
+    def _score_batch(self, requests: list[Request], quantities: frozenset[Quantity]) -> dict[Quantity, np.ndarray]:
         """Scores of a padded batch, each float32 [requests, longest]; entries beyond an end mean nothing."""
-        quantities: set[Quantity] = {"loss", *(quantity for request in requests for quantity in request.quantities)}
         shape = len(requests), max(len(request.input_ids) for request in requests)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         for row, request in enumerate(requests):
@@ -63,7 +65,7 @@ class TransformersEngine:
         return {quantity: of_quantity.numpy() for quantity, of_quantity in scores.items()}
 
     def _measure(
-        self, input_ids: torch.Tensor, requests: list[Request], quantities: set[Quantity]
+        self, input_ids: torch.Tensor, requests: list[Request], quantities: frozenset[Quantity]
     ) -> dict[Quantity, torch.Tensor]:
         """The quantities of all tokens but the first of each row of `input_ids` [requests, longest], flat."""
         gradient = "gradient" in quantities
@@ -88,6 +90,18 @@ class TransformersEngine:
 def entropies(logits: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of the distribution that each row of float32 logits [rows, vocabulary] gives; float32 [rows]."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def by_quantities(requests: list[Request]) -> list[tuple[frozenset[Quantity], list[int]]]:
+    """The numbers of the requests for each set of quantities, losses among them.
+
+    A batch computes for all of its requests what one of them wants. Those with gradients come first: they take the
+    most memory.
+    """
+    alike: dict[frozenset[Quantity], list[int]] = {}
+    for row, request in enumerate(requests):
+        alike.setdefault(frozenset(("loss", *request.quantities)), []).append(row)
+    return sorted(alike.items(), key=lambda item: "gradient" not in item[0])
 
 
 def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -68,6 +68,25 @@ def test_losses_are_the_same_with_and_without_gradients(reference_model, sequenc
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loaded.model.parameters())
 
 
+def test_only_sequences_that_want_gradients_take_a_backward_pass(reference_model, sequences):
+    """Whatever fits into a batch with them."""
+    loaded = engine(reference_model)
+    kept: list[tuple[int, bool]] = []
+
+    def keep(module: torch.nn.Module, args: object, kwargs: object, output: object) -> None:
+        kept.append((len(output.logits), output.logits.requires_grad))
+
+    loaded.model.register_forward_hook(keep, with_kwargs=True)
+    wanted = [("loss",), BOTH, ("loss", "entropy"), ("loss",), BOTH, ("entropy",)]
+    requests = [Request(ids, 0, quantities) for ids, quantities in zip(sequences, wanted, strict=True)]
+    together = loaded.score(requests)
+    assert kept[0] == (2, True), "what takes the most memory comes first"
+    assert kept[1:] == [(2, False), (2, False)]
+    for request, scores in zip(requests, together, strict=True):
+        (alone,) = loaded.score([request])
+        np.testing.assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_equal_finite_differences(make_model):
     """Without layers a token only reaches the prediction of the next: in NumPy, in float64."""
     path = make_model(seed=4, num_hidden_layers=0)
