@@ -630,13 +630,15 @@ class IterateConfig(Config):
             name = "score"
             self.scoring(**where, reference=self.reference)
             name = "train"
-            self.training(**where, model=self.base)
+            training = self.training(**where, model=self.base)
         except ValidationError as error:
             finding = error.errors()[0]
             key = ".".join([name, *(part for part in finding["loc"] if isinstance(part, str))])
             unknown = finding["type"] == "extra_forbidden"
             reason = "no such setting" if unknown else finding["msg"].removeprefix("Value error, ")
             raise ValueError(f"--{key}: {reason}; see 'wmtp {name} --help'") from error
+        if isinstance(training.weights.node, Number):
+            raise ValueError("--train.weights.preset: choose a scheme, or nothing of the scoring would be used")
         return self
 
 
