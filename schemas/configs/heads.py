@@ -1,0 +1,105 @@
+"""The settings under `heads` of `wmtp train`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.configs.common import Config, Positive
+
+
+class DirectDecodingConfig(Config):
+    """Direct multi-token decoding: which layers read the thinking layers' output only once in a cycle."""
+
+    cycle: Annotated[int, Field(gt=0, le=256)] = Field(
+        1,
+        description="tokens that one pass of all layers is to predict, 4 at most in the paper; 1 for an ordinary model",
+    )
+    encoding_layers: Annotated[int, Field(ge=0)] = Field(
+        0, description="first layers, whose output the decoding layers always read; 0 for the embeddings"
+    )
+    decoding_layers: Annotated[int, Field(ge=0)] = Field(
+        0, description="last layers, which predict alone but at the start of a cycle; 8 of 36 in the paper"
+    )
+
+    @model_validator(mode="after")
+    def _check_cycle(self) -> "DirectDecodingConfig":
+        if self.cycle > 1 and not self.decoding_layers:
+            raise ValueError("--heads.dmtd.cycle needs --heads.dmtd.decoding_layers above 0")
+        if self.cycle == 1 and (self.encoding_layers or self.decoding_layers):
+            raise ValueError("--heads.dmtd.encoding_layers and decoding_layers need --heads.dmtd.cycle above 1")
+        return self
+
+
+class HeadsConfig(Config):
+    """Which future tokens are predicted, and by what."""
+
+    kind: Literal["parallel", "sequential"] = Field(
+        "parallel", description="all heads read the trunk, or each reads the one before it as in DeepSeek-V3"
+    )
+    block: Literal["residual", "decoder"] = Field(
+        "residual", description="a parallel head is x + SiLU(W x), or one decoder layer as in the MTP paper"
+    )
+    offsets: tuple[Positive, ...] = Field(
+        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, and may leap as [1,3,5,7]"
+    )
+    coefficients: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="factor of each offset's loss; default 1; sequential heads share 0.3"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the steps in which the factors of all but the first rise from 0"
+    )
+    top_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="factor of token order prediction (TOP), which one more unembedding learns; 1 in its paper, 0 for "
+        "none",
+    )
+    top_window: Positive | None = Field(
+        None, description="tokens ahead whose order is predicted; default the rest of the document"
+    )
+
+    dmtd: DirectDecodingConfig = Field(DirectDecodingConfig(), description="direct multi-token decoding")
+
+    @model_validator(mode="after")
+    def _check_offsets(self) -> "HeadsConfig":
+        if not self.offsets or self.offsets[0] != 1 or list(self.offsets) != sorted(set(self.offsets)):
+            raise ValueError("--heads.offsets must start with 1 and increase, for example [1,2,3,4]")
+        if self.coefficients is not None and len(self.coefficients) != len(self.offsets):
+            raise ValueError(f"--heads.coefficients needs {len(self.offsets)} entries, one for each offset")
+        if self.kind == "sequential" and self.block != "residual":
+            raise ValueError("--heads.block is for --heads.kind parallel; sequential heads are decoder layers")
+        if self.coefficients is not None and not any(self.coefficients):
+            raise ValueError("--heads.coefficients must not all be 0, or there is nothing to learn")
+        if self.dmtd.cycle > 1 and len(self.offsets) > 1:
+            raise ValueError("--heads.dmtd.cycle needs --heads.offsets [1]: layers predict later tokens, not heads")
+        if self.top_window is not None and not self.top_coefficient:
+            raise ValueError("--heads.top_window needs --heads.top_coefficient above 0")
+        return self
+
+    @property
+    def loss_coefficients(self) -> tuple[float, ...]:
+        """One coefficient for each offset, and for token order prediction that of its own.
+
+        Offsets have 1, those of sequential heads lambda / D with lambda 0.3 (arXiv 2412.19437).
+        """
+        extra = len(self.offsets) - 1
+        default = 0.3 / extra if self.kind == "sequential" and extra else 1.0
+        of_offsets = self.coefficients or (1.0,) + (default,) * extra
+        return of_offsets + (self.top_coefficient,) * self.predicts_order
+
+    @property
+    def predicts_order(self) -> bool:
+        """Whether there is token order prediction."""
+        return self.top_coefficient > 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what losses are reported for.
+
+        The offsets, `top` for token order prediction, and in a cycle offset 1 by phase.
+        """
+        phases = range(self.dmtd.cycle) if self.dmtd.cycle > 1 else ()
+        return (
+            *map(str, self.offsets),
+            *("top",) * self.predicts_order,
+            *(f"phase_{phase}" for phase in phases),
+        )

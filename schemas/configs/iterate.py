@@ -1,0 +1,62 @@
+"""The settings of `wmtp iterate`."""
+
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from schemas.configs.common import Config, Positive
+from schemas.configs.score import ScoreConfig
+from schemas.configs.train import TrainConfig
+from schemas.formulas import Number
+from schemas.locations import LocationSetting, NameSetting
+
+
+class IterateConfig(Config):
+    """Score and train in turn: the model that a round trains is the reference of the next."""
+
+    input: LocationSetting = Field(description="shard set to score and to train on")
+    output: LocationSetting = Field(description="directory of the rounds")
+    reference: NameSetting = Field(description="reference model of the first round: directory or Hugging Face id")
+    base: NameSetting = Field(description="base model of all rounds: directory or Hugging Face id")
+    model: NameSetting | None = Field(None, description="model that the first round trains; default is --base")
+    rounds: Positive = Field(2, description="how many rounds; more may be added when the command is repeated")
+    fresh: bool = Field(False, description="train --model anew in each round instead of what the round before trained")
+    score: dict[str, Any] = Field({}, description="settings of 'wmtp score', as --score.short_context 512")
+    train: dict[str, Any] = Field(
+        {}, description="settings of 'wmtp train', as --train '{weights: {preset: rho1-static}, max_steps: 1000}'"
+    )
+
+    def scoring(self, **settings: Any) -> ScoreConfig:
+        """Settings of the scoring in a round: its own, the user's, and those that are the same in all of them."""
+        suffix = f"{self.score.get('suffix', '')}{settings.pop('suffix', '')}"
+        return ScoreConfig.model_validate(self.score | {"base": self.base, "suffix": suffix} | settings)
+
+    def training(self, **settings: Any) -> TrainConfig:
+        """Settings of the training in a round: its own and the user's."""
+        return TrainConfig.model_validate(self.train | settings)
+
+    @model_validator(mode="after")
+    def _check(self) -> "IterateConfig":
+        for name, given, own in (("score", self.score, SCORE_OWN), ("train", self.train, TRAIN_OWN)):
+            if taken := sorted(own & given.keys()):
+                raise ValueError(f"--{name}.{taken[0]}: follows from the other settings; leave it out")
+        where = {"input": self.input, "output": self.output}
+        try:
+            name = "score"
+            self.scoring(**where, reference=self.reference)
+            name = "train"
+            training = self.training(**where, model=self.base)
+        except ValidationError as error:
+            finding = error.errors()[0]
+            key = ".".join([name, *(part for part in finding["loc"] if isinstance(part, str))])
+            unknown = finding["type"] == "extra_forbidden"
+            reason = "no such setting" if unknown else finding["msg"].removeprefix("Value error, ")
+            raise ValueError(f"--{key}: {reason}; see 'wmtp {name} --help'") from error
+        if isinstance(training.weights.node, Number):
+            raise ValueError("--train.weights.preset: choose a scheme, or nothing of the scoring would be used")
+        return self
+
+
+SCORE_OWN = {"input", "output", "reference", "base", "dry_run"}
+TRAIN_OWN = {"input", "output", "model"}
+"""Settings of the parts of a round that `wmtp iterate` makes itself."""

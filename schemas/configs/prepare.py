@@ -1,0 +1,57 @@
+"""The settings of `wmtp prepare`."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from schemas.configs.common import Config, Positive, check_identifier, is_taken
+from schemas.locations import LocationSetting, NameSetting
+
+
+class PrepareConfig(Config):
+    """Turn a corpus into token shards."""
+
+    input: Annotated[NameSetting, Field(min_length=1)] = Field(
+        description="file, directory, glob, or Hugging Face dataset id"
+    )
+    tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
+    output: LocationSetting = Field(description="directory of the new shard set")
+    format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
+        "auto", description="format of the files; auto goes by the file name"
+    )
+    text_field: str = Field("text", description="field that holds the text")
+    id_field: str | None = Field(None, description="field that names the document; default <file>#<row>")
+    number_fields: tuple[str, ...] = Field(
+        (), description="fields that hold a number, as '[reward]'; become columns of the shards, one value a sequence"
+    )
+    label_fields: tuple[str, ...] = Field((), description="the same of fields that hold a string or an integer")
+    sample_by: Literal["document", "paragraph", "line"] = Field(
+        "document", description="what is one document in a text file"
+    )
+    subset: str | None = Field(None, description="configuration of a Hugging Face dataset")
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="longest sequence, in tokens")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="put BOS before each document; auto does what the tokenizer does by itself"
+    )
+    append_eos: bool = Field(False, description="put EOS after each document")
+    shard_tokens: Positive = Field(1 << 22, description="a shard is closed once it holds this many tokens")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 is one per core")
+
+    @field_validator("number_fields", "label_fields")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            check_identifier(name)
+            written = re.match("loss_|entropy_|gradient_|excess_loss|long_short", name)
+            if written or is_taken(name):
+                raise ValueError(f"'{name}' is a name that wmtp uses itself; rename the field in the corpus")
+        return names
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "PrepareConfig":
+        names = [*self.number_fields, *self.label_fields]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"--number_fields and --label_fields name '{twice[0]}' twice; name each field once")
+        return self

@@ -1,0 +1,138 @@
+"""The settings of `wmtp score`."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from schemas.configs.common import Config, Positive, check_identifier, is_taken
+from schemas.locations import LocationSetting, NameSetting
+
+
+class ConditionConfig(Config):
+    """A model, and a text that it sees before every sequence."""
+
+    model: NameSetting = Field(description="directory or Hugging Face id, id@revision to pin it")
+    prompt: str = Field("", description="text before every sequence, after BOS where the sequence starts with it")
+    entropy: bool = Field(False, description="write entropy_NAME too")
+    gradient: bool = Field(False, description="write gradient_NAME too")
+
+
+BUILT_IN = ("reference", "base", "short")
+"""Conditions that have flags of their own."""
+
+
+class ScoreConfig(Config):
+    """Score every token of a shard set with small frozen models."""
+
+    input: LocationSetting = Field(
+        description="shard set to score; columns that it has already are kept and not computed again"
+    )
+    output: LocationSetting = Field(description="directory of the new shard set")
+    reference: NameSetting | None = Field(
+        None, description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
+    )
+    base: NameSetting | None = Field(
+        None, description="base model; writes loss_base and excess_loss = base - reference"
+    )
+    entropy: bool = Field(False, description="write entropy_reference too, the entropy of the reference's predictions")
+    gradient: bool = Field(
+        False,
+        description="write gradient_reference too: how much the reference's losses depend on each token as an input; "
+        "needs --engine transformers",
+    )
+    short_context: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens of context; writes loss_short and long_short = short - reference"
+    )
+    short_stride: Positive | None = Field(None, description="tokens between short contexts; default 3/4 of them")
+    conditions: dict[str, ConditionConfig] = Field(
+        {},
+        description="further conditions by name, as '{bad: {model: small, prompt: \"A wrong answer: \"}}'; "
+        "each writes loss_NAME",
+    )
+    contrasts: dict[str, str] = Field(
+        {},
+        description="further differences of columns, of this run or of --input, as '{mine: loss_worse - loss_better}'",
+    )
+    suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
+        "", description="added to the names of new columns, where the input has columns of these names already"
+    )
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto is vllm where it is installed, else transformers"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
+    )
+    engine_method: Literal["auto", "pooler", "prompt_logprobs"] = Field(
+        "auto",
+        description="how vLLM returns losses: computed inside the engine, or through its public API, which is slower; "
+        "auto is pooler where the architecture allows it",
+    )
+    engine_args: dict[str, Any] = Field(
+        {}, description="further vLLM engine arguments, as --engine_args.quantization fp8"
+    )
+    batch_tokens: Annotated[int, Field(gt=0, le=1 << 20)] = Field(
+        8192, description="tokens an engine computes at once; lower it when memory is short"
+    )
+    tensor_parallel_size: Positive = Field(1, description="GPUs, or processes on a CPU, that share one model (vLLM)")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="engines; 0 is as many as the GPUs hold, or one on a CPU; more than GPUs share them"
+    )
+    min_workers: Positive | None = Field(
+        None, description="start when this many fit and use up to --workers as nodes come and go; default all"
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="CPUs that Ray reserves for a worker and its engine uses; default: reserve 1, use its share",
+    )
+    gpus_per_worker: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GPUs of a worker, or a share of one; default follows from --workers"
+    )
+    ray_address: str | None = Field(None, description="Ray cluster to use; default starts Ray on this machine")
+    dry_run: bool = Field(False, description="only say what would be computed, what it would cost, and what is there")
+
+    @field_validator("conditions")
+    @classmethod
+    def _check_conditions(cls, conditions: dict[str, ConditionConfig]) -> dict[str, ConditionConfig]:
+        for name in conditions:
+            check_identifier(name)
+            if name in BUILT_IN:
+                raise ValueError(f"'{name}' has flags of its own; choose another name than {', '.join(BUILT_IN)}")
+        return conditions
+
+    @field_validator("contrasts")
+    @classmethod
+    def _check_contrasts(cls, contrasts: dict[str, str]) -> dict[str, str]:
+        for name, difference in contrasts.items():
+            check_identifier(name)
+            if is_taken(name):
+                raise ValueError(f"'{name}' is a name that wmtp uses itself; choose another one")
+            if not re.fullmatch(r"\s*\w+\s*-\s*\w+\s*", difference):
+                raise ValueError(
+                    f"{name} should be the difference of two columns, 'loss_a - loss_b', not '{difference}'"
+                )
+        return contrasts
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScoreConfig":
+        if self.reference is None and not self.conditions and not self.contrasts:
+            raise ValueError(
+                "--reference missing; give a model to score with, there or in --conditions, "
+                "or --contrasts of columns that --input has"
+            )
+        for name in ("base", "entropy", "gradient", "short_context"):
+            if self.reference is None and getattr(self, name):
+                raise ValueError(f"--{name} needs --reference")
+        taken = {"excess_loss", "long_short"}
+        taken |= {f"{of}_{name}" for of in ("loss", "entropy", "gradient") for name in (*BUILT_IN, *self.conditions)}
+        if clash := sorted(taken & self.contrasts.keys()):
+            raise ValueError(f"--contrasts: {clash[0]} is the name of another column; choose another one")
+        if self.workers and self.min_workers and self.min_workers > self.workers:
+            raise ValueError("--min_workers must not be larger than --workers")
+        if self.gpus_per_worker and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError("--gpus_per_worker must be a whole number or a share of one GPU")
+        if self.short_context is None and self.short_stride is not None:
+            raise ValueError("--short_stride needs --short_context")
+        if self.short_context and self.short_stride and self.short_stride >= self.short_context:
+            raise ValueError("--short_stride must be smaller than --short_context, or tokens would have no context")
+        return self

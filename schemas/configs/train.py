@@ -1,0 +1,179 @@
+"""The settings of `wmtp train`."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from schemas.configs.common import (
+    Config,
+    Moment,
+    Positive,
+    RowLength,
+    Seed,
+    ShardSets,
+    Share,
+    Tracker,
+    exact,
+    split_paths,
+)
+from schemas.configs.heads import HeadsConfig
+from schemas.configs.weights import WeightsConfig
+from schemas.formulas import mean_of
+from schemas.locations import LocationSetting, NameSetting, locate
+
+
+class ObjectiveConfig(Config):
+    """What is minimised for each target token."""
+
+    kind: Literal["cross_entropy", "diversity_or_precision"] = Field(
+        "cross_entropy", description="negative log-likelihood, or shaped rewards as in arXiv 2512.22955"
+    )
+    beta: Annotated[float, Field(ge=-1)] | None = Field(
+        None,
+        description="the target's reward is (1 - p)^beta: below 0 sharpens, above 0 spreads; default -0.25 with "
+        "diversity_or_precision",
+    )
+    lambda_top: float = Field(0.0, description="reward of the other tokens among the top_k most likely")
+    lambda_tail: float = Field(0.0, description="reward of all tokens but the target and the top_k most likely")
+    top_k: Positive | None = Field(None, description="how many tokens lambda_top is for; default 100")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ObjectiveConfig":
+        shaped = self.beta is not None or self.lambda_top or self.lambda_tail or self.top_k is not None
+        if self.kind == "cross_entropy" and shaped:
+            raise ValueError(
+                "--objective.beta, lambda_top, lambda_tail and top_k need --objective.kind diversity_or_precision"
+            )
+        if self.top_k is not None and self.lambda_top == self.lambda_tail:
+            raise ValueError("--objective.top_k needs --objective.lambda_top and lambda_tail that differ")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
+    betas: tuple[Moment, Moment] = Field((0.9, 0.95), description="AdamW's moments")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps spent warming up")
+
+
+class LoRAConfig(Config):
+    """Low-rank adapters of the trunk, used with `trainable: lora` and merged into it at the end."""
+
+    rank: Positive = Field(16, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="adapters are scaled by alpha / rank")
+    dropout: Moment = Field(0.0, description="dropout of the adapters' input")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",), description="modules that get one, as [q_proj,v_proj]; default all linear layers"
+    )
+
+
+class TrainConfig(Config):
+    """Train a language model on scored shards with a weighted multi-token-prediction loss."""
+
+    HELP_GROUPS: ClassVar = {
+        "what learns": ("model", "from_scratch", "trainable", "attention", "dtype"),
+        "steps": ("batch_size", "sequence_length", "max_steps", "epochs", "normalization", "seed", "max_bad_steps"),
+        "speed and memory": ("micro_batch_size", "loader_workers", "activation_checkpointing", "compile"),
+        "several devices (see also accelerate launch)": ("fsdp", "ray_workers", "ray_address"),
+        "evaluation, checkpoints and logs": (
+            "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "trackers",
+        ),
+    }  # fmt: skip
+
+    input: ShardSets = Field(
+        description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
+    )
+    mix: dict[str, Share] = Field(
+        {},
+        description="further shard sets and their shares of the rows, as '{scored/code: 0.3}'; --input gives the rest",
+    )
+    model: NameSetting = Field(
+        description="Hugging Face decoder-only model: directory or id; or a finished run, with its heads"
+    )
+    output: LocationSetting = Field(description="directory of the run")
+    from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
+    weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
+    heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what is minimised")
+    trainable: Literal["all", "heads", "lora"] = Field(
+        "all", description="what learns: trunk and heads, the extra heads alone, or these and low-rank adapters"
+    )
+    lora: LoRAConfig = Field(LoRAConfig(), description="low-rank adapters, with --trainable lora")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
+    normalization: Literal["tokens", "weight_sum"] = Field(
+        "tokens",
+        description="divide by the number of target tokens, or by the sum of their weights",
+    )
+    sequence_length: RowLength | None = Field(
+        None, description="tokens in a packed training row; default is the largest max_length of the shard sets"
+    )
+    batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")
+    micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
+    max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over --input when max_steps is unset")
+    seed: Seed = Field(0, description="seed of initialisation and data order")
+    loader_workers: Positive = Field(1, description="threads that read and pack ahead, of each shard set")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="attention implementation of transformers; auto is flash_attention_2 on a GPU that has it"
+    )
+    max_bad_steps: Annotated[int, Field(ge=0)] = Field(
+        3, description="stop after more than this many steps in a row whose loss or gradient is not finite"
+    )
+    fsdp: bool = Field(
+        False, description="shard parameters, gradients and moments over the processes (FSDP2) instead of copying them"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute decoder layers again in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(False, description="compile decoder layers with torch.compile; needs a C++ compiler")
+    ray_workers: Positive | None = Field(
+        None, description="train in this many processes that Ray starts, each on a GPU where there are GPUs"
+    )
+    ray_address: str | None = Field(
+        None, description="Ray cluster for --ray_workers; default starts Ray on this machine"
+    )
+    eval_input: ShardSets | None = Field(None, description="held-out shard set")
+    eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
+    eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
+    checkpoint_every: Positive | None = Field(
+        None, description="steps between checkpoints; default a tenth of all steps"
+    )
+    keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
+    log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
+    trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
+
+    @field_validator("mix")
+    @classmethod
+    def _check_mix(cls, mix: dict[str, float]) -> dict[str, float]:
+        if sum(map(exact, mix.values())) >= 1:
+            raise ValueError("shares should sum to less than 1, to leave some rows to --input")
+        for name in mix:
+            for path in split_paths(name):
+                locate(path)
+        return mix
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.sequence_length is not None and self.heads.offsets[-1] >= self.sequence_length:
+            raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
+        if self.normalization == "weight_sum" and self.weights.is_live and mean_of(self.weights.node) is None:
+            raise ValueError(
+                "--normalization weight_sum needs the sum of the weights before they are known: put "
+                "normalise(..., by=batch) around the formula, or use --normalization tokens"
+            )
+        if self.trainable == "heads" and len(self.heads.offsets) == 1:
+            raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
+        if self.trainable == "heads" and not any(self.heads.loss_coefficients[1 : len(self.heads.offsets)]):
+            raise ValueError("--trainable heads needs a factor above 0 among --heads.coefficients after the first")
+        if self.trainable != "lora" and self.lora != LoRAConfig():
+            raise ValueError("--lora needs --trainable lora")
+        if self.ray_address and not self.ray_workers:
+            raise ValueError("--ray_address needs --ray_workers")
+        return self

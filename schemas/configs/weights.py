@@ -1,0 +1,104 @@
+"""The settings under `weights` of `wmtp train` and `wmtp weights`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.configs.common import Config, Fraction
+from schemas.formulas import Call, FormulaError, Node, Number, is_live, parse, rename
+from schemas.presets import PRESETS
+
+
+class WeightsConfig(Config):
+    """How score columns become one weight per target token: a preset, or a formula in the weight language."""
+
+    preset: Literal[
+        "uniform", "rho1", "rho1-static", "self-reference-loss", "self-reference-entropy", "self-reference", "dense",
+        "sparse", "longce", "ppmi", "npmi", "soft-threshold", "reward", "advantage",
+    ] = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")  # fmt: skip
+    formula: str | None = Field(
+        None,
+        description="scheme in the weight language instead of a preset, as 'normalise(top(excess_loss, 0.6))'; "
+        "docs/weights.md describes it",
+    )
+    column: str | None = Field(
+        None, description="score of the preset: a column, or a formula of columns; each preset has its default"
+    )
+    live: bool = Field(
+        False, description="contrast loss_short (or --weights.column) with what the model in training loses"
+    )
+    fraction: Fraction | None = Field(None, description="share of the tokens that is kept; default 0.6")
+    lam: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="dense: share of plain cross-entropy; default 0.75"
+    )
+    gamma: Annotated[float, Field(gt=0)] | None = Field(None, description="longce: largest weight; default 5")
+    tau: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="soft-threshold: score at which the weight reaches its maximum; default 1"
+    )
+    s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="ppmi, npmi: ratio of probabilities from which on a token counts; default 1"
+    )
+    silent: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="dense, sparse, ppmi, npmi: weight in sequences without any signal; default 0"
+    )
+    group: str | None = Field(None, description="advantage: column of labels within which rewards are compared")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the steps in which weights move from 1 to their own"
+    )
+    control: Literal["none", "shuffled", "random"] = Field(
+        "none", description="control experiment: the weights shuffled in each sequence, or LogNormal of equal moments"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightsConfig":
+        used = PRESETS[self.preset].settings if self.formula is None else set()
+        own = f"--weights.preset {self.preset}" if self.formula is None else "--weights.formula"
+        if self.formula is not None and self.preset != "uniform":
+            raise ValueError("--weights.preset and --weights.formula exclude each other")
+        for name in ("column", "fraction", "lam", "gamma", "tau", "s", "silent", "group"):
+            if getattr(self, name) is not None and name not in used:
+                raise ValueError(f"--weights.{name} does nothing with {own}; leave it out")
+        if self.live and "live" not in used:
+            raise ValueError(f"--weights.live is not for {own}")
+        if "group" in used and not (self.group or "").isidentifier():
+            raise ValueError(f"{own} needs --weights.group, the name of a column of labels")
+        for name, text in (("column", self.column), ("formula", self.formula)):
+            try:
+                parse(text or "1")
+            except FormulaError as error:
+                raise ValueError(f"--weights.{name}: {error}") from error
+        node = self.node
+        if isinstance(node, Call) and node.function == "signed" and self.control == "random":
+            raise ValueError("--weights.control random draws no negative weights; use shuffled")
+        if isinstance(node, Number) and self.control != "none":
+            raise ValueError(f"--weights.control needs other weights than those of {own}")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The formula, with all settings in it."""
+        if self.formula is not None:
+            return self.formula.strip()
+        preset = PRESETS[self.preset]
+        column = self.column or (preset.live_column if self.live else preset.column) or ""
+        score = column if column.isidentifier() else f"({column})"
+        settings: dict[str, Any] = preset.defaults | {
+            name: value for name in preset.settings - {"column", "live"} if (value := getattr(self, name)) is not None
+        }
+        return preset.formula.format(score=f"({score} - live)" if self.live else score, **settings)
+
+    @property
+    def node(self) -> Node:
+        """The formula as a tree."""
+        return parse(self.text)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether weights depend on the model in training."""
+        return is_live(self.node)
+
+    def with_columns(self, names: Mapping[str, str]) -> "WeightsConfig":
+        """The same scheme, as a formula, with other names for some columns."""
+        formula = rename(self.text, names)
+        return WeightsConfig(formula=formula, warmup_ratio=self.warmup_ratio, control=self.control)
