@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,9 @@ OWN_ENVIRONMENT = "import os\nos.environ.clear()\nos.environ.update(environment)
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
 settings.load_profile("default")
+
+# A shell that starts this in the background lets it ignore what Ctrl-C sends; tests send it to themselves and others.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
