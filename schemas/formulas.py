@@ -116,7 +116,7 @@ def parse(text: str) -> Node:
     if _depth(node) > MAX_DEPTH:
         raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} operations inside each other")
     for inner in walk(node):
-        if isinstance(inner, Call) and inner.function == "signed" and inner is not node:
+        if is_signed(inner) and inner is not node:
             raise FormulaError(f"'{_shortened(text)}': signed() goes around the whole formula")
     return node
 
@@ -154,6 +154,11 @@ def labels_of(node: Node) -> list[str]:
 def is_live(node: Node) -> bool:
     """Whether a formula depends on the model in training."""
     return any(inner == Column(LIVE) for inner in walk(node))
+
+
+def is_signed(node: Node) -> bool:
+    """Whether a formula says that its values are meant to be negative, too."""
+    return isinstance(node, Call) and node.function == "signed"
 
 
 def waits_for_batch(node: Node) -> bool:
@@ -363,7 +368,7 @@ def _read_call(name: str, tree: ast.Call) -> Node:
     if not positional or len(positional) > 1 + len(function.numbers):
         raise FormulaError(f"{name}() takes {usage}")
     argument = _read(positional[0])
-    by = _scope(given.pop("by"), argument) if "by" in given and function.scoped else None
+    by = _scope(given.pop("by")) if "by" in given and function.scoped else None
     for key, value in zip(function.numbers, positional[1:], strict=False):
         if key in given:
             raise FormulaError(f"{name}() is given {key} twice")
@@ -415,7 +420,7 @@ def _make(name: str, x: Node, numbers: tuple[float, ...], by: str | None) -> Nod
     return Call(name, (x,), numbers, by)
 
 
-def _scope(tree: ast.AST, argument: Node) -> str:
+def _scope(tree: ast.AST) -> str:
     if not isinstance(tree, ast.Name):
         raise FormulaError(f"by={ast.unparse(tree)}: is one of {', '.join(SCOPES)}, or a column of labels")
     return tree.id

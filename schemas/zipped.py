@@ -5,7 +5,7 @@ shards; when a row group is read, the token ids themselves.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
@@ -29,6 +29,7 @@ class ZippedSets:
     """
 
     sets: tuple[ShardSet, ...]
+    _counts: dict[Location, dict[str, ValueCounts]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for one, other in combinations(self.sets, 2):
@@ -80,12 +81,15 @@ class ZippedSets:
         return "score" if column in manifest.columns else manifest.corpus.sequence_columns[column]
 
     def value_counts(self, column: str) -> ValueCounts:
-        """Exact value counts of a score column.
+        """Exact value counts of a score column; those of a set are read once.
 
         Raises:
             UserError: no set has it, or its statistics are missing.
         """
-        return self.holder(column).value_counts()[column]
+        holder = self.holder(column)
+        if holder.path not in self._counts:
+            self._counts[holder.path] = holder.value_counts()
+        return self._counts[holder.path][column]
 
     def files(self, shard: int, columns: Iterable[str]) -> list[Location]:
         """The files that `read` reads for shard `shard` and these columns."""

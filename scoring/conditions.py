@@ -61,7 +61,7 @@ class ScoringPlan:
         The full context takes one pass unless its losses are stored, each prompt another one, longer by its tokens, and
         each short context size / stride.
         """
-        wanted = self.measured_by(model)
+        wanted = self.measured_by(model).values()
         windows = {of.window for of in wanted if of.window}
         prompts = {of.prompt for of in wanted if not of.window}
         if windows and not self.stored_losses(model):
@@ -69,13 +69,13 @@ class ScoringPlan:
         passes = len(prompts) + sum(window.size / window.stride for window in windows)
         return tokens * passes + sequences * sum(len(prompt.input_ids) for prompt in prompts if prompt)
 
-    def measured_by(self, model: ScoringModel) -> list[Measurement]:
-        """What a model measures, in the order of the columns."""
-        return [of for of in self.measurements.values() if of.model.fingerprint == model.fingerprint]
+    def measured_by(self, model: ScoringModel) -> dict[str, Measurement]:
+        """The columns that a model measures, in order."""
+        return {name: of for name, of in self.measurements.items() if of.model.fingerprint == model.fingerprint}
 
     def longest_prompt(self, model: ScoringModel) -> int:
         """Tokens of the longest prompt of a model."""
-        return max(len(of.prompt.input_ids) if of.prompt else 0 for of in self.measured_by(model))
+        return max(len(of.prompt.input_ids) if of.prompt else 0 for of in self.measured_by(model).values())
 
     def stored_losses(self, model: ScoringModel) -> str | None:
         """Name of the column that has the losses under a model's full context, if the input has one."""

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from schemas.errors import first_line
+from schemas.value_counts import FLOAT16_MAX
 
 ROUNDING = 0.01
 """Losses and entropies are not negative, but computed ones may be, by a little."""
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 

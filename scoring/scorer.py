@@ -12,9 +12,10 @@ from schemas.errors import UserError
 from schemas.fingerprints import model_fingerprint
 from schemas.locations import Location
 from schemas.shards import flat_values, list_column, list_lengths
+from schemas.value_counts import FLOAT16_MAX
 from scoring.conditions import Measurement, ScoringPlan
 from scoring.engines import Engine, EngineConfig, Request, load_engine
-from scoring.faults import FLOAT16_MAX, OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
+from scoring.faults import OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
 from scoring.models import ScoringModel
 from scoring.units import Attempt, Reject, Suspect, UnitRecord, count_values, write_attempt, write_record
 from scoring.windows import plan_windows, window_ids
@@ -164,7 +165,7 @@ class ShardScorer:
             Why sequences could not be scored, by their number, and how many could.
         """
         plan, engine = self.task.plan, self.engines[model.fingerprint]
-        wanted = {name: of for name, of in plan.measurements.items() if of.model.fingerprint == model.fingerprint}
+        wanted = plan.measured_by(model)
         known = None
         if column := plan.stored_losses(model):
             known = np.split(stored_scores(table, column), np.cumsum([len(ids) for ids in sequences])[:-1])

@@ -126,9 +126,10 @@ class TrainingLoop:
         if weight_sum:
             denominator = targets if self.config.normalization == "tokens" else weight_sum
             coefficients = self._coefficients()
-            sums = [self._run_part(p, denominator, coefficients, live, last=p is parts[-1]) for p in parts]
-            if self._update(parts, torch.stack(sums)):
-                self.window.add(torch.stack(sums).sum(0), coefficients, targets)
+            runs = [self._run_part(p, denominator, coefficients, live, last=p is parts[-1]) for p in parts]
+            sums = torch.stack(runs)
+            if self._update(parts, sums):
+                self.window.add(sums.sum(0), coefficients, targets)
         else:
             self.window.counters["no_signal_steps"] += 1
         self.scheduler.step()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from schemas.configs.common import Config, Fraction
-from schemas.formulas import Call, FormulaError, Node, Number, is_live, parse, rename
+from schemas.formulas import FormulaError, Node, Number, is_live, is_signed, parse, rename
 from schemas.presets import PRESETS
 
 
@@ -69,7 +69,7 @@ class WeightsConfig(Config):
             except FormulaError as error:
                 raise ValueError(f"--weights.{name}: {error}") from error
         node = self.node
-        if isinstance(node, Call) and node.function == "signed" and self.control == "random":
+        if is_signed(node) and self.control == "random":
             raise ValueError("--weights.control random draws no negative weights; use shuffled")
         if isinstance(node, Number) and self.control != "none":
             raise ValueError(f"--weights.control needs other weights than those of {own}")

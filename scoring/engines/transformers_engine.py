@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from schemas.manifest import Quantity
+from schemas.value_counts import FLOAT16_MAX
 from scoring.engines import EngineConfig, Request
-from scoring.faults import FLOAT16_MAX
 
 LOSS_ROWS = 1024
 """Positions whose float32 log-softmax is in memory at once."""

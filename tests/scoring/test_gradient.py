@@ -13,10 +13,10 @@ from pipelines.score import run
 from schemas.configs import ScoreConfig
 from schemas.errors import UserError
 from schemas.shard_set import ShardSet
+from schemas.value_counts import FLOAT16_MAX
 from scoring.conditions import Measurement
 from scoring.engines import EngineConfig, Request
 from scoring.engines.transformers_engine import TransformersEngine
-from scoring.faults import FLOAT16_MAX
 from scoring.models import ScoringModel
 from scoring.prompts import Prompt
 from scoring.scorer import measure

@@ -188,8 +188,12 @@ def test_corpus_wide_schemes_against_sorting_the_corpus(
         assert_weights(found, [row.tolist() for row in expected])
     ranks = [[(finite <= score).mean() if score == score else 0 for score in row] for row in excess]
     assert_weights(weights_of(shards, formula="rank(loss_a - loss_b)"), ranks)
-    centred = [[(s - finite.mean()) / (finite.std() or 1) if s == s else 0 for s in row] for row in excess]
-    assert_weights(weights_of(shards, formula="signed(standardise(excess))"), centred)
+    if finite.std():
+        centred = [[(s - finite.mean()) / finite.std() if s == s else 0 for s in row] for row in excess]
+        assert_weights(weights_of(shards, formula="signed(standardise(excess))"), centred)
+    else:
+        with pytest.raises(UserError, match="0 for every token"):
+            weights_of(shards, formula="signed(standardise(excess))")
     softmax = [[math.exp(s) / np.exp(finite).mean() if s == s else 0 for s in row] for row in excess]
     assert_weights(weights_of(shards, formula="softmax(excess)"), softmax)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FLOAT16_MAX = float(np.finfo(np.float16).max)
+from schemas.value_counts import FLOAT16_MAX
 
 
 class Segments(Protocol):

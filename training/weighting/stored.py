@@ -20,6 +20,7 @@ from schemas.formulas import (
     Stages,
     bounds,
     columns_of,
+    is_signed,
     labels_of,
     replaced,
     waits_for_batch,
@@ -29,7 +30,7 @@ from schemas.shards import flat_values, list_lengths
 from schemas.zipped import ZippedSets
 from training.weighting.controls import Control, apply_control, shuffle_between
 from training.weighting.corpus import Corpus
-from training.weighting.expressions import Expression, Lookup, evaluate
+from training.weighting.expressions import HALVES, Expression, Lookup, evaluate
 from training.weighting.tables import scored_tokens
 
 TOO_LARGE = "--weights.formula: a weight is too large to be a number; put clip() around what grows"
@@ -79,19 +80,14 @@ class Weighting:
         if self.waits:
             parts = np.empty((len(self.parts), len(scored.mask)), dtype=np.float32)
             for values, part in zip(parts, self.parts, strict=True):
-                values[:] = scored.spread(self._finite(evaluate(part, scored.tokens)), math.nan)
+                values[:] = scored.spread(_finite(evaluate(part, scored.tokens)), math.nan)
             return parts.T
-        weights = self._finite(evaluate(self.parts[0], scored.tokens))
+        weights = _finite(evaluate(self.parts[0], scored.tokens))
         if self.control == "shuffled" and self.of_sequences:
             weights = shuffle_between(weights, scored.counts, rng)
         else:
             weights = apply_control(self.control, weights, scored.counts, rng)
         return scored.spread(weights, self.missing)
-
-    def _finite(self, weights: np.ndarray) -> np.ndarray:
-        if not np.isfinite(weights).all():
-            raise UserError(TOO_LARGE)
-        return weights
 
 
 def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | None = None) -> Weighting:
@@ -114,8 +110,8 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | No
     parts = tuple(corpus.resolve(part) for part in (Stages.of(node).stored if waits else (node,)))
     if not waits:
         _check_values(parts[0], corpus)
-    finite = np.isfinite(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
-    parts = tuple(Lookup(p.of, np.where(finite, p.table, missing)) if isinstance(p, Lookup) else p for p in parts)
+    scored = np.isfinite(HALVES)
+    parts = tuple(Lookup(p.of, np.where(scored, p.table, missing)) if isinstance(p, Lookup) else p for p in parts)
     columns = (*columns_of(node), *labels_of(node))
     of_sequences = all(shards.kind(name) != "score" for name in columns)
     return Weighting(config.text, columns, parts, waits, config.control, missing, of_sequences)
@@ -164,6 +160,12 @@ def _check_labels(node: Node, shards: ZippedSets) -> None:
                 )
 
 
+def _finite(weights: np.ndarray) -> np.ndarray:
+    if not np.isfinite(weights).all():
+        raise UserError(TOO_LARGE)
+    return weights
+
+
 def _check_values(weights: Expression, corpus: Corpus) -> None:
     """Raise UserError if weights are known to be 0 for every token, or too large for one."""
     values = np.array([1.0])
@@ -171,9 +173,7 @@ def _check_values(weights: Expression, corpus: Corpus) -> None:
         values = np.array([weights.value])
     elif isinstance(weights, Lookup) and isinstance(weights.of, Column):
         values = corpus.distribution(weights).values
-    if not np.isfinite(values).all():
-        raise UserError(TOO_LARGE)
-    if not values.any():
+    if not _finite(values).any():
         raise UserError("--weights: are 0 for every token, so there is nothing to learn; choose others")
 
 
@@ -186,7 +186,7 @@ def _check_sign(node: Node, shards: ZippedSets) -> None:
         low, _ = bounds(node, of_column)
     except FormulaError as error:
         raise UserError(f"--weights.formula: {error}") from None
-    if low < 0 and not (isinstance(node, Call) and node.function == "signed"):
+    if low < 0 and not is_signed(node):
         raise UserError(
             "--weights.formula: weights may be negative, which would teach the model not to predict these tokens; put "
             "relu() or abs() around the formula, or signed() where that is meant"
