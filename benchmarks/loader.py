@@ -32,19 +32,20 @@ from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from data.python_library import documentation, sources
-from schemas.configs import TrainConfig, WeightsConfig
-from schemas.files import TOKENIZER
-from schemas.fingerprints import directory_digest, tokenizer_fingerprint
-from schemas.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
-from schemas.shard_set import ShardSet, finish_shard_set
-from schemas.shards import list_column, shard_name, write_shard
-from schemas.value_counts import ValueCounts
-from schemas.zipped import ZippedSets
-from training.loader import RowLoader
-from training.packing import Rows, split_long
-from training.trainer import train
-from training.weighting import make_weighting
+from weighted_mtp.data.python_library import documentation, sources
+from weighted_mtp.schemas.configs import TrainConfig, WeightsConfig
+from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set
+from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
+from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import TOKENIZER
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.data.packing import split_long
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.run.train import train
+from weighted_mtp.training.weighting import make_weighting
 
 VOCABULARY = 4096
 LENGTH = 2048

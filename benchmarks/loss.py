@@ -34,9 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from training.heads import ResidualHeads, TrunkPass
-from training.losses import HeadGroup, HeadRows, multi_head_cross_entropy, weighted_linear_cross_entropy
-from training.trunk import LayerCall
+from weighted_mtp.training.loss.multi_head import (
+    HeadGroup,
+    HeadRows,
+    multi_head_cross_entropy,
+    weighted_linear_cross_entropy,
+)
+from weighted_mtp.training.model.heads import ResidualHeads, TrunkPass
+from weighted_mtp.training.model.trunk import LayerCall
 
 CONSOLE = Console(width=120)
 CHUNK = 512
@@ -133,7 +138,7 @@ def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) ->
 
 
 def ours(problem: Problem) -> Tensor:
-    """Rows that carry weight, as `training.targets.target_rows` finds them."""
+    """Rows that carry weight, as `training.loss.targets.target_rows` finds them."""
     [rows] = problem.weights.nonzero(as_tuple=True)
     return weighted_linear_cross_entropy(
         problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows]

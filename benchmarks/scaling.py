@@ -33,24 +33,24 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import list as catalogue
-from pipelines.score import describe_conditions, describe_request, finish
-from schemas.configs import ListConfig, WeightsConfig
-from schemas.files import TOKENIZER, claim_output, copy_files
-from schemas.fingerprints import directory_digest
-from schemas.manifest import CorpusInfo, Manifest, TokenizerInfo, read_manifest, write_manifest
-from schemas.shard_set import ShardSet, finish_shard_set, verify
-from schemas.shards import list_column, shard_name, write_shard
-from schemas.zipped import ZippedSets
-from scoring.cluster import Pool, ray_session
-from scoring.conditions import plan_columns
-from scoring.engines import EngineConfig, Request
-from scoring.job import ScoringJob
-from scoring.models import ScoringModel
-from scoring.scorer import ScoringTask
-from scoring.units import find_done, gather
-from training.loader import RowLoader
-from training.weighting import make_weighting
+from weighted_mtp.pipelines import list as catalogue
+from weighted_mtp.pipelines.score import describe_conditions, describe_request, finish
+from weighted_mtp.schemas.configs import ListConfig, WeightsConfig
+from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
+from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, TokenizerInfo, read_manifest, write_manifest
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set, verify
+from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import TOKENIZER, claim_output, copy_files
+from weighted_mtp.scoring.conditions.models import ScoringModel
+from weighted_mtp.scoring.conditions.plan import plan_columns
+from weighted_mtp.scoring.engines.base import EngineConfig, Request
+from weighted_mtp.scoring.job.driver import ScoringJob
+from weighted_mtp.scoring.job.ray_cluster import Pool, ray_session
+from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.units import find_done, gather
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.weighting import make_weighting
 
 VOCABULARY = 150_000
 LENGTH = 2048

@@ -19,11 +19,6 @@ Memory is the peak while scoring, and how far that is above the engine once load
 PyTorch has allocated on a GPU, resident memory of the process on a CPU.
 """
 
-from pathlib import Path
-
-# A script's directory is searched before anything else: in this one, let this file lead to the package of its name.
-__path__ = [str(Path(__file__).resolve().parents[1] / "scoring")]
-
 import argparse
 import json
 import os
@@ -34,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,9 +40,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from schemas.errors import first_line
-from scoring.engines import Engine, EngineConfig, EngineMethod, Request, engine_version, load_engine
-from scoring.engines.vllm_engine import ENVIRONMENT, engine_arguments
+from weighted_mtp.schemas.errors import first_line
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig, EngineMethod, Request, engine_version, load_engine
+from weighted_mtp.scoring.engines.vllm_engine import ENVIRONMENT, engine_arguments
 
 ENGINES = {
     "pooler": "vLLM, inside the engine",

@@ -15,11 +15,6 @@ turns, a step each in every round, and time is that of one thread's own work (`-
 GPU one runs after the other, so that each has the memory to itself.
 """
 
-from pathlib import Path
-
-# A script's directory is searched before anything else: in this one, let this file lead to the package of its name.
-__path__ = [str(Path(__file__).resolve().parents[1] / "training")]
-
 import argparse
 import gc
 import io
@@ -30,6 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,24 +46,25 @@ from transformers import (
     logging,
 )
 
-from schemas.configs import DirectDecodingConfig, HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
-from schemas.files import TOKENIZER
-from schemas.fingerprints import directory_digest
-from schemas.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
-from schemas.shard_set import finish_shard_set
-from schemas.shards import list_column, shard_name, write_shard
-from schemas.value_counts import ValueCounts
-from schemas.zipped import ZippedSets
-from training.flops import StepFlops, peak_flops
-from training.layers import compile_layers
-from training.loader import RowLoader
-from training.loop import TrainingLoop
-from training.model import HEAD_SUMS, MTPModel, build_model
-from training.packing import Rows
-from training.targets import target_rows
-from training.trainable import freeze_embeddings
-from training.trainer import make_accelerator, make_optimizer
-from training.weighting import make_weighting
+from weighted_mtp.schemas.configs import DirectDecodingConfig, HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
+from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
+from weighted_mtp.schemas.shard_set.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from weighted_mtp.schemas.shard_set.shard_set import finish_shard_set
+from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
+from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import TOKENIZER
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.loss.targets import target_rows
+from weighted_mtp.training.model.flops import StepFlops, peak_flops
+from weighted_mtp.training.model.layers import compile_layers
+from weighted_mtp.training.model.mtp_model import HEAD_SUMS, MTPModel, build_model
+from weighted_mtp.training.model.trainable import freeze_embeddings
+from weighted_mtp.training.optimizer import make_optimizer
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.run.train import make_accelerator
+from weighted_mtp.training.trainer import TrainingLoop
+from weighted_mtp.training.weighting import make_weighting
 
 CONSOLE = Console(width=130)
 GPU = torch.cuda.is_available()

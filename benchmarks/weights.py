@@ -24,10 +24,10 @@ from loader import make_set
 from rich.console import Console
 from rich.table import Table
 
-from schemas.configs import WeightsConfig
-from schemas.shards import flat_values, list_lengths
-from schemas.zipped import ZippedSets
-from training.weighting import Weighting, make_weighting
+from weighted_mtp.schemas.configs import WeightsConfig
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.training.weighting import Weighting, make_weighting
 
 TOKENS = 1 << 20
 COLUMNS = ("loss_reference", "entropy_reference", "excess_loss", "long_short")

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from schemas.files import atomic_write
+from weighted_mtp.schemas.storage.files import atomic_write
 
 Document = tuple[str, str]
 """A name and a text."""

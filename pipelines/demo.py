@@ -18,9 +18,9 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from data.python_library import Document, documentation, sources, split, write_jsonl
-from pipelines import prepare, score
-from schemas.configs import (
+from weighted_mtp.data.python_library import Document, documentation, sources, split, write_jsonl
+from weighted_mtp.pipelines import prepare, score
+from weighted_mtp.schemas.configs import (
     DemoConfig,
     HeadsConfig,
     OptimizerConfig,
@@ -29,8 +29,8 @@ from schemas.configs import (
     TrainConfig,
     WeightsConfig,
 )
-from schemas.errors import UserError
-from training.trainer import train
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.training.run.train import train
 
 VOCABULARY = 2048
 SEQUENCE_LENGTH = 256

@@ -5,15 +5,16 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from schemas.configs import EvaluateConfig
-from schemas.locations import locate
-from schemas.shard_set import ShardSet
-from schemas.zipped import ZippedSets
-from training.checks import check_model, check_tokenizer, run_record
-from training.evaluation import HeadLoss, evaluate_model
-from training.model import load_model
-from training.sharding import sharding_requested
-from training.trainer import make_accelerator
+from weighted_mtp.pipelines.reports.train_summary import part_title
+from weighted_mtp.schemas.configs import EvaluateConfig
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.locations import locate
+from weighted_mtp.training.evaluation import HeadLoss, evaluate_model
+from weighted_mtp.training.model.mtp_model import load_model
+from weighted_mtp.training.run.checks import check_model, check_tokenizer, run_record
+from weighted_mtp.training.run.train import make_accelerator
+from weighted_mtp.training.sharding import sharding_requested
 
 
 def run(config: EvaluateConfig) -> list[HeadLoss]:
@@ -43,8 +44,3 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
         table.add_row(part_title(head.part), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}")
     Console(markup=False).print(table)
     return losses
-
-
-def part_title(part: str) -> str:
-    """One of `HeadsConfig.parts` in words."""
-    return f"offset {part}" if part.isdigit() else "token order" if part == "top" else part.replace("_", " ")

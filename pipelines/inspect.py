@@ -8,15 +8,15 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from pipelines.pages import check_page, decode, printable, show
-from schemas.configs import InspectConfig
-from schemas.locations import local_copy
-from schemas.manifest import Column, Contrast, Manifest
-from schemas.shard_set import FOOTERS, ShardSet
-from schemas.shards import flat_values, list_lengths
+from weighted_mtp.pipelines.reports.pages import check_page, decode, printable, show
+from weighted_mtp.schemas.configs import InspectConfig
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.manifest import Column, Contrast, Manifest
+from weighted_mtp.schemas.shard_set.shard_set import FOOTERS, ShardSet
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.schemas.storage.locations import local_copy
 
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
@@ -125,7 +125,9 @@ def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredT
     """
     highest: list[ScoredToken] = []
     lowest: list[ScoredToken] = []
-    with tqdm(total=shard_set.manifest.tokens, unit="tok", unit_scale=True, desc=column, leave=False) as progress:
+    with ProgressBar(
+        total=shard_set.manifest.tokens, unit="tok", unit_scale=True, desc=column, leave=False
+    ) as progress:
         for index, shard in enumerate(shard_set.manifest.shards):
             for group in range(shard.row_groups):
                 table = shard_set.read(index, ["document_id", "start", "input_ids", column], group)

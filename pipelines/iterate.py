@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import score, train
-from schemas.configs import IterateConfig, TrainConfig
-from schemas.errors import UserError
-from schemas.files import write_text
-from schemas.formulas import columns_of
-from schemas.locations import Location
-from schemas.manifest import Condition, Contrast
-from schemas.shard_set import ShardSet
-from training.run import without_nan
+from weighted_mtp.pipelines import score, train
+from weighted_mtp.schemas.configs import IterateConfig, TrainConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import write_text
+from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.schemas.weights.language import columns_of
+from weighted_mtp.training.run.directory import without_nan
 
 SUMMARY = "summary.json"
 console = Console(highlight=False, markup=False)

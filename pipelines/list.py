@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from schemas.configs import ListConfig
-from schemas.errors import UserError
-from schemas.files import MANIFEST
-from schemas.locations import Location
-from schemas.locks import is_shard_set
-from schemas.manifest import read_manifest
+from weighted_mtp.schemas.configs import ListConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import read_manifest
+from weighted_mtp.schemas.storage.files import MANIFEST
+from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.schemas.storage.locks import is_shard_set
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,27 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
-from schemas.configs import PrepareConfig
-from schemas.files import MANIFEST, TOKENIZER, claim_output, clear_directory
-from schemas.fingerprints import digest_json, tokenizer_fingerprint
-from schemas.locks import exclusive
-from schemas.manifest import CorpusInfo, Manifest
-from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
-from scoring.corpus import Source, find_sources
-from scoring.documents import Fields
-from scoring.pool import map_in_order
-from scoring.prepare import Tally, write_shards
-from scoring.readers import read_batches
-from scoring.tokenization import BatchEncoder, EncodedBatch
-from scoring.tokenizer import choose_added_tokens, describe_tokenizer, ids_around, load_tokenizer, save_tokenizer
+from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
+from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER, claim_output, clear_directory
+from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.scoring.corpus.documents import Fields
+from weighted_mtp.scoring.corpus.process_pool import map_in_order
+from weighted_mtp.scoring.corpus.readers import read_batches
+from weighted_mtp.scoring.corpus.sources import Source, find_sources
+from weighted_mtp.scoring.corpus.tokenization import BatchEncoder, EncodedBatch
+from weighted_mtp.scoring.corpus.tokenizer import (
+    choose_added_tokens,
+    describe_tokenizer,
+    ids_around,
+    load_tokenizer,
+    save_tokenizer,
+)
+from weighted_mtp.scoring.corpus.writer import Tally, write_shards
 
 
 def run(config: PrepareConfig) -> ShardSet:
@@ -67,7 +73,9 @@ def prepare(config: PrepareConfig, sources: list[Source], held: Callable[[], boo
         fields = Fields.of(config)
         encoder = BatchEncoder(tokenizer, prefix, suffix, config.max_length, fields)
         workers = config.workers or len(os.sched_getaffinity(0))
-        encoded = map_in_order(encoder, read_batches(sources, config), workers, "scoring.tokenization")
+        encoded = map_in_order(
+            encoder, read_batches(sources, config), workers, "weighted_mtp.scoring.corpus.tokenization"
+        )
         entries, tally = write_shards(config.output, with_progress(encoded), config.shard_tokens)
         manifest = Manifest(
             corpus=CorpusInfo(
@@ -97,7 +105,7 @@ def prepare(config: PrepareConfig, sources: list[Source], held: Callable[[], boo
 def with_progress(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
     """Show documents, tokens and tokens per second on the way."""
     documents = 0
-    with tqdm(unit="tok", unit_scale=True, desc="prepare") as bar:
+    with ProgressBar(unit="tok", unit_scale=True, desc="prepare") as bar:
         for batch in batches:
             documents += batch.documents
             bar.set_postfix_str(f"{documents:,} documents", refresh=False)

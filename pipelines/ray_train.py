@@ -18,11 +18,11 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from pipelines.cli import debugging, describe, is_for_users, quieten_libraries
-from schemas.configs import TrainConfig
-from schemas.errors import UserError
-from scoring.cluster import Pool, describe_nodes, last_reason, ray_session
-from training.trainer import train
+from weighted_mtp.pipelines.cli.errors import debugging, describe, is_for_users, quieten_libraries
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.scoring.job.ray_cluster import Pool, describe_nodes, last_reason, ray_session
+from weighted_mtp.training.run.train import train
 
 RESTARTS = 3
 """How often a run starts its workers again before it gives up."""

@@ -14,19 +14,27 @@ from dataclasses import replace
 
 import ray
 import torch
-from tqdm import tqdm
 
-from pipelines.score_summary import Scored, print_dry_run, print_summary
-from schemas.configs import ConditionConfig, ScoreConfig
-from schemas.errors import UserError, first_line
-from schemas.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
-from schemas.locations import Location, remove_tree, resolve
-from schemas.locks import exclusive
-from schemas.manifest import Column, Condition, Contrast, Manifest, Quantity, ShardEntry
-from schemas.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
-from scoring.cluster import Pool, ray_session
-from scoring.conditions import ScoringPlan, measure_condition, parse_contrast, plan_columns, reuse_columns
-from scoring.engines import (
+from weighted_mtp.pipelines.reports.score_summary import Scored, print_dry_run, print_summary
+from weighted_mtp.schemas.configs import ConditionConfig, ScoreConfig
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.manifest import Column, Condition, Contrast, Manifest, Quantity, ShardEntry
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
+from weighted_mtp.schemas.storage.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
+from weighted_mtp.schemas.storage.locations import Location, remove_tree, resolve
+from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.scoring.conditions.models import ScoringModel, check_length, check_model
+from weighted_mtp.scoring.conditions.plan import (
+    ScoringPlan,
+    measure_condition,
+    parse_contrast,
+    plan_columns,
+    reuse_columns,
+)
+from weighted_mtp.scoring.conditions.prompts import Prompt, make_prompt
+from weighted_mtp.scoring.conditions.windows import make_window
+from weighted_mtp.scoring.engines.base import (
     SPEED_ARGS,
     EngineConfig,
     EngineMethod,
@@ -37,13 +45,11 @@ from scoring.engines import (
     engine_version,
     runs_on_gpu,
 )
-from scoring.job import ScoringJob
-from scoring.models import ScoringModel, check_length, check_model
-from scoring.prompts import Prompt, make_prompt
-from scoring.scorer import ScoringTask
-from scoring.subtraction import subtract
-from scoring.units import Reject, clear_attempts, find_done, gather
-from scoring.windows import make_window
+from weighted_mtp.scoring.job.contrasts_only import subtract
+from weighted_mtp.scoring.job.driver import ScoringJob
+from weighted_mtp.scoring.job.ray_cluster import Pool, ray_session
+from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.units import Reject, clear_attempts, find_done, gather
 
 
 def run(config: ScoreConfig) -> ShardSet | None:
@@ -232,7 +238,7 @@ def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: Pool) -> Sc
     pool = pool.for_units(1 if here else len(missing))
     started = None
     incidents = 0
-    with tqdm(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
+    with ProgressBar(total=total, initial=total - tokens, unit="tok", unit_scale=True, desc="scoring") as bar:
 
         def report(line: str) -> None:
             nonlocal incidents

@@ -3,52 +3,21 @@
 from typing import Any
 
 from accelerate import PartialState
-from rich.console import Console
-from rich.table import Table
 
-from pipelines.evaluate import part_title
-from schemas.configs import TrainConfig
-from training.trainer import train
+from weighted_mtp.pipelines.reports.train_summary import print_summary
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.training.run.train import train
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train, here or on Ray, then print a one-screen summary; return what it summarises."""
     if config.ray_workers:
-        from pipelines.ray_train import train_on_ray  # Ray takes seconds to import
+        from weighted_mtp.pipelines.ray_train import train_on_ray  # Ray takes seconds to import
 
         summary = train_on_ray(config)
     else:
         summary = train(config)
         if not PartialState().is_main_process:
             return summary
-    done = "already complete" if summary.get("already_complete") else "trained"
-    table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
-    table.add_row("steps", f"{summary['steps']:,}")
-    table.add_row("tokens", f"{summary['tokens']:,}")
-    table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
-    control = f", {config.weights.control} control" if config.weights.control != "none" else ""
-    warmup = f", after a warm-up of {config.weights.warmup_ratio:.0%}" if config.weights.warmup_ratio else ""
-    table.add_row("weights", config.weights.text + control + warmup)
-    if config.objective.kind != "cross_entropy":
-        settings = config.objective.model_dump(exclude={"kind"}, exclude_none=True)
-        described = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-        table.add_row("objective", f"{config.objective.kind.replace('_', ' ')} ({described})")
-    offsets = len(config.heads.offsets)
-    if (loss := summary["loss"]) is not None and loss == loss:
-        order = ", with token order" * config.heads.predicts_order
-        table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1) + order, f"{loss:.4f}")
-        table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
-    for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
-        if summary[counter]:
-            table.add_row(name, f"{summary[counter]:,}")
-    for part in config.heads.parts:
-        if f"eval_loss_{part}" in summary:
-            loss, accuracy = summary[f"eval_loss_{part}"], summary[f"eval_accuracy_{part}"]
-            table.add_row(f"held-out, {part_title(part)}", f"{loss:.4f} nats, {accuracy:.1%} right")
-    table.add_row("peak memory", f"{summary['memory_gib']:.2f} GiB")
-    table.add_row("trunk (Hugging Face)", str(config.output / "model"))
-    table.add_row("heads", str(config.output / "heads"))
-    table.add_row("metrics", str(config.output / "metrics.jsonl"))
-    table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
-    Console(markup=False).print(table)
+    print_summary(config, summary)
     return summary

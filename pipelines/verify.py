@@ -1,12 +1,12 @@
 """`wmtp verify`: compare every byte of a shard set with its manifest."""
 
 from rich.console import Console
-from tqdm import tqdm
 
-from schemas.configs import VerifyConfig
-from schemas.errors import UserError
-from schemas.manifest import read_manifest
-from schemas.shard_set import verify
+from weighted_mtp.schemas.configs import VerifyConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.manifest import read_manifest
+from weighted_mtp.schemas.shard_set.shard_set import verify
 
 
 def run(config: VerifyConfig) -> None:
@@ -18,7 +18,7 @@ def run(config: VerifyConfig) -> None:
     manifest = read_manifest(config.set)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     checked = faults = 0
-    with tqdm(total=manifest.bytes, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
+    with ProgressBar(total=manifest.bytes, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for check in verify(config.set, manifest):
             checked += 1
             progress.update(check.bytes)

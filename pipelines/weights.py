@@ -4,23 +4,23 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from pipelines.marked_text import Excerpt
-from pipelines.pages import check_page, show
-from pipelines.weight_report import build_report
-from pipelines.weight_statistics import WeightStatistics, positions
-from schemas.configs import WeightsReportConfig
-from schemas.errors import UserError
-from schemas.locations import local_copy
-from schemas.manifest import Manifest
-from schemas.presets import PRESETS
-from schemas.shards import flat_values, list_lengths
-from schemas.zipped import ZippedSets
-from training.weighting import Weighting, make_weighting
-from training.weighting.batch import BatchWeighting
-from training.weighting.tables import scored_tokens
+from weighted_mtp.pipelines.reports.marked_text import Excerpt
+from weighted_mtp.pipelines.reports.pages import check_page, show
+from weighted_mtp.pipelines.reports.weight_report import build_report
+from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, positions
+from weighted_mtp.schemas.configs import WeightsReportConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.manifest import Manifest
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.locations import local_copy
+from weighted_mtp.schemas.weights.presets import PRESETS
+from weighted_mtp.training.weighting import Weighting, make_weighting
+from weighted_mtp.training.weighting.batch import BatchWeighting
+from weighted_mtp.training.weighting.tables import scored_tokens
 
 EXCERPT_TOKENS = 200
 
@@ -98,7 +98,7 @@ def look_at(
     excerpts: list[Excerpt] = []
     rng = np.random.default_rng(config.seed)
     excerpts_of = Counter(np.resize(rng.permutation(len(groups)), config.samples).tolist())
-    for index, group in enumerate(tqdm(groups, unit="row group", desc="weights", leave=False)):
+    for index, group in enumerate(ProgressBar(groups, unit="row group", desc="weights", leave=False)):
         table = shards.read(group.shard, weighting.columns, group.number)
         ids, lengths = flat_values(table["input_ids"]), list_lengths(table["input_ids"])
         rng_of_group = np.random.default_rng([config.seed, group.shard, group.number])  # as in training

@@ -26,19 +26,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from upath import UPath
 
-from pipelines.score_summary import Scored
-from schemas.files import TOKENIZER, copy_files
-from schemas.fingerprints import directory_digest, tokenizer_fingerprint
-from schemas.locations import Location, locate
-from schemas.manifest import Column, Condition, Contrast, CorpusInfo, Manifest, ShardEntry, TokenizerInfo
-from schemas.shard_set import ShardSet, finish_shard_set
-from schemas.shards import list_column, shard_name, write_shard
-from schemas.value_counts import ValueCounts
-from scoring.scorer import ScoringTask, load_model
-from scoring.units import Attempt, commit, find_done
-from scoring.worker import ScoringWorker, Unit
+from weighted_mtp.pipelines.reports.score_summary import Scored
+from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.manifest import (
+    Column,
+    Condition,
+    Contrast,
+    CorpusInfo,
+    Manifest,
+    ShardEntry,
+    TokenizerInfo,
+)
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set
+from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
+from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
+from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files
+from weighted_mtp.schemas.storage.locations import Location, locate
+from weighted_mtp.scoring.job.scorer import ScoringTask, load_model
+from weighted_mtp.scoring.job.units import Attempt, commit, find_done
+from weighted_mtp.scoring.job.worker import ScoringWorker, Unit
 
-PRELOADED = ["training.trainer", "pipelines.prepare", "s3fs", "pandas", "transformers.models.llama.modeling_llama"]
+PRELOADED = [
+    "weighted_mtp.training.run.train",
+    "weighted_mtp.pipelines.prepare",
+    "s3fs",
+    "pandas",
+    "transformers.models.llama.modeling_llama",
+]
 OWN_ENVIRONMENT = "import os\nos.environ.clear()\nos.environ.update(environment)\n"
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
@@ -218,7 +232,7 @@ def score_here(score_in_process: Callable[..., Scored], monkeypatch: pytest.Monk
         tasks.append(task)
         return score_in_process(task, *rest)
 
-    monkeypatch.setattr("pipelines.score.score_missing", score)
+    monkeypatch.setattr("weighted_mtp.pipelines.score.score_missing", score)
     return tasks
 
 

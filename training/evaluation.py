@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
-from schemas.configs import WeightsConfig
-from schemas.zipped import ZippedSets
-from training.loader import RowLoader
-from training.model import HEAD_SUMS, MTPModel
-from training.packing import Rows
-from training.sharding import reshard
-from training.weighting import make_weighting
+from weighted_mtp.schemas.configs import WeightsConfig
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.model.mtp_model import HEAD_SUMS, MTPModel
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.sharding import reshard
+from weighted_mtp.training.weighting import make_weighting
 
 
 class HeadLoss(NamedTuple):
@@ -54,7 +54,7 @@ def evaluate_model(
     sums = torch.zeros(len(unwrapped.config.parts), len(HEAD_SUMS), device=accelerator.device, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    bar = tqdm(
+    bar = ProgressBar(
         total=min(shards.first.manifest.tokens, max_tokens or shards.first.manifest.tokens),
         desc="evaluate",
         unit="token",

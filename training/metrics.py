@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from schemas.configs import HeadsConfig
-from training.flops import StepFlops
-from training.model import HEAD_SUMS
-from training.packing import Rows
+from weighted_mtp.schemas.configs import HeadsConfig
+from weighted_mtp.training.model.flops import StepFlops
+from weighted_mtp.training.model.mtp_model import HEAD_SUMS
+from weighted_mtp.training.rows import Rows
 
 
 class Window:

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from schemas.errors import UserError
-from training.layers import trunk_layers
-from training.model import MTPModel
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.training.model.layers import trunk_layers
+from weighted_mtp.training.model.mtp_model import MTPModel
 
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)",

@@ -1,228 +1,217 @@
-"""One training run from settings to a saved model."""
+"""The optimizer step and what is counted along the way.
 
-import json
+A step takes the rows of the whole optimizer step, adds up the denominator over all micro-batches and processes, and
+only then runs the micro-batches, each loss divided by that one denominator. So neither the number of devices nor the
+split into micro-batches changes what is computed, live weights excepted, which are ranked within a forward pass.
+"""
+
 import math
-import shutil
-from contextlib import closing, nullcontext
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import get_scheduler
 
-from schemas.configs import OptimizerConfig, TrainConfig
-from schemas.errors import UserError, first_line
-from schemas.files import copy_files, fsync, fsync_tree, sha256_file
-from schemas.fingerprints import model_fingerprint
-from schemas.locations import local_name, locate
-from schemas.locks import exclusive
-from schemas.shard_set import ShardSet
-from schemas.zipped import ZippedSets
-from training.checkpoint import TrainingState
-from training.checks import check_model, check_same_tokenizer, check_settings, check_tokenizer
-from training.evaluation import evaluate_model
-from training.flops import StepFlops
-from training.layers import checkpoint_activations, compile_layers
-from training.loop import TrainingLoop
-from training.mirror import Mirror
-from training.mixing import make_loader, mix_identity, open_mix
-from training.model import HEADS_WEIGHTS, MTPModel, build_model, saved_heads
-from training.run import TRACKING, RunDirectory
-from training.sharding import distribute, full_state, sharding_requested
-from training.trainable import add_adapters, freeze_embeddings, freeze_trunk
-from training.trunk import choose_attention
-from training.weighting.stored import check_formula
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.data.mixing import MixedLoader
+from weighted_mtp.training.evaluation import to_device
+from weighted_mtp.training.loss.objectives import make_objective
+from weighted_mtp.training.loss.targets import count_targets
+from weighted_mtp.training.metrics import Window
+from weighted_mtp.training.model.flops import StepFlops, peak_flops
+from weighted_mtp.training.model.mtp_model import HEAD_SUMS
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.sharding import all_finite, no_sync
+from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train as `config` says, continuing a stopped run, and return its summary (also in `summary.json`).
+class TrainingLoop:
+    """Steps of one run, and their state: `state_dict` holds all that is not in model, optimizer and scheduler."""
 
-    Raises:
-        UserError: input, model, settings and output directory do not fit together, or training diverges.
-    """
-    mirror = None if isinstance(config.output, Path) else Mirror(config.output)
-    path = mirror.path if mirror else config.output
-    with sharding_requested(config.fsdp) as shard:
-        accelerator = make_accelerator(config.dtype, log_with=list(config.trackers) or None, project_dir=str(path))
-        with (
-            exclusive(config.output) if accelerator.is_main_process else nullcontext(),
-            closing(mirror) if mirror and accelerator.is_local_main_process else nullcontext(),
-        ):
-            return _train(config, accelerator, mirror, shard)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        loader: RowLoader | MixedLoader,
+        flops: StepFlops,
+        steps: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loader = loader
+        self.flops = flops
+        self.steps = steps
+        self.weighting = BatchWeighting.make(config.weights)
+        self.objective = make_objective(config.objective)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.bad_in_a_row = 0
+        self.window = Window(config.heads, accelerator.device)
+        self.grad_norm = 0.0
+        self.metrics: dict[str, float] = {}  # as last logged
 
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "bad_in_a_row": self.bad_in_a_row,
+            "window": self.window.state_dict(),
+            "metrics": self.metrics,
+            "loader": self.loader.state.model_dump(),
+        }
 
-def _train(config: TrainConfig, accelerator: Accelerator, mirror: Mirror | None, shard: bool) -> dict[str, Any]:
-    shards = ZippedSets.open(config.input)
-    held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
-    mixed = open_mix(config)
-    check_tokenizer(config.model, shards.first)
-    for data in filter(None, (*mixed, held_out)):
-        check_same_tokenizer(shards.first, data.first)
-    for data in (shards, *mixed):
-        check_formula(config.weights.node, data)
-    longest = max(data.first.manifest.corpus.max_length for data in (shards, *mixed))
-    sequence_length = config.sequence_length or longest
-    config = config.model_copy(update={"sequence_length": sequence_length})
-    check_settings(config, sequence_length, accelerator.num_processes)
-    tokenizer = shards.first.manifest.tokenizer.fingerprint
-    inputs = {
-        "input": shards.digest,
-        "tokenizer": tokenizer,
-        "model": model_identity(config),
-        **mix_identity(config, mixed),
-    }
-    run = RunDirectory(config, inputs, mirror, accelerator.num_processes)
-    run.fetch(accelerator)
-    run.check()
-    if (finished := run.summary()) is not None:
-        return finished | {"already_complete": True}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.bad_in_a_row = state["bad_in_a_row"]
+        self.window.load_state_dict(state["window"], main_process=self.accelerator.is_main_process)
+        self.metrics = state["metrics"]
+        self.loader.state = type(self.loader.state).model_validate(state["loader"])
 
-    set_seed(config.seed)
-    attention = choose_attention(config.attention, accelerator.device)
-    mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
-    for data in filter(None, (shards, *mixed, held_out)):
-        check_model(mtp_model, config.model, data.first, sequence_length)
-    if config.trainable == "heads":
-        freeze_trunk(mtp_model.trunk)
-    elif config.trainable == "lora":
-        add_adapters(mtp_model.trunk, config.lora)
-    if config.heads.dmtd.cycle > 1 and not config.from_scratch:
-        freeze_embeddings(mtp_model.trunk)
-    set_seed(config.seed, device_specific=True)  # dropout differs between processes
-    loader = make_loader(config, shards, mixed, sequence_length)
-    steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
-    flops = StepFlops(mtp_model)
-    model = place_model(accelerator, mtp_model, config, shard=shard)
-    optimizer, scheduler = make_optimizer(mtp_model, config.optimizer, steps)
-    loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader, flops, steps)
-    state = TrainingState(mtp_model, optimizer, scheduler, {"loop": loop}, config.seed)
-    run.load_checkpoint(accelerator, state)
-    if accelerator.is_main_process:
-        run.claim(loop.step)
-    accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train until all steps are done; after each yield its metrics, empty where nothing is logged.
 
-    def evaluate() -> dict[str, float]:
-        if held_out is None:
-            return {}
-        losses = evaluate_model(
-            accelerator,
-            model,
-            held_out,
-            sequence_length=sequence_length,
-            batch_size=config.micro_batch_size,
-            max_tokens=config.eval_tokens,
+        Raises:
+            UserError: the loss or its gradient was not finite for too many steps in a row.
+        """
+        main = self.accelerator.is_main_process
+        bar = ProgressBar(total=self.steps, initial=self.step, desc="train", unit="step", disable=not main)
+        batches = self.loader.batches(self.config.batch_size)
+        peak = peak_flops(self.accelerator.device)
+        self.model.train()
+        with bar:
+            while self.step < self.steps:
+                started = time.perf_counter()
+                self._train_step(next(batches))
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                logged = self.step % self.config.log_every == 0 or self.step == self.steps
+                if logged:
+                    self.metrics = self.window.close(self.accelerator, self.flops, self.seconds, peak)
+                    self.metrics |= {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": self.grad_norm}
+                    self.metrics["tokens"] = self.tokens
+                    bar.set_postfix_str("loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s".format(**self.metrics))
+                bar.update()
+                yield dict(self.metrics) if logged else {}
+
+    def _train_step(self, batch: Rows) -> None:
+        share = self._risen(self.config.weights.warmup_ratio)
+        batch = self.weighting.of_rows(batch, share, np.random.default_rng([self.config.seed, self.step]))
+        own = np.random.default_rng([self.config.seed, self.step, self.accelerator.process_index])
+        live = self.weighting.live_weights(share, own)
+        rows = self.config.batch_size // self.accelerator.num_processes
+        first = rows * self.accelerator.process_index
+        size = self.config.micro_batch_size
+        parts = [batch.take(slice(at, min(at + size, first + rows))) for at in range(first, first + rows, size)]
+        targets, weight_sum = self._count(batch, share)
+        self.tokens += int(batch.tokens.sum())
+        self.window.enter(batch)
+        if weight_sum:
+            denominator = targets if self.config.normalization == "tokens" else weight_sum
+            coefficients = self._coefficients()
+            runs = [self._run_part(p, denominator, coefficients, live, last=p is parts[-1]) for p in parts]
+            sums = torch.stack(runs)
+            if self._update(parts, sums):
+                self.window.add(sums.sum(0), coefficients, targets)
+        else:
+            self.window.counters["no_signal_steps"] += 1
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def _count(self, batch: Rows, share: float) -> tuple[float, float]:
+        """Targets of the first offset in the whole step, and the sum of their weights."""
+        ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
+        targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
+        return float(targets), self.weighting.sum_of(float(weight_sum), share)
+
+    def _run_part(
+        self, part: Rows, denominator: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool
+    ) -> Tensor:
+        """Forward and backward pass of a micro-batch; returns its head sums (P, 6) for the whole step's mean."""
+        with nullcontext() if last else no_sync(self.accelerator, self.model):
+            micro_batch = to_device(part, self.accelerator.device)
+            with self.accelerator.autocast():
+                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=live, objective=self.objective)
+            # DDP and FSDP2 average gradients over processes; this loss is to be summed.
+            self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
+        sums[:, 0] /= denominator
+        return sums
+
+    def _update(self, parts: list[Rows], sums: Tensor) -> bool:
+        """Take the optimizer step, unless there is no weight or something is not finite; says whether it was taken.
+
+        Args:
+            parts: the micro-batches.
+            sums: (micro-batches, P, 6) their head sums.
+
+        Raises:
+            UserError: too many steps in a row were not taken.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        self.grad_norm = float(norm)
+        finite = sums.isfinite().flatten(1).all(1)
+        weight = sums[..., HEAD_SUMS.index("weight")].sum()
+        good, weight = self.accelerator.reduce(torch.stack([finite.all().to(weight), weight]), "sum").tolist()
+        if weight == 0:  # of live weights this is known only now
+            self.window.counters["no_signal_steps"] += 1
+            return False
+        if math.isfinite(self.grad_norm) and good == self.accelerator.num_processes:
+            self.optimizer.step()
+            self.bad_in_a_row = 0
+            return True
+        self.window.counters["bad_steps"] += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row > self.config.max_bad_steps:
+            suspects = [part for part, good in zip(parts, finite.tolist(), strict=True) if not good] or parts
+            raise UserError(self._not_finite(suspects))
+        return False
+
+    def _coefficients(self) -> Tensor:
+        """The factors of offsets and token order prediction in this step (C,)."""
+        first, *others = self.config.heads.loss_coefficients
+        share = self._risen(self.config.heads.warmup_ratio)
+        return torch.tensor([first, *(share * other for other in others)], device=self.accelerator.device)
+
+    def _risen(self, warmup_ratio: float) -> float:
+        """How much of what rises in this share of the steps has come at this step, from 0 to 1."""
+        warmup = warmup_ratio * self.steps
+        return min(1.0, self.step / warmup) if warmup else 1.0
+
+    def prepare_checkpoint(self) -> None:
+        """Bring the window's sums together in the main process, and make sure that the model is worth keeping.
+
+        Raises:
+            UserError: a parameter is NaN or infinite.
+        """
+        self.window.gather(self.accelerator)
+        if not all_finite(self.accelerator, self.model):
+            raise UserError(
+                f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: the model is not finite at step "
+                f"{self.step}; lower it and choose another --output, or check the weights of --model"
+            )
+
+    def _not_finite(self, suspects: list[Rows]) -> str:
+        own = self.loader.files(source for rows in suspects for source in rows.sources)
+        names = sorted(set(gather_object(own)))
+        return (
+            f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: loss or gradient was not finite for "
+            f"{self.bad_in_a_row} steps in a row, up to step {self.step + 1}; lower it and choose another --output, or "
+            f"check the shards of these steps with 'wmtp verify': {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
         )
-        metrics = {f"eval_loss_{head.part}": head.loss for head in losses}
-        return metrics | {f"eval_accuracy_{head.part}": head.accuracy for head in losses}
-
-    checkpoint_every = config.checkpoint_every or max(1, steps // 10)
-    for metrics in loop.run():
-        if config.eval_every and loop.step % config.eval_every == 0 and loop.step < steps:
-            metrics |= evaluate()
-        if metrics:
-            accelerator.log(metrics, step=loop.step)
-            if accelerator.is_main_process:
-                run.log({"step": loop.step} | metrics)
-        if loop.step % checkpoint_every == 0 or loop.step == steps:
-            loop.prepare_checkpoint()
-            run.save_checkpoint(accelerator, state, loop.step)
-
-    left_out = loop.window.counters["bad_steps"] + loop.window.counters["no_signal_steps"]
-    if left_out >= steps:
-        raise UserError(
-            f"--weights: none of the {steps} steps had a target with weight and a "
-            "finite loss, so nothing was learnt; choose other weights and another --output"
-        )
-    evaluation = evaluate()
-    summary = {
-        "steps": loop.step,
-        "tokens": loop.tokens,
-        "seconds": loop.seconds,
-        "tokens_per_second": loop.tokens / loop.seconds,
-        "loss": loop.metrics["loss"],
-        "selected_share": loop.metrics["selected_share"],
-        "memory_gib": loop.metrics["memory_gib"],
-        **loop.window.counters,
-        **evaluation,
-    }
-    accelerator.log(evaluation, step=loop.step)
-    weights = full_state(accelerator, mtp_model)
-    if weights is not None:
-        save_model(mtp_model, weights, shards.first, run.path)
-        if evaluation:
-            run.log({"step": loop.step} | evaluation)
-        run.finish(summary)
-    accelerator.wait_for_everyone()  # a process that leaves early takes the group down under the others
-    accelerator.end_training()
-    return summary
-
-
-def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
-    """An Accelerator whose compute type is `dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
-    return Accelerator(
-        mixed_precision="bf16" if bfloat16 else "no",
-        cpu=not torch.accelerator.is_available(),  # unless told so, processes on CPUs would not know of each other
-        **kwargs,
-    )
-
-
-def place_model(accelerator: Accelerator, model: MTPModel, config: TrainConfig, *, shard: bool) -> nn.Module:
-    """Do to the model's layers what the settings say, and bring it to the devices."""
-    if config.activation_checkpointing:
-        checkpoint_activations(model)
-    if config.compile:
-        compile_layers(model)
-    return distribute(accelerator, model, shard=shard)
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW, with weight decay on matrices only, and its learning rate schedule over `steps` steps."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return optimizer, get_scheduler(name, optimizer, round(config.warmup_ratio * steps), steps)
-
-
-def model_identity(config: TrainConfig) -> str:
-    """What a continued run must find under --model: a fingerprint of a directory, else the hub id."""
-    if saved_heads(config.model) is not None:
-        run = locate(config.model)
-        trunk = config.model_copy(update={"model": str(run / "model")})
-        return f"{model_identity(trunk)},{sha256_file(run / 'heads' / HEADS_WEIGHTS)}"
-    directory = Path(local_name(config.model))
-    if not directory.is_dir():
-        return config.model
-    if config.from_scratch and (directory / "config.json").exists():
-        return sha256_file(directory / "config.json")
-    return model_fingerprint(directory, locate(config.model))
-
-
-def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, output: Path) -> None:
-    """Write `model/` (with the corpus's tokenizer) and `heads/` into the run, named only when they are complete.
-
-    `weights` is the whole state dict of `model`.
-
-    Raises:
-        UserError: the files cannot be written.
-    """
-    partial = output / ".saving"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save(partial, weights)
-    except Exception as error:  # safetensors and torch have their own for a full disk
-        raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
-    copy_files(shards.tokenizer_path, partial / "model")
-    fsync_tree(partial)
-    for name in ("model", "heads"):
-        shutil.rmtree(output / name, ignore_errors=True)
-        (partial / name).replace(output / name)
-    partial.rmdir()
-    fsync(output)

@@ -3,15 +3,21 @@
 Field names are the command line's flags and the keys of a YAML file; descriptions are its help.
 """
 
-from schemas.configs.common import Config, ShardSets, exact, split_paths
-from schemas.configs.demo import DemoConfig
-from schemas.configs.heads import DirectDecodingConfig, HeadsConfig
-from schemas.configs.iterate import IterateConfig
-from schemas.configs.prepare import PrepareConfig
-from schemas.configs.reports import EvaluateConfig, InspectConfig, ListConfig, VerifyConfig, WeightsReportConfig
-from schemas.configs.score import ConditionConfig, ScoreConfig
-from schemas.configs.train import LoRAConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
-from schemas.configs.weights import WeightsConfig
+from weighted_mtp.schemas.configs.common import Config, ShardSets, exact, split_paths
+from weighted_mtp.schemas.configs.demo import DemoConfig
+from weighted_mtp.schemas.configs.heads import DirectDecodingConfig, HeadsConfig
+from weighted_mtp.schemas.configs.iterate import IterateConfig
+from weighted_mtp.schemas.configs.prepare import PrepareConfig
+from weighted_mtp.schemas.configs.reports import (
+    EvaluateConfig,
+    InspectConfig,
+    ListConfig,
+    VerifyConfig,
+    WeightsReportConfig,
+)
+from weighted_mtp.schemas.configs.score import ConditionConfig, ScoreConfig
+from weighted_mtp.schemas.configs.train import LoRAConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from weighted_mtp.schemas.configs.weights import WeightsConfig
 
 __all__ = [
     "ConditionConfig",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from schemas.locations import LocationSetting
+from weighted_mtp.schemas.storage.locations import LocationSetting
 
 
 def split_paths(value: Any) -> Any:

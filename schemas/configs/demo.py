@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.configs.common import Config, Positive, Seed
+from weighted_mtp.schemas.configs.common import Config, Positive, Seed
 
 
 class DemoConfig(Config):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.configs.common import Config, Positive
+from weighted_mtp.schemas.configs.common import Config, Positive
 
 
 class DirectDecodingConfig(Config):

@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from schemas.configs.common import Config, Positive
-from schemas.configs.score import ScoreConfig
-from schemas.configs.train import TrainConfig
-from schemas.formulas import Number
-from schemas.locations import LocationSetting, NameSetting
+from weighted_mtp.schemas.configs.common import Config, Positive
+from weighted_mtp.schemas.configs.score import ScoreConfig
+from weighted_mtp.schemas.configs.train import TrainConfig
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
+from weighted_mtp.schemas.weights.language import Number
 
 
 class IterateConfig(Config):

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.configs.common import Config, Positive, RowLength, Seed, ShardSets
-from schemas.configs.weights import WeightsConfig
-from schemas.locations import LocationSetting, NameSetting
+from weighted_mtp.schemas.configs.common import Config, Positive, RowLength, Seed, ShardSets
+from weighted_mtp.schemas.configs.weights import WeightsConfig
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
 
 class EvaluateConfig(Config):

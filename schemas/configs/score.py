@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.configs.common import Config, Positive, check_identifier, is_taken
-from schemas.locations import LocationSetting, NameSetting
+from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_taken
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
 
 class ConditionConfig(Config):

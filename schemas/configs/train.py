@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.configs.common import (
+from weighted_mtp.schemas.configs.common import (
     Config,
     Moment,
     Positive,
@@ -16,10 +16,10 @@ from schemas.configs.common import (
     exact,
     split_paths,
 )
-from schemas.configs.heads import HeadsConfig
-from schemas.configs.weights import WeightsConfig
-from schemas.formulas import mean_of
-from schemas.locations import LocationSetting, NameSetting, locate
+from weighted_mtp.schemas.configs.heads import HeadsConfig
+from weighted_mtp.schemas.configs.weights import WeightsConfig
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, locate
+from weighted_mtp.schemas.weights.language import mean_of
 
 
 class ObjectiveConfig(Config):

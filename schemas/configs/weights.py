@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.configs.common import Config, Fraction
-from schemas.formulas import FormulaError, Node, Number, is_live, is_signed, parse, rename
-from schemas.presets import PRESETS
+from weighted_mtp.schemas.configs.common import Config, Fraction
+from weighted_mtp.schemas.weights.language import FormulaError, Node, Number, is_live, is_signed, parse, rename
+from weighted_mtp.schemas.weights.presets import PRESETS
 
 
 class WeightsConfig(Config):

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from schemas.manifest import Quantity
-from schemas.value_counts import FLOAT16_MAX
-from scoring.engines import EngineConfig, Request
+from weighted_mtp.schemas.shard_set.manifest import Quantity
+from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
+from weighted_mtp.scoring.engines.base import EngineConfig, Request
 
 LOSS_ROWS = 1024
 """Positions whose float32 log-softmax is in memory at once."""

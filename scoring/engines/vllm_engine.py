@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from schemas.manifest import Quantity
-from scoring.engines import EngineConfig, Request, architectures, engine_version, is_recurrent
-from scoring.engines.vllm_plugin import SCORE_TOKENS, register
+from weighted_mtp.schemas.shard_set.manifest import Quantity
+from weighted_mtp.scoring.engines.base import EngineConfig, Request, architectures, engine_version, is_recurrent
+from weighted_mtp.scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process is the engine

@@ -18,7 +18,7 @@ def register() -> None:
         return
     from vllm.model_executor.models import ModelRegistry
 
-    from scoring.engines.vllm_scorer import scoring_class
+    from weighted_mtp.scoring.engines.vllm_scorer import scoring_class
 
     for name in ModelRegistry.models.keys() & {*wanted.split(","), *TRANSFORMERS_BACKEND}:
         model_class = ModelRegistry.models[name].load_model_cls()

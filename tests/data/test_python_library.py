@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data.python_library import documentation, sources, split, write_jsonl
+from weighted_mtp.data.python_library import documentation, sources, split, write_jsonl
 
 
 def test_the_documentation_is_prose_with_names() -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import demo
-from schemas.configs import DemoConfig
-from schemas.shard_set import ShardSet
+from weighted_mtp.pipelines import demo
+from weighted_mtp.schemas.configs import DemoConfig
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 
 @pytest.mark.slow

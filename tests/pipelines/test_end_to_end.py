@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.cli import main
-from schemas.shard_set import ShardSet
-from schemas.shards import flat_values, list_lengths
+from weighted_mtp.pipelines.cli.main import main
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 
 DOCUMENTS = [f"Document {i} says: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1) for i in range(40)]
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.inspect import default_column, extremes, run, split_text
-from pipelines.pages import printable
-from schemas.configs import InspectConfig
-from schemas.errors import UserError
-from schemas.shard_set import ShardSet
+from weighted_mtp.pipelines.inspect import default_column, extremes, run, split_text
+from weighted_mtp.pipelines.reports.pages import printable
+from weighted_mtp.schemas.configs import InspectConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 MakeShardSet = Callable[..., ShardSet]
 TEXTS = ["first\nline", "second one", "third"]
@@ -75,7 +75,7 @@ def test_bytes_per_token_are_those_of_the_files(
     assert set(sizes) == {"document_id", "start", "input_ids", "excess_loss"}
     assert all(size > 0 for size in sizes.values())
     assert sum(sizes.values()) < shard_set.manifest.bytes / shard_set.manifest.tokens
-    monkeypatch.setattr("schemas.shard_set.FOOTERS", 1)
+    monkeypatch.setattr("weighted_mtp.schemas.shard_set.shard_set.FOOTERS", 1)
     (shard_set.path / shard_set.manifest.shards[-1].name).unlink()
     first = shard_set.manifest.shards[0]
     assert len(shard_set.manifest.shards) > 1

@@ -12,14 +12,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipelines.iterate import run
-from pipelines.list import catalogue, read
-from schemas.configs import IterateConfig
-from schemas.errors import UserError
-from schemas.fingerprints import model_fingerprint
-from schemas.shard_set import ShardSet
-from scoring.scorer import ScoringTask
-from training.run import RunDirectory
+from weighted_mtp.pipelines.iterate import run
+from weighted_mtp.pipelines.list import catalogue, read
+from weighted_mtp.schemas.configs import IterateConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.training.run.directory import RunDirectory
 
 TRAINING = {
     "weights": {"preset": "rho1-static"},
@@ -121,7 +121,7 @@ def test_stopped_and_repeated_is_unbroken(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.score.finish", stop)
+        patch.setattr("weighted_mtp.pipelines.score.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
     save = RunDirectory.save_checkpoint

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.list import run
-from schemas.configs import ListConfig
-from schemas.errors import UserError
-from schemas.manifest import write_manifest
-from schemas.shard_set import ShardSet
+from weighted_mtp.pipelines.list import run
+from weighted_mtp.schemas.configs import ListConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import write_manifest
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 
 def listed(capsys: pytest.CaptureFixture[str], *directories: Path) -> list[str]:

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from pipelines.prepare import run
-from schemas import locks
-from schemas.configs import PrepareConfig
-from schemas.errors import UserError
-from schemas.files import MANIFEST, PROGRESS, atomic_write, copy_files, write_text
-from schemas.locations import Location, list_files
-from schemas.shard_set import REJECTS, ShardSet, verify
-from scoring import prepare
+from weighted_mtp.pipelines.prepare import run
+from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, verify
+from weighted_mtp.schemas.storage import locks
+from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write, copy_files, write_text
+from weighted_mtp.schemas.storage.locations import Location, list_files
+from weighted_mtp.scoring.corpus import writer
 
 
 @pytest.fixture
@@ -223,14 +223,14 @@ def test_a_remote_output_lies_outside_the_input(tokenizer_dir: Path, s3: UPath) 
 
 WRITE_AND_DIE = """
 import os, signal
-from pipelines.prepare import run
-from schemas.configs import PrepareConfig
-from scoring import prepare
-write = prepare.write_shard
+from weighted_mtp.pipelines.prepare import run
+from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.scoring.corpus import writer
+write = writer.write_shard
 def write_and_die(path, table):
     if path.name == "shard-00002.parquet": os.kill(os.getpid(), signal.SIGKILL)
     return write(path, table)
-prepare.write_shard = write_and_die
+writer.write_shard = write_and_die
 run(PrepareConfig.model_validate_json(config))
 """
 
@@ -283,14 +283,14 @@ def test_killed_run_starts_over(corpus: Path, tokenizer_dir: Path, tmp_path: Pat
     child = os.fork()
     if child == 0:
         # Dies after the second shard, as if the machine had lost power.
-        write = prepare.write_shard
+        write = writer.write_shard
 
         def write_and_die(path: Path, table: object) -> object:
             if path.name == "shard-00002.parquet":
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(path, table)
 
-        prepare.write_shard = write_and_die
+        writer.write_shard = write_and_die
         run(config(corpus, tokenizer_dir, tmp_path / "out"))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -307,7 +307,7 @@ def test_full_disk_surfaces_and_leaves_nothing(
     def write(path: Path, table: object) -> object:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(prepare, "write_shard", write)
+    monkeypatch.setattr(writer, "write_shard", write)
     with pytest.raises(OSError, match="No space left"):
         run(config(corpus, tokenizer_dir, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

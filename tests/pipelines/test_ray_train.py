@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines import train as train_command
-from pipelines.cli import main
-from schemas.configs import TrainConfig
-from schemas.shard_set import ShardSet
+from weighted_mtp.pipelines import train as train_command
+from weighted_mtp.pipelines.cli.main import main
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 pytestmark = pytest.mark.slow
 LEARNING_RATE = 1e-3

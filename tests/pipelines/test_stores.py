@@ -11,10 +11,10 @@ import pytest
 import s3fs
 from upath import UPath
 
-from pipelines.cli import main
-from schemas.locations import locate
-from schemas.shard_set import ShardSet
-from scoring import prepare
+from weighted_mtp.pipelines.cli.main import main
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.locations import locate
+from weighted_mtp.scoring.corpus import writer
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 SCORES = {"excess_loss": [[float("nan"), 1, 2], [float("nan"), 0.5], [float("nan"), 4, -4, 3]]}
@@ -139,13 +139,13 @@ def test_a_bucket_that_goes_away_under_a_run_is_one_line(
 ) -> None:
     output = locate("s3://vanishing/out")
     output.fs.mkdir("vanishing")
-    write = prepare.write_shard
+    write = writer.write_shard
 
     def vanish(*arguments: object) -> object:
         output.fs.rm("vanishing", recursive=True)
         return write(*arguments)
 
-    monkeypatch.setattr(prepare, "write_shard", vanish)
+    monkeypatch.setattr(writer, "write_shard", vanish)
     (tmp_path / "a.txt").write_text("text")
     words = ["prepare", "--input", str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer_dir)]
     line = complaint([*words, "--output", str(output), "--workers", "1"], capsys)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pipelines.verify import run
-from schemas.configs import VerifyConfig
-from schemas.errors import UserError
-from schemas.files import TOKENIZER
-from schemas.shard_set import ShardSet
+from weighted_mtp.pipelines.verify import run
+from weighted_mtp.schemas.configs import VerifyConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import TOKENIZER
 
 MakeShardSet = Callable[..., ShardSet]
 

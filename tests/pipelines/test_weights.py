@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipelines.weight_report import ranked_ids
-from pipelines.weight_statistics import Totals
-from pipelines.weights import EXCERPT_TOKENS, RowGroup, draw_groups, look_at, run
-from schemas.configs import WeightsConfig, WeightsReportConfig
-from schemas.errors import UserError
-from schemas.manifest import Manifest, ShardEntry
-from schemas.shard_set import ShardSet
-from schemas.zipped import ZippedSets
-from training.loader import RowLoader
-from training.weighting import make_weighting
+from weighted_mtp.pipelines.reports.weight_report import ranked_ids
+from weighted_mtp.pipelines.reports.weight_statistics import Totals
+from weighted_mtp.pipelines.weights import EXCERPT_TOKENS, RowGroup, draw_groups, look_at, run
+from weighted_mtp.schemas.configs import WeightsConfig, WeightsReportConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import Manifest, ShardEntry
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.weighting import make_weighting
 
 MakeShardSet = Callable[..., ShardSet]
 TEXTS = ["one two", "three", "x", "four 4 five"]
@@ -130,7 +130,7 @@ def test_a_column_stands_for_the_live_loss(scored: ShardSet, capsys: pytest.Capt
 def test_of_a_large_set_some_row_groups_are_drawn(
     make_shard_set: MakeShardSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("schemas.shards.ROW_GROUP_TOKENS", 8)
+    monkeypatch.setattr("weighted_mtp.schemas.shard_set.shards.ROW_GROUP_TOKENS", 8)
     rows = [[1, 2, 3, 4]] * 40
     shards = make_shard_set(rows, {"excess_loss": [[NAN, row, row, row] for row in range(40)]}, rows_per_shard=14)
     assert [shard.row_groups for shard in shards.manifest.shards] == [7, 7, 6]

@@ -20,9 +20,9 @@ from ray._private.node import Node
 from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
-from schemas.files import PROGRESS
-from schemas.shard_set import ShardSet
-from scoring.cluster import ON_LOOPBACK
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import PROGRESS
+from weighted_mtp.scoring.job.ray_cluster import ON_LOOPBACK
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300.0
@@ -115,7 +115,7 @@ class Scoring:
 
     def start(self) -> None:
         """Start it, or start it again."""
-        driver = Path(__file__).with_name("logged_driver.py")
+        driver = Path(__file__).parent / "job" / "logged_driver.py"
         settings = [self.log, self.seconds, json.dumps(self.constants)]
         command = [sys.executable, str(driver), *map(str, settings), "score", *self.arguments]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **self.environment}

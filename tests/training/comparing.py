@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.torch import load
 from torch import Tensor
 
-from schemas.configs import TrainConfig
-from training.packing import Rows
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.training.rows import Rows
 
 
 def logged(config: TrainConfig) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from schemas.configs import TrainConfig
-from schemas.shard_set import ShardSet
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -42,10 +42,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 RANK = """
 import os, traceback
 import torch
-from schemas import locks
-from schemas.configs import TrainConfig
-from training.run import RunDirectory
-from training.trainer import train
+from weighted_mtp.schemas.storage import locks
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.training.run.directory import RunDirectory
+from weighted_mtp.training.run.train import train
 torch.set_num_threads(1)
 locks.RENEWAL_SECONDS = 0.3
 save = RunDirectory.save_checkpoint

@@ -9,11 +9,11 @@ import torch
 from comparing import metrics, trained
 from safetensors.torch import load_file
 
-from schemas.configs import TrainConfig
-from schemas.errors import UserError
-from schemas.shard_set import ShardSet
-from training.run import RunDirectory
-from training.trainer import train
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.training.run.directory import RunDirectory
+from weighted_mtp.training.run.train import train
 
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
 

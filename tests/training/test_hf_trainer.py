@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-from schemas.configs import TrainConfig, WeightsConfig
-from schemas.shard_set import ShardSet
-from schemas.zipped import ZippedSets
-from training.loader import RowLoader
-from training.trainer import train
-from training.weighting import make_weighting
+from weighted_mtp.schemas.configs import TrainConfig, WeightsConfig
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.training.data.loader import RowLoader
+from weighted_mtp.training.run.train import train
+from weighted_mtp.training.weighting import make_weighting
 
 STEPS = 12
 ROWS = 4  # of an optimizer step, in two micro-batches

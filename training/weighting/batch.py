@@ -11,13 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.configs import WeightsConfig
-from schemas.formulas import LIVE, Call, Column, Node, Stages, mean_of, replaced, waits_for_batch, walk
-from training.losses import WeighLive
-from training.packing import Rows, silent_documents
-from training.weighting.controls import Control, apply_control
-from training.weighting.expressions import Tokens, evaluate
-from training.weighting.segments import ArraySegments, TensorSegments
+from weighted_mtp.schemas.configs import WeightsConfig
+from weighted_mtp.schemas.weights.language import (
+    LIVE,
+    Call,
+    Column,
+    Node,
+    Stages,
+    mean_of,
+    replaced,
+    waits_for_batch,
+    walk,
+)
+from weighted_mtp.training.loss.multi_head import WeighLive
+from weighted_mtp.training.rows import Rows, silent_documents
+from weighted_mtp.training.weighting.controls import Control, apply_control
+from weighted_mtp.training.weighting.expressions import Tokens, evaluate
+from weighted_mtp.training.weighting.segments import ArraySegments, TensorSegments
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class BatchWeighting:
         return parts
 
     def sum_of(self, counted: float, share: float) -> float:
-        """The sum of the weights of a step, from what `training.targets` counts: stored weights, or live targets."""
+        """Sum of the weights of a step, from what `training.loss.targets` counts: stored weights, or live targets."""
         return counted * (1 + share * (self.mean - 1)) if self.live else counted
 
     def live_weights(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
@@ -130,7 +140,7 @@ class LiveWeighting:
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
     def of_batch(self, position_ids: Tensor) -> WeighLive:
-        """What `training.losses` calls for each head of a batch with these position ids (B, T)."""
+        """What `training.loss.multi_head` calls for each head of a batch with these position ids (B, T)."""
         documents = (position_ids.flatten() == 0).cumsum(0)
         return lambda losses, task: self(losses, task.weights.to(losses.dtype), documents[task.rows])
 

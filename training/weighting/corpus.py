@@ -13,13 +13,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute
-from tqdm import tqdm
 
-from schemas.errors import UserError
-from schemas.formulas import LIVE, Call, Column, Node, Number
-from schemas.value_counts import ValueCounts
-from schemas.zipped import ZippedSets
-from training.weighting.expressions import (
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.weights.language import LIVE, Call, Column, Node, Number
+from weighted_mtp.training.weighting.expressions import (
     HALVES,
     ByLabel,
     Expression,
@@ -30,8 +30,8 @@ from training.weighting.expressions import (
     evaluate,
     fold,
 )
-from training.weighting.segments import half_bits
-from training.weighting.tables import scored_tokens
+from weighted_mtp.training.weighting.segments import half_bits
+from weighted_mtp.training.weighting.tables import scored_tokens
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Corpus:
         shards = self.shards.first.manifest.shards
         other_process = int(os.environ.get("RANK", "0")) > 0
         described = f"reading {', '.join(names)}"
-        with tqdm(
+        with ProgressBar(
             total=self.shards.first.manifest.tokens, unit="tok", unit_scale=True, desc=described, disable=other_process
         ) as bar:
             for number, shard in enumerate(shards):

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from schemas.formulas import COMPARISONS, MAX_EXPONENT, Call, Column, Node, Number
-from training.weighting.segments import Segments, half_bits
+from weighted_mtp.schemas.weights.language import COMPARISONS, MAX_EXPONENT, Call, Column, Node, Number
+from weighted_mtp.training.weighting.segments import Segments, half_bits
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """The value of each bit pattern of float16, (65536,) float32."""

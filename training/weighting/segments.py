@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.value_counts import FLOAT16_MAX
+from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
 
 
 class Segments(Protocol):

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from schemas.configs import WeightsConfig
-from schemas.errors import UserError
-from schemas.formulas import (
+from weighted_mtp.schemas.configs import WeightsConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import Contrast
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.weights.language import (
     LIVE,
     POSITIVE,
     UNBOUNDED,
@@ -25,13 +28,10 @@ from schemas.formulas import (
     replaced,
     waits_for_batch,
 )
-from schemas.manifest import Contrast
-from schemas.shards import flat_values, list_lengths
-from schemas.zipped import ZippedSets
-from training.weighting.controls import Control, apply_control, shuffle_between
-from training.weighting.corpus import Corpus
-from training.weighting.expressions import HALVES, Expression, Lookup, evaluate
-from training.weighting.tables import scored_tokens
+from weighted_mtp.training.weighting.controls import Control, apply_control, shuffle_between
+from weighted_mtp.training.weighting.corpus import Corpus
+from weighted_mtp.training.weighting.expressions import HALVES, Expression, Lookup, evaluate
+from weighted_mtp.training.weighting.tables import scored_tokens
 
 TOO_LARGE = "--weights.formula: a weight is too large to be a number; put clip() around what grows"
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from schemas.shards import flat_values, list_lengths
-from training.weighting.expressions import Tokens
-from training.weighting.segments import ArraySegments
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.training.weighting.expressions import Tokens
+from weighted_mtp.training.weighting.segments import ArraySegments
 
 EXPONENT = np.uint16(0x7C00)
 """The exponent's bits of a float16: all set in infinities and NaN."""

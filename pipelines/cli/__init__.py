@@ -1,0 +1,1 @@
+"""The command line: arguments to settings, and exceptions to one line each."""

@@ -1,0 +1,96 @@
+"""What is wrong with a command line, in one plain sentence.
+
+jsonargparse and pydantic explain a refused value over several lines, in terms of Python types. Users think in flags.
+"""
+
+import difflib
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from weighted_mtp.schemas.configs import Config
+
+POSITIONALS = {"set": None, "directories": "+"}
+"""Settings that are given without a flag, and how many values they take."""
+
+
+def usage_sentence(error: ArgumentError, command: str | None, commands: dict[str, type[Config]]) -> str:
+    """Say what is wrong with the command line, and where to look."""
+    see = f"see 'wmtp {command} --help'" if command else "see 'wmtp --help'"
+    message = str(error)
+    flags = list(option_strings(commands[command])) if command else []
+    if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+        names = [flag(key.removeprefix(f"{command}.")) for key in missing[1].split(", ")]
+        return f"{', '.join(names)} missing; {see}"
+    if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
+        return f"unknown argument {unknown[1]}{suggestion(unknown[1].split()[0], flags)}; {see}"
+    if unknown := re.search(r"does not accept option '(.*)'", message):
+        return f"--config: unknown setting '{unknown[1]}'{suggestion(f'--{unknown[1]}', flags)}; {see}"
+    if invalid := re.search(r"invalid choice: '(.*?)'|one of {.*}, but it was not provided", message):
+        wrong = f"unknown command '{invalid[1]}'" if invalid[1] else "no command given"
+        return f"{wrong}; choose from {', '.join(commands)}"
+    if keyed := re.match(r'Parser key "(.*?)":\s*(.*)', message, re.DOTALL):
+        return f"{flag(keyed[1])}: {value_sentence(keyed[2], error)}; {see}"
+    if malformed := re.match(r"Problems parsing config: (.*)", message, re.DOTALL):
+        return f"--config: not valid YAML ({one_line(malformed[1])}); correct the file"
+    return f"{one_line(message)}; {see}"
+
+
+def value_sentence(message: str, error: ArgumentError) -> str:
+    """Why a value is refused: pydantic's own sentence where there is one."""
+    given = re.search(r"(?:Got value|Given value): (.*)", message)
+    but_got = f", not '{given[1]}'" if given else ""
+    for cause in causes(error):
+        if isinstance(cause, ValidationError):
+            if cause.errors()[0]["type"] == "value_error":
+                return reason_of(cause)  # a sentence of this project
+            return reason_of(cause).replace("Input should", "should") + but_got
+    if choices := re.search(r"Literal\[(.*?)\]", message):
+        return f"should be one of {choices[1]}{but_got}"
+    if "<class 'tuple'>" in message:
+        return f"should be a list such as '[a,b]'{but_got}"
+    if expected := re.search(r"Expected an? <class '(\w+)'>", message):
+        return f"should be of type {expected[1]}{but_got}"
+    return one_line(re.sub(r"Problem with given class_path '\S*':", "", message))
+
+
+def reason_of(error: ValidationError) -> str:
+    """The first finding of pydantic, without its decoration, after the flag it is about if it does not name one."""
+    finding = error.errors()[0]
+    where = ".".join(part for part in finding["loc"] if isinstance(part, str))
+    message = finding["msg"].removeprefix("Value error, ")
+    return message if message.startswith("--") or not where else f"{flag(where)}: {message}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and everything it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def suggestion(wrong: str, flags: list[str]) -> str:
+    """The flag that the user may have meant."""
+    close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def option_strings(config: type[Config], prefix: str = "--") -> Iterator[str]:
+    """Every flag of a command, with nested settings in dotted form."""
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from option_strings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def flag(key: str) -> str:
+    """A setting as it is typed on the command line."""
+    return key.upper() if key in POSITIONALS else f"--{key}"
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks."""
+    return " ".join(text.split())

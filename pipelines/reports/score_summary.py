@@ -1,0 +1,101 @@
+"""What `wmtp score` prints: the screen at its end, and the one of a dry run."""
+
+from dataclasses import dataclass
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from weighted_mtp.schemas.shard_set.shard_set import FOOTERS, REJECTS, ShardSet
+from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.scoring.conditions.plan import ScoringPlan
+from weighted_mtp.scoring.job.units import read_records
+
+PRESETS = {"excess_loss": "rho1-static", "long_short": "dense"}
+"""A weighting scheme for each contrast, for the command that comes next."""
+H100_FLOPS = 989e12
+UTILISATION = 0.4
+"""Dense bfloat16 FLOP/s of an H100 or H200, and the share of it that scoring is assumed to reach."""
+SAMPLED_RECORDS = 64
+FREQUENT_REASONS = 5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run did: tokens scored, shards that were done before, seconds since the first worker was ready, incidents.
+
+    Incidents are lost workers and memory that ran out.
+    """
+
+    tokens: int = 0
+    resumed: int = 0
+    seconds: float = 0.0
+    incidents: int = 0
+
+
+def print_summary(shards: ShardSet, scored: Scored) -> None:
+    """Print what the columns hold, how fast it went, and the next command."""
+    manifest = shards.manifest
+    sizes, about = shards.bytes_per_token(), "~" * (len(manifest.shards) > FOOTERS)
+    table = Table("column", *[f"{name:>6}" for name in ("mean", "std", "1%", "50%", "99%", "B/token")])
+    for name, column in manifest.columns.items():
+        of = column.statistics
+        quantiles = [of.quantiles.get(q) for q in ("0.01", "0.5", "0.99")]
+        numbers = ["-" if value is None else f"{value:.3f}" for value in (of.mean, of.std, *quantiles)]
+        table.add_row(name, *numbers, f"{about}{sizes[name]:.2f}")
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    facts = [f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shards"]
+    if scored.tokens:
+        rate = scored.tokens / scored.seconds
+        facts.append(f"scored {scored.tokens:,} in {scored.seconds:.1f} s ({rate:,.0f} tokens/s)")
+    if scored.resumed:
+        facts.append(f"{scored.resumed:,} shards were done before")
+    if scored.incidents:
+        facts.append(f"{scored.incidents} incidents, see above")
+    console.print("; ".join(facts))
+    if rejects := sum(shard.rejects for shard in manifest.shards):
+        console.print(f"{rejects:,} sequences could not be scored, see {shards.path / REJECTS}")
+        for line in frequent_reasons(shards.path / REJECTS):
+            console.print(f"    {line}")
+    preset = next((PRESETS[name] for name in manifest.columns if name in PRESETS), "uniform")
+    console.print(f"next: wmtp train --input {shards.path} --model MODEL --output RUN --weights.preset {preset}")
+
+
+def frequent_reasons(rejects: Location) -> list[str]:
+    """The most frequent reasons in a `rejects.jsonl` of scoring, with numbers in them left out."""
+    reason = pl.col("reason").str.replace_all(r"\d+", "N")
+    found = pl.read_ndjson(rejects.read_bytes()).group_by("model", reason).len().sort("len", descending=True)
+    return [f"{count:,} x {model}: {why}" for model, why, count in found.head(FREQUENT_REASONS).iter_rows()]
+
+
+def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: set[str]) -> None:
+    """Print what a run would compute, what that costs, and what is there."""
+    shards = source.manifest.shards
+    missing = [shard for shard in shards if shard.name not in done]
+    tokens, sequences = sum(shard.tokens for shard in missing), sum(shard.rows for shard in missing)
+    table = Table(show_header=False, title=f"{output}: not written, this is a dry run", title_justify="left")
+    table.add_row("columns to compute", ", ".join(plan.columns))
+    if plan.stored:
+        table.add_row("columns to reuse", ", ".join(plan.stored))
+    there = f"; {len(done):,} are there" if done else ""
+    table.add_row("shards to score", f"{len(missing):,} of {len(shards):,}{there}")
+    table.add_row("tokens to score", f"{tokens:,} of {source.manifest.tokens:,}")
+    flops = 0.0
+    for model in plan.models:
+        computed = plan.computed_by(model, tokens, sequences)
+        flops += 2 * model.parameters * computed
+        parameters = f"{model.parameters:,} parameters" if model.parameters else "quantised, parameters unknown"
+        table.add_row("tokens to compute", f"at most {computed:,.0f} by {model.name} ({parameters})")
+    if plan.models and all(model.parameters for model in plan.models):
+        hours = flops / (UTILISATION * H100_FLOPS) / 3600
+        assumed = f"2 FLOPs a parameter and token, {UTILISATION:.0%} of an H100's {H100_FLOPS / 1e12:.0f} TFLOPS"
+        table.add_row("estimate", f"{hours:,.2g} GPU hours ({assumed})")
+    if done:
+        sample = sorted(done)[:: -(-len(done) // SAMPLED_RECORDS)]
+        records = [record for record, _ in read_records(output, sample)]
+        seconds = sum(record.score_seconds for record in records)
+        rate = sum(record.entry.tokens for record in records) / max(1e-3, seconds)
+        left = f"{tokens / rate / 3600:,.2g} worker hours left"
+        table.add_row("measured so far", f"{rate:,.0f} tokens/s in the engines of a worker: {left}")
+    Console(markup=False, highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,51 @@
+"""What kind of token an id is: the beginning of a word, punctuation, a digit, and so on."""
+
+from typing import Any
+
+import numpy as np
+
+from weighted_mtp.pipelines.reports.pages import decode
+
+CLASSES = (
+    "word start",
+    "word continuation",
+    "digits",
+    "punctuation",
+    "space, line break",
+    "part of a character",
+    "special",
+)
+"""A word starts where a space is: one at the start of a line, or after a bracket, counts as a continuation."""
+
+
+def classify(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """The index in `CLASSES` of each of the token ids (K,)."""
+    special = set(tokenizer.all_special_ids)
+    texts = token_texts(tokenizer, ids)
+    pairs = zip(ids.tolist(), texts, strict=True)
+    names = ["special" if index in special else class_of(text) for index, text in pairs]
+    return np.array([CLASSES.index(name) for name in names], dtype=np.int64)
+
+
+def class_of(text: str) -> str:
+    """The class of a token from its text."""
+    word = text.strip()
+    if not text or "\ufffd" in text:
+        return "part of a character"
+    if not word:
+        return "space, line break"
+    if any(char.isalpha() for char in word):
+        return "word start" if text[0].isspace() else "word continuation"
+    return "digits" if any(char.isnumeric() for char in word) else "punctuation"
+
+
+def token_texts(tokenizer: Any, ids: np.ndarray) -> list[str]:
+    """The text of each id, with U+FFFD for part of a character.
+
+    It is read after a letter: at the start of a text some tokenizers leave out the space before a word.
+    """
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    lead = decode(tokenizer, before)
+    pairs = [[*before, index] for index in ids.tolist()]
+    texts = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False) if pairs else []
+    return [text[len(lead) :] if text.startswith(lead) else text for text in texts]

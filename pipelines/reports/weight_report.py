@@ -1,0 +1,188 @@
+"""The report of `wmtp weights`: tables, a histogram, and text with its weights."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from weighted_mtp.pipelines.reports.marked_text import LEGEND, Excerpt, marked
+from weighted_mtp.pipelines.reports.pages import printable
+from weighted_mtp.pipelines.reports.token_classes import CLASSES, classify, token_texts
+from weighted_mtp.pipelines.reports.weight_statistics import Totals, WeightStatistics, position_names
+from weighted_mtp.schemas.shard_set.manifest import Manifest
+
+QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
+BAR = 40
+"""Width of the longest bar, in characters."""
+SHOWN_IDS = 12
+LEAST_COUNT = 20
+LEAST_SHARE = 1e-5
+"""An id is compared with others if it occurs so often, and makes up at least this share of the targets."""
+NEARLY_ALL = 0.99
+FEW_KEPT = 0.1
+LOW_EFFECTIVE_SHARE = 0.01
+
+
+def build_report(
+    facts: dict[str, str],
+    manifest: Manifest,
+    statistics: WeightStatistics,
+    excerpts: list[Excerpt],
+    tokenizer: Any,
+) -> RenderableType:
+    """Everything about the weights that `statistics` gathered.
+
+    Args:
+        facts: what is said of them first.
+        manifest: of the set.
+        statistics: the weights.
+        excerpts: text to show with its weights.
+        tokenizer: of the set.
+    """
+    parts: list[RenderableType] = [
+        facts_table(facts | summary(statistics)),
+        quantiles_table(statistics),
+        histogram_table(statistics),
+        totals_table("position in the sequence", position_names(manifest.longest), statistics.by_position),
+        classes_table(statistics, tokenizer),
+        ids_tables(statistics, tokenizer),
+    ]
+    if excerpts:
+        parts.append(Text("\ntexts with their weights", style="italic"))
+        parts.append(Text(LEGEND, style="dim"))
+    for excerpt in excerpts:
+        last = excerpt.position + len(excerpt.ids) - 1
+        parts.append(Text(f"\n{excerpt.document_id}, tokens {excerpt.position:,} to {last:,}", style="bold"))
+        parts.append(Padding(marked(excerpt, tokenizer, statistics.typical), (0, 2)))
+    return Group(*parts)
+
+
+def summary(statistics: WeightStatistics) -> dict[str, str]:
+    """The weights in a few numbers, and what may be wrong with them."""
+    targets, kept = statistics.targets, statistics.kept
+    facts = {
+        "targets": f"{targets:,} of {statistics.tokens:,} tokens; the first of a sequence is none",
+        "scored": f"{statistics.scored / targets:.2%} of the targets",
+        "kept": f"{kept / targets:.2%} of the targets have weight",
+        "mean weight": f"{statistics.mean:.4f} over all targets; absolute, over those kept, {statistics.typical:.4f}",
+        "effective sample": f"{statistics.effective_share:.2%} of the targets, (sum |w|)² / sum w²",
+        "silent sequences": f"{statistics.silent:,} of {statistics.sequences:,} have no weight at all",
+    }
+    notes = []
+    if kept < FEW_KEPT * targets:
+        notes.append(
+            f"{1 - kept / targets:.1%} of the targets have weight 0 and teach nothing; a scheme that keeps more, or "
+            "fewer and better documents, would use more of what a step computes"
+        )
+    if kept and statistics.effective_share < LOW_EFFECTIVE_SHARE:
+        notes.append(
+            "a few weights outweigh all others: training will follow these tokens; limit the largest, as with clip()"
+        )
+    return facts | ({"note": "\n".join(notes)} if notes else {})
+
+
+def facts_table(facts: dict[str, str]) -> Table:
+    """Names and what is said of them."""
+    table = Table(title="weights", show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, Text(value, style="bold" if name == "note" else ""))
+    return table
+
+
+def quantiles_table(statistics: WeightStatistics) -> Table:
+    """Quantiles of the weights of all targets."""
+    table = Table(title="quantiles of the weights of all targets", title_justify="left")
+    for share in QUANTILES:
+        table.add_column(f"{share:.4g}" if share in (0, 1) else f"{100 * share:g} %", justify="right")
+    table.columns[0].header, table.columns[-1].header = "least", "largest"
+    table.add_row(*(f"{value:.4g}" for value in statistics.quantiles(QUANTILES)))
+    return table
+
+
+def histogram_table(statistics: WeightStatistics) -> Table:
+    """How many targets have which weight."""
+    table = Table("weight", "targets", "", title="distribution of the weights", title_justify="left")
+    table.columns[1].justify = "right"
+    lines = statistics.histogram()
+    most = max(count for _, count in lines)
+    for name, count in lines:
+        table.add_row(name, f"{count / statistics.targets:.2%}", bar(count / most))
+    return table
+
+
+def bar(share: float) -> str:
+    """A bar of so much of the full width; something that is there at all is seen."""
+    return "█" * max(round(BAR * share), int(share > 0))
+
+
+def totals_table(title: str, names: list[str], totals: Totals) -> Table:
+    """One row for each group of targets that there are any of; bars are mean absolute weights."""
+    table = Table(title, title=f"weights by {title}", title_justify="left")
+    for column in ("of the targets", "kept", "mean weight", "of all weight"):
+        table.add_column(column, justify="right")
+    table.add_column()
+    weight = float(totals.magnitude.sum()) or 1.0
+    means = totals.mean_magnitude
+    largest = float(np.nanmax(means)) or 1.0
+    for group in np.flatnonzero(totals.targets):
+        table.add_row(
+            names[group],
+            f"{totals.targets[group] / totals.targets.sum():.2%}",
+            f"{totals.kept_share[group]:.1%}",
+            f"{totals.mean[group]:.4f}",
+            f"{totals.magnitude[group] / weight:.2%}",
+            bar(means[group] / largest),
+        )
+    return table
+
+
+def classes_table(statistics: WeightStatistics, tokenizer: Any) -> Table:
+    """The weights of each class of tokens."""
+    totals = statistics.by_id
+    occur = np.flatnonzero(totals.targets)
+    classes = np.zeros(len(totals.targets), dtype=np.int64)
+    classes[occur] = classify(tokenizer, occur)
+    return totals_table("class of token", list(CLASSES), totals.by(classes, len(CLASSES)))
+
+
+def ids_tables(statistics: WeightStatistics, tokenizer: Any) -> Table:
+    """The token ids that are kept most and least often for how often they occur, side by side.
+
+    Where nearly all are kept, it is those of most and least weight.
+    """
+    totals = statistics.by_id
+    selects = statistics.kept < NEARLY_ALL * statistics.scored
+    least_count = max(LEAST_COUNT, int(np.ceil(LEAST_SHARE * statistics.targets)))
+    both = Table.grid(padding=(0, 4))
+    both.title, both.title_justify = f"tokens, of those that are {least_count:,} targets and more", "left"
+    titles = ("kept most often", "kept least often") if selects else ("of most weight", "of least weight")
+    pairs = zip(titles, ranked_ids(totals, least_count, selects), strict=True)
+    both.add_row(*(ids_table(title, ids, totals, tokenizer) for title, ids in pairs))
+    return both
+
+
+def ranked_ids(totals: Totals, least_count: int, by_kept: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ids kept most and least often of those that are at least so many targets, at most `SHOWN_IDS` each.
+
+    Of those kept equally often the mean weight decides, then how often they occur. Without `by_kept` only these do.
+    """
+    ids = np.flatnonzero(totals.targets >= least_count)
+    kept, mean, count = totals.kept_share[ids] * by_kept, totals.mean[ids], totals.targets[ids]
+    most = ids[np.lexsort((-count, -mean, -kept))]
+    least = ids[np.lexsort((-count, mean, kept))]
+    shown = min(SHOWN_IDS, len(ids) // 2)
+    return most[:shown], least[~np.isin(least, most[:shown])][:shown]
+
+
+def ids_table(title: str, ids: np.ndarray, totals: Totals, tokenizer: Any) -> Table:
+    """One row for each of the ids."""
+    table = Table("»token«", title=title, title_justify="left")
+    for column in ("id", "targets", "kept", "mean weight"):
+        table.add_column(column, justify="right")
+    for index, text in zip(ids.tolist(), token_texts(tokenizer, ids), strict=True):
+        numbers = f"{totals.targets[index]:,}", f"{totals.kept_share[index]:.1%}", f"{totals.mean[index]:.4f}"
+        table.add_row(Text(f"»{printable(text)}«"), str(index), *numbers)
+    return table

@@ -1,0 +1,64 @@
+"""Names for content: two things with one fingerprint are interchangeable."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage.files import sha256_file
+from weighted_mtp.schemas.storage.locations import Location, list_files
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and without spaces."""
+    return CANONICAL.encode(value).encode()
+
+
+def digest_json(value: Any) -> str:
+    """Hexadecimal SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def directory_digest(directory: Location) -> str:
+    """Digest of the names and contents of all files directly in `directory`; of an absent one that of no file."""
+    return digest_json({name: sha256_file(directory / name) for name in sorted(list_files(directory))})
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Fingerprint of how a Hugging Face tokenizer maps text to ids.
+
+    Covers vocabulary, merges, normaliser, pre-tokeniser and added tokens. Left out is what changes no id of plain
+    text: padding, truncation, chat template, and the post-processor that adds BOS or EOS (the manifest records
+    those itself).
+    """
+    if not tokenizer.is_fast:
+        return digest_json({"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()})
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest_json({k: v for k, v in content.items() if k not in ("padding", "truncation", "post_processor")})
+
+
+def model_fingerprint(directory: Path, source: Location | None = None) -> str:
+    """Fingerprint of a Hugging Face checkpoint directory: its config and its weight files.
+
+    Args:
+        directory: its files.
+        source: where they were copied from, if they were.
+
+    Raises:
+        UserError: the directory has no `config.json` or no weight files.
+    """
+    weights = sorted(file for pattern in WEIGHT_FILES for file in directory.glob(pattern))
+    config = directory / "config.json"
+    if not config.exists() or not weights:
+        missing = "weight files" if config.exists() else "config.json"
+        source = source or directory
+        trained = source / "model"
+        remedy = trained if (trained / "config.json").exists() else "a directory written by save_pretrained"
+        raise UserError(f"{source}: no {missing}; give {remedy}")
+    return digest_json({file.name: sha256_file(file) for file in [config, *weights]})

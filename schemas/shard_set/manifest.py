@@ -1,0 +1,270 @@
+"""`manifest.json`: what the columns of a shard set are and can be trusted for."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.fingerprints import canonical_json
+from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics
+from weighted_mtp.schemas.storage.files import MANIFEST, atomic_write
+from weighted_mtp.schemas.storage.locations import Location
+
+FORMAT_VERSION: Final = 3
+Quantity = Literal["loss", "entropy", "gradient"]
+SequenceKind = Literal["number", "label"]
+PROMPT_SHOWN = 40
+"""Characters of a prompt in the line that describes a condition."""
+
+
+class Record(BaseModel):
+    """Base of everything written to the manifest: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Window(Record):
+    """A short context: windows of `size` tokens every `stride` tokens (see `scoring.conditions.windows`)."""
+
+    size: int
+    stride: int
+
+
+class Condition(Record):
+    """A model and the context it may see; every token has one loss, and further quantities, under a condition.
+
+    `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
+    model from the hub. `device` is what it ran on, `engine_method` how vLLM returned the numbers, `engine_args` what it
+    was told beyond the defaults. `window` is None for the full context, `prompt` a text before every sequence, None
+    where there is none. `quantity` says which number of a token the column holds.
+    """
+
+    model: str
+    revision: str | None = None
+    fingerprint: str
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"]
+    engine: str
+    engine_version: str
+    engine_method: str | None = None
+    engine_args: dict[str, Any] = {}
+    tensor_parallel_size: int = 1
+    window: Window | None = None
+    prompt: str | None = None
+    quantity: Quantity = "loss"
+
+    def describe(self) -> str:
+        """The condition in one line."""
+        model = self.model if self.revision is None else f"{self.model} ({self.revision[:12]})"
+        window = f"windows of {self.window.size} every {self.window.stride}" if self.window else "full context"
+        engine = " ".join(filter(None, [self.engine, self.engine_version, self.engine_method]))
+        arguments = [f"{name} {value}" for name, value in self.engine_args.items()]
+        quantity = [self.quantity] if self.quantity != "loss" else []
+        prompt = [f"after {quote(self.prompt)}"] if self.prompt else []
+        return ", ".join([*quantity, model, *prompt, window, self.dtype, engine, *arguments])
+
+
+def quote(text: str) -> str:
+    """The beginning of a text in quotation marks, on one line."""
+    shown = text if len(text) <= PROMPT_SHOWN else text[:PROMPT_SHOWN] + "..."
+    return json.dumps(shown, ensure_ascii=False)
+
+
+class Contrast(Record):
+    """The difference `minuend - subtrahend` of two columns of the same tokens."""
+
+    minuend: str
+    subtrahend: str
+
+    def describe(self) -> str:
+        """The contrast in one line."""
+        return f"{self.minuend} - {self.subtrahend}"
+
+
+def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
+    """Whether two origins give the same numbers: what a model is called and where it was found does not matter."""
+    if isinstance(one, Condition) and isinstance(other, Condition):
+        return one.model_copy(update={"model": other.model, "revision": other.revision}) == other
+    return one == other
+
+
+class Column(Record):
+    """A float16 score column: where it comes from and what its values look like."""
+
+    origin: Condition | Contrast
+    statistics: ColumnStatistics
+
+
+class TokenizerInfo(Record):
+    """The tokenizer of a corpus. Its files lie in `tokenizer/` inside the shard set; `files_sha256` is their digest."""
+
+    name: str
+    fingerprint: str
+    files_sha256: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+class CorpusInfo(Record):
+    """How the corpus became token ids.
+
+    `sequence_columns` are the fields of the documents that every sequence of theirs carries: a `number` is a float32
+    column, a `label` one of strings.
+    """
+
+    input: str
+    text_field: str
+    max_length: int
+    adds_bos: bool
+    adds_eos: bool
+    documents: int
+    rejects: int
+    sequence_columns: dict[str, SequenceKind] = {}
+
+    def describe_columns(self) -> str:
+        """The sequence columns and their kinds in one line."""
+        return ", ".join(f"{name} ({kind})" for name, kind in self.sequence_columns.items()) or "none"
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ShardEntry:
+    """One Parquet file of the set; of these a set may have a hundred thousand.
+
+    `longest` is the length of its longest sequence in tokens, `rejects` how many of its sequences could not be scored.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    longest: int
+    row_groups: int
+    bytes: int
+    sha256: str
+    rejects: int = 0
+
+
+SHARD_ENTRY = TypeAdapter(ShardEntry)
+SHARD_ENTRIES = TypeAdapter(list[ShardEntry])
+SHARDS_AT_ONCE = 1000
+"""Shards turned into JSON at once: all of them together would take several times the memory of the manifest."""
+
+
+class Timings(Record):
+    """How long scoring took: for each shard, in order, the seconds spent reading, in the engines, and writing."""
+
+    read_seconds: list[float] = []
+    score_seconds: list[float] = []
+    write_seconds: list[float] = []
+
+
+class Manifest(Record):
+    """Everything a reader must know about a shard set.
+
+    `columns` is empty for a corpus that was not scored yet. `request` holds the command's settings and the digests of
+    its inputs, so that repeating a finished command is recognised; `derived_from` is the digest of the set that was
+    scored.
+    """
+
+    format_version: Literal[3] = FORMAT_VERSION
+    created_by: str = f"weighted-mtp {version('weighted-mtp')}"
+    corpus: CorpusInfo
+    tokenizer: TokenizerInfo
+    columns: dict[str, Column] = {}
+    shards: list[ShardEntry]
+    statistics_sha256: str | None = None
+    derived_from: str | None = None
+    timings: Timings | None = None
+    request: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the shard set: SHA-256 over the canonical JSON of the manifest, timings left out."""
+        sha256 = hashlib.sha256()
+        for piece in canonical_pieces(self):
+            sha256.update(piece)
+        return sha256.hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def rows(self) -> int:
+        """Sequences in all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence."""
+        return max((shard.longest for shard in self.shards), default=0)
+
+
+def canonical_pieces(manifest: Manifest) -> Iterator[bytes]:
+    """The canonical JSON of a manifest, timings left out, piece by piece."""
+    content = manifest.model_dump(mode="json", exclude={"timings", "shards"})
+    before = canonical_json({name: value for name, value in content.items() if name < "shards"})
+    after = canonical_json({name: value for name, value in content.items() if name > "shards"})
+    yield before.removesuffix(b"}") + b',"shards":['
+    for first in range(0, len(manifest.shards), SHARDS_AT_ONCE):
+        some = SHARD_ENTRIES.dump_python(manifest.shards[first : first + SHARDS_AT_ONCE])
+        yield b"," * bool(first) + canonical_json(some)[1:-1]
+    yield b"]," + after.removeprefix(b"{")
+
+
+def write_manifest(directory: Location, manifest: Manifest) -> None:
+    """Write `manifest.json` with its digest, atomically, a line for each shard.
+
+    This is what turns a directory into a shard set.
+    """
+    content = manifest.model_dump(mode="json", exclude={"shards", "timings"}) | {"digest": manifest.digest}
+    timings = manifest.timings.model_dump_json() if manifest.timings else "null"
+    with atomic_write(directory / MANIFEST) as file:
+        file.write(json.dumps(content, indent=2).removesuffix("\n}").encode())
+        file.write(f',\n  "timings": {timings},\n  "shards": ['.encode())
+        for index, shard in enumerate(manifest.shards):
+            file.write(b",\n    " if index else b"\n    ")
+            file.write(SHARD_ENTRY.dump_json(shard))
+        file.write(b"\n  ]\n}\n")
+
+
+def read_manifest(directory: Location) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        UserError: missing, not JSON, of another format, or edited since it was written.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such shard set; check the path or write it with 'wmtp prepare'")
+    if not path.exists():
+        raise UserError(
+            f"{directory}: not a finished shard set ({MANIFEST} is missing); "
+            "rerun the 'wmtp prepare' or 'wmtp score' command that writes it"
+        )
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        digest = content.pop("digest", None)
+        found = content.get("format_version")
+        if found != FORMAT_VERSION:
+            raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
+        manifest = Manifest.model_validate(content)
+    except ValueError as error:
+        reason = first_line(error)
+        raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
+    if digest != manifest.digest:
+        raise UserError(f"{path}: was changed after it was written; restore the original or rewrite the set")
+    return manifest

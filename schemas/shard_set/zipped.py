@@ -1,0 +1,168 @@
+"""Several shard sets of one corpus read as one: the same rows, with the score columns of all of them.
+
+That the rows are the same is checked twice: when the sets are opened, what their manifests say about tokenizer and
+shards; when a row group is read, the token ids themselves.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+import pyarrow as pa
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import Manifest, same_origin
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
+from weighted_mtp.schemas.storage.locations import Location
+
+REMEDY = "give sets that were scored from the same token shards"
+
+
+@dataclass(frozen=True)
+class ZippedSets:
+    """One shard set or several of the same rows.
+
+    Raises:
+        UserError: two sets differ in tokenizer or shards, or hold different columns under one name.
+    """
+
+    sets: tuple[ShardSet, ...]
+    _counts: dict[Location, dict[str, ValueCounts]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for one, other in combinations(self.sets, 2):
+            check_same_corpus(one, other)
+            check_columns(one, other)
+
+    @classmethod
+    def open(cls, paths: Iterable[str | Location]) -> "ZippedSets":
+        """Open the sets in `paths`.
+
+        Raises:
+            UserError: one cannot be opened, or two do not fit together.
+        """
+        return cls(tuple(ShardSet.open(path) for path in paths))
+
+    @property
+    def first(self) -> ShardSet:
+        """The set that stands for all in what they share: tokenizer, shards and their row groups, token ids."""
+        return self.sets[0]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the sets: their digests, in order, separated by commas."""
+        return ",".join(shards.manifest.digest for shards in self.sets)
+
+    def holder(self, column: str) -> ShardSet:
+        """The first set that has `column`, a score or what came with the corpus.
+
+        Raises:
+            UserError: none has it.
+        """
+        for shards in self.sets:
+            if column in shards.manifest.columns or column in shards.manifest.corpus.sequence_columns:
+                return shards
+        held = {s.path: ", ".join([*s.manifest.columns, *s.manifest.corpus.sequence_columns]) for s in self.sets}
+        places = " or ".join(f"{path} (columns: {names or 'none'})" for path, names in held.items())
+        raise UserError(
+            f"no column '{column}' in {places}; add it with 'wmtp score', "
+            "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
+        )
+
+    def kind(self, column: str) -> Literal["score", "number", "label"]:
+        """What a column holds: a score of each token, or a number or a label of each sequence.
+
+        Raises:
+            UserError: no set has it.
+        """
+        manifest = self.holder(column).manifest
+        return "score" if column in manifest.columns else manifest.corpus.sequence_columns[column]
+
+    def value_counts(self, column: str) -> ValueCounts:
+        """Exact value counts of a score column; those of a set are read once.
+
+        Raises:
+            UserError: no set has it, or its statistics are missing.
+        """
+        holder = self.holder(column)
+        if holder.path not in self._counts:
+            self._counts[holder.path] = holder.value_counts()
+        return self._counts[holder.path][column]
+
+    def files(self, shard: int, columns: Iterable[str]) -> list[Location]:
+        """The files that `read` reads for shard `shard` and these columns."""
+        return [shards.path / shards.manifest.shards[shard].name for shards, _ in self._holders(columns)]
+
+    def read(self, shard: int, columns: Sequence[str], row_group: int) -> pa.Table:
+        """Read `input_ids` of one row group, and these columns.
+
+        Only the first set and those that hold the columns are read.
+
+        Raises:
+            UserError: no set has a column, a shard is damaged, or two sets differ in token ids.
+        """
+        table: pa.Table | None = None
+        for holder, held in self._holders(columns):
+            part = holder.read(shard, ["input_ids", *held], row_group)
+            if table is None:
+                table = part
+                continue
+            if not part["input_ids"].equals(table["input_ids"]):
+                first, other = (s.path / s.manifest.shards[shard].name for s in (self.first, holder))
+                raise UserError(f"{other}: other input_ids than in {first} (row group {row_group}); {REMEDY}")
+            for name in held:
+                table = table.append_column(name, part[name])
+        assert table is not None
+        return table
+
+    def read_sequences(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        """Read columns of sequences, `document_id` and `start` among them, of a whole shard.
+
+        Raises:
+            UserError: no set has a column, or a shard is damaged.
+        """
+        return self.first.read(shard, list(columns))
+
+    def _holders(self, columns: Iterable[str]) -> list[tuple[ShardSet, list[str]]]:
+        """The first set, and after it those that hold a column, each with its columns."""
+        columns = list(columns)
+        held = [[name for name in columns if self.holder(name) is shards] for shards in self.sets]
+        pairs = zip(self.sets, held, strict=True)
+        return [(shards, names) for shards, names in pairs if names or shards is self.first]
+
+
+def check_same_corpus(one: ShardSet, other: ShardSet) -> None:
+    """Raise UserError unless the manifests of two sets agree in tokenizer, shards, and how much each shard holds."""
+    if difference := corpus_difference(one.manifest, other.manifest):
+        raise UserError(f"{other.path}: not the same corpus as {one.path} ({difference}); {REMEDY}")
+
+
+def corpus_difference(one: Manifest, other: Manifest) -> str | None:
+    """How `other` differs from `one` in tokenizer, sequence columns or the size of a shard, None where they agree."""
+    if one.tokenizer.fingerprint != other.tokenizer.fingerprint:
+        return f"another tokenizer: {other.tokenizer.name}, not {one.tokenizer.name}"
+    if len(one.shards) != len(other.shards):
+        return f"{len(other.shards)} shards instead of {len(one.shards)}"
+    if one.corpus.sequence_columns != other.corpus.sequence_columns:
+        return f"sequence columns {other.corpus.describe_columns()} instead of {one.corpus.describe_columns()}"
+    for a, b in zip(one.shards, other.shards, strict=True):
+        for quantity in ("rows", "tokens", "row_groups"):
+            if getattr(a, quantity) != getattr(b, quantity):
+                there, here = getattr(b, quantity), getattr(a, quantity)
+                return f"{b.name} has {there:,} {quantity.replace('_', ' ')} instead of {here:,}"
+    return None
+
+
+def check_columns(one: ShardSet, other: ShardSet) -> None:
+    """Raise UserError where columns of one name hold different numbers.
+
+    A contrast says only which columns were subtracted; they lie in the same set, under names that are compared too.
+    """
+    for name, column in one.manifest.columns.items():
+        if name in other.manifest.columns and not same_origin(column.origin, other.manifest.columns[name].origin):
+            raise UserError(
+                f"{one.path} and {other.path}: both have a column '{name}', of different origin; "
+                "give one of them another name with 'wmtp score --suffix'"
+            )

@@ -1,0 +1,1 @@
+"""Paths and object stores, files that appear complete or not at all, and one writer for each output."""

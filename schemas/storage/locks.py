@@ -1,0 +1,129 @@
+"""One writer for each output directory."""
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from upath import UPath
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage.files import LOCK, MANIFEST, TOKENIZER
+from weighted_mtp.schemas.storage.locations import Location
+
+RENEWAL_SECONDS = 10.0
+"""A lock in an object store that did not change for three of these belongs to a run that was killed."""
+
+
+@contextmanager
+def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
+    """Hold the directory `output`, made if need be, for this process alone; an empty one that it made is removed again.
+
+    On a disk the kernel keeps a lock on a file, so it goes with the process. In an object store it is an object that
+    the process renews. Yields a function that says whether the lock is still held, which on a disk it always is.
+
+    Raises:
+        UserError: another process holds it, it is a file, or it lies inside a shard set.
+    """
+    parents = output.resolve().parents if isinstance(output, Path) else output.parents
+    if inside := next(filter(is_shard_set, parents), None):
+        raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
+    with _locked_file(output) if isinstance(output, Path) else _lease(output) as held:
+        yield held
+
+
+def is_shard_set(path: Location) -> bool:
+    """Whether a directory holds a shard set, trustworthy or not."""
+    return (path / MANIFEST).exists() and (path / TOKENIZER).is_dir()
+
+
+def _refusal(output: Location, holder: str) -> UserError:
+    return UserError(f"--output {output}: {holder} is writing it; wait or choose another")
+
+
+@contextmanager
+def _locked_file(output: Path) -> Iterator[Callable[[], bool]]:
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
+    lock = output / LOCK  # a file: locks on directories do not reach the other machines of a network file system
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _refusal(output, "another process") from error
+        if not os.fstat(descriptor).st_nlink:
+            raise _refusal(output, "another process")  # just now; it has removed its lock since
+        try:
+            yield lambda: True
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+        if new:
+            with suppress(OSError):
+                output.rmdir()
+
+
+@contextmanager
+def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
+    lock = output / LOCK
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    name = f"{holder} {uuid4().hex}"
+    if not _create(lock, name):
+        found = _content(lock)
+        print(f"{output}: locked by {' '.join(found.split()[:4])}; looking whether it is alive", file=sys.stderr)
+        time.sleep(3 * RENEWAL_SECONDS)
+        if _content(lock) == found:
+            lock.unlink(missing_ok=True)
+        created = _create(lock, name)
+        time.sleep(RENEWAL_SECONDS / 10)  # another that looked too may have removed this lock for the old one
+        if not created or not _content(lock).startswith(name):
+            raise _refusal(output, " ".join(_content(lock).split()[:4]))
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(RENEWAL_SECONDS):
+            with suppress(Exception):  # the store may be away for a while, and each has exceptions of its own
+                if not _content(lock).startswith(name):
+                    print(f"{output}: the lock of this run is gone, or another's by now; it stops", file=sys.stderr)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends a wait, too
+                    return
+                lock.write_bytes(f"{name} {time.time()}".encode())
+
+    renewal = threading.Thread(target=renew, daemon=True)
+    renewal.start()
+    try:
+        yield lambda: _content(lock).startswith(name)
+    finally:
+        done.set()
+        renewal.join()
+        with suppress(Exception):  # what is left of it will look dead
+            if _content(lock).startswith(name):
+                lock.unlink(missing_ok=True)
+
+
+def _create(lock: UPath, content: str) -> bool:
+    """Create the lock; False if there is one. Of several that try at once, one succeeds."""
+    try:
+        lock.fs.pipe_file(lock.path, content.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _content(lock: UPath) -> str:
+    try:
+        return lock.fs.cat_file(lock.path).decode()  # in one request: it may change between two, which is an error
+    except FileNotFoundError:
+        return ""

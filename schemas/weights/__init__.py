@@ -1,0 +1,1 @@
+"""The weight language, and the published weighting schemes written in it."""

@@ -1,0 +1,113 @@
+"""Published weighting schemes, each a line of the weight language (`schemas.weights.language`)."""
+
+import string
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A scheme.
+
+    Attributes:
+        formula: in the weight language, with settings of `schemas.configs.WeightsConfig` in braces. `{score}` is the
+            setting `column`, or with `live` the same with the loss of the model in training in place of a reference's.
+        source: where it comes from.
+        column: default of the setting `column`.
+        live_column: the same with the setting `live`, None where there is no such variant.
+        defaults: of the other settings; one without a default must be given.
+    """
+
+    formula: str
+    source: str
+    column: str | None = None
+    live_column: str | None = None
+    defaults: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> set[str]:
+        """Names of the settings that it uses."""
+        names = {name for _, name, _, _ in string.Formatter().parse(self.formula) if name}
+        return (
+            names - {"score"} | ({"column"} if "score" in names else set()) | ({"live"} if self.live_column else set())
+        )
+
+
+PRESETS = {
+    "uniform": Preset("1", "plain cross-entropy"),
+    "rho1": Preset(
+        "normalise(top(live - {score}, {fraction}, by=batch), by=batch)",
+        "Rho-1, arXiv 2404.07965, equation 4",
+        column="loss_reference",
+        defaults={"fraction": 0.6},
+    ),
+    "rho1-static": Preset(
+        "normalise(top({score}, {fraction}, by=corpus), by=corpus)",
+        "Token Cleaning, arXiv 2502.01968",
+        column="excess_loss",
+        defaults={"fraction": 0.6},
+    ),
+    "self-reference-loss": Preset(
+        "normalise(top(-{score}, {fraction}, by=corpus), by=corpus)",
+        "Rho-1, arXiv 2404.07965, appendix H",
+        column="loss_reference",
+        defaults={"fraction": 0.6},
+    ),
+    "self-reference-entropy": Preset(
+        "normalise(top(-{score}, {fraction}, by=corpus), by=corpus)",
+        "Rho-1, arXiv 2404.07965, appendix H",
+        column="entropy_reference",
+        defaults={"fraction": 0.6},
+    ),
+    "self-reference": Preset(
+        "normalise(top(-loss_reference, {fraction}, by=corpus) * top(-entropy_reference, {fraction}, by=corpus))",
+        "Rho-1, arXiv 2404.07965, appendix H",
+        defaults={"fraction": 0.6},
+    ),
+    "dense": Preset(
+        "interpolate(normalise(abs({score}), silent={silent}, by=sequence), {lam})",
+        "lambda of arXiv 2503.09202",
+        column="long_short",
+        live_column="loss_short",
+        defaults={"lam": 0.75, "silent": 0.0},
+    ),
+    "sparse": Preset(
+        "normalise(top(abs({score}), {fraction}, by=sequence), silent={silent}, by=sequence)",
+        "kappa of arXiv 2503.09202",
+        column="long_short",
+        live_column="loss_short",
+        defaults={"fraction": 0.6, "silent": 0.0},
+    ),
+    "longce": Preset(
+        "clip(exp({score}), high={gamma})",
+        "LongCE, arXiv 2410.23771",
+        column="long_short",
+        live_column="loss_short",
+        defaults={"gamma": 5.0},
+    ),
+    "ppmi": Preset(
+        "normalise(relu({score} - log({s})), silent={silent}, by=sequence)",
+        "PPMI of arXiv 2503.09202",
+        column="long_short",
+        live_column="loss_short",
+        defaults={"s": 1.0, "silent": 0.0},
+    ),
+    "npmi": Preset(
+        "normalise(relu(-{score} - log({s})), silent={silent}, by=sequence)",
+        "NPMI of arXiv 2503.09202",
+        column="long_short",
+        live_column="loss_short",
+        defaults={"s": 1.0, "silent": 0.0},
+    ),
+    "soft-threshold": Preset(
+        "normalise(clip({score} / {tau}, 0, 1), by=corpus)",
+        "min(score / tau, 1) where the score is positive",
+        column="excess_loss",
+        defaults={"tau": 1.0},
+    ),
+    "reward": Preset("signed({score})", "the reward of the document, for each of its tokens", column="reward"),
+    "advantage": Preset(
+        "signed(standardise({score}, by={group}))",
+        "GRPO's advantage, arXiv 2402.03300, of stored rewards",
+        column="reward",
+    ),
+}

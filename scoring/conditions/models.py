@@ -1,0 +1,152 @@
+"""Finding a scoring model and checking, before any work starts, that it can score a corpus."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
+from weighted_mtp.schemas.storage.locations import Location, is_address, local_copy, locate, resolve
+from weighted_mtp.scoring.engines.base import architectures, is_recurrent
+
+CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """A checkpoint that passed the checks.
+
+    Attributes:
+        name: what the user called it.
+        source: where its files lie, as an address or an absolute path.
+        fingerprint: identity of weights and config.
+        max_length: longest sequence the model can read, None where it has no limit.
+        revision: commit of a model from the hub.
+        recurrent: whether the model keeps a state of its own besides the key-value cache.
+        parameters: how many there are, 0 if they cannot be counted.
+    """
+
+    name: str
+    source: Location
+    fingerprint: str
+    max_length: int | None
+    revision: str | None = None
+    recurrent: bool = False
+    parameters: int = 0
+
+    @property
+    def directory(self) -> Path:
+        """Its files on the machine that asks, which downloads them from a store if it does not have them yet."""
+        return local_copy(self.source)
+
+
+def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
+    """Find a model and check it against the corpus's tokenizer; downloads if need be.
+
+    Args:
+        name: directory, address or id, `id@revision` for a branch, tag or commit.
+        flag: the command line's flag for this model, for messages.
+
+    Raises:
+        UserError: not found, not a causal language model, no weights, or another tokenizer than the corpus.
+    """
+    logging.set_verbosity_error()
+    location = locate(name)
+    from_hub = not is_address(name) and not location.is_dir()
+    source = download(name, flag) if from_hub else resolve(location)
+    directory = local_copy(source)
+    fingerprint = model_fingerprint(directory, source)
+    config = load_config(directory, f"{flag} {name}")
+    check_tokenizer(directory, f"{flag} {name}", tokenizer)
+    parameters = check_weights(directory, f"{flag} {name}")
+    text_config = config.get_text_config()
+    if text_config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"{flag} {name}: has {text_config.vocab_size} token ids, the corpus's tokenizer has "
+            f"{tokenizer.vocab_size}; use a model made for this tokenizer"
+        )
+    return ScoringModel(
+        name=name,
+        source=source,
+        fingerprint=fingerprint,
+        max_length=getattr(text_config, "max_position_embeddings", None),
+        revision=directory.name if from_hub else None,
+        recurrent=is_recurrent(config),
+        parameters=parameters,
+    )
+
+
+def download(name: str, flag: str) -> Path:
+    """Directory of a snapshot in the Hugging Face cache, named by its commit; from the hub where it is missing."""
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES)).resolve()
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name}: no such directory, and not available from the Hugging Face hub or its local cache; "
+            "check the name, the revision and the connection"
+        ) from error
+
+
+def load_config(directory: Path, name: str) -> Any:
+    """Config of a checkpoint that holds a causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: config.json cannot be read ({first_line(error)}); restore the checkpoint") from error
+    named = architectures(config)
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) not in named:
+        raise UserError(f"{name}: {named[0]} is not a causal language model; use one")
+    return config
+
+
+def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
+    """Raise UserError unless the checkpoint's tokenizer is the corpus's."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
+        raise UserError(f"{name}: has no usable tokenizer ({first_line(error)}); save the tokenizer with it") from error
+    if tokenizer_fingerprint(tokenizer) != corpus.fingerprint:
+        raise UserError(
+            f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses can only be compared "
+            "between models that share the corpus's tokenizer: use such a model, or prepare the corpus with this one's"
+        )
+
+
+def check_weights(directory: Path, name: str) -> int:
+    """Check, by the names alone, that the checkpoint has every weight of its architecture; return how many there are.
+
+    Engines fill in what is missing with random numbers, or with whatever is in memory. Quantised checkpoints are left
+    to the engine: naming their weights takes the packages that made them. Of these the number is 0.
+
+    Raises:
+        UserError: a weight is missing, or the files cannot be read.
+    """
+    if getattr(AutoConfig.from_pretrained(directory), "quantization_config", None):
+        return 0
+    logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
+    except Exception as error:  # whatever the libraries have to say about a damaged file
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
+    return model.num_parameters()
+
+
+def check_length(model: ScoringModel, flag: str, longest: int, prompt: int = 0) -> None:
+    """Raise UserError unless a model can read sequences of `longest` tokens after a prompt of `prompt` tokens."""
+    if model.max_length is None or longest + prompt <= model.max_length:
+        return
+    limit = f"{flag}: {model.name} reads at most {model.max_length} tokens, the corpus has a sequence of {longest}"
+    if not prompt:
+        raise UserError(f"{limit}; rerun 'wmtp prepare' with --max_length {model.max_length}")
+    raise UserError(f"{limit} and the prompt has {prompt}; shorten the prompt, or the sequences with 'wmtp prepare'")

@@ -1,0 +1,47 @@
+"""Prompts: a fixed text before every sequence, which the model sees and which is not scored itself."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.locations import local_copy
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and its token ids under the tokenizer of the corpus."""
+
+    text: str
+    input_ids: tuple[int, ...]
+
+    def before(self, ids: np.ndarray, bos_token_id: int | None) -> tuple[np.ndarray, int]:
+        """Put the prompt before a sequence, or after BOS where the sequence starts with it.
+
+        Args:
+            ids: token ids of the sequence, int32, at least one.
+            bos_token_id: the id of BOS.
+
+        Returns:
+            Token ids, int32, and the position of the first token of the sequence that something comes before.
+        """
+        starts = int(ids[0] == bos_token_id)
+        prompted = np.concatenate([ids[:starts], np.asarray(self.input_ids, np.int32), ids[starts:]])
+        return prompted, len(self.input_ids) + starts
+
+
+def make_prompt(text: str, flag: str, source: ShardSet) -> Prompt | None:
+    """Tokenise a prompt with the tokenizer of the corpus, without special tokens; None where there is no text.
+
+    Raises:
+        UserError: the text has no tokens.
+    """
+    if not text:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(local_copy(source.tokenizer_path))
+    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    if not ids:
+        raise UserError(f"{flag}: the corpus's tokenizer makes no tokens of {text!r}; leave it out")
+    return Prompt(text, tuple(ids))

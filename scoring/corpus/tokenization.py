@@ -1,0 +1,91 @@
+"""From texts to sequences: a document's token ids, cut into spans of at most `max_length` tokens.
+
+Every tokenizer process imports this module; `AutoTokenizer`, which drags in torch, stays out of it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from weighted_mtp.schemas.shard_set.shards import SEQUENCE_TYPES, list_column, shard_schema
+from weighted_mtp.scoring.corpus.documents import Batch, Document, Fields, Reject, parse_batch
+
+
+class EncodedBatch(NamedTuple):
+    """Sequences of a batch in document order, as a table with the columns of an unscored shard.
+
+    `tokens` counts the ids of the documents before they were cut; `text_bytes` is their text as UTF-8.
+    """
+
+    table: pa.Table
+    documents: int
+    tokens: int
+    text_bytes: int
+    rejects: list[Reject]
+
+
+@dataclass(frozen=True)
+class BatchEncoder:
+    """Turns batches of rows into sequences. Can be pickled, and gives the same result in every process.
+
+    `prefix` and `suffix` hold the id of BOS and EOS, or nothing.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prefix: list[int]
+    suffix: list[int]
+    max_length: int
+    fields: Fields
+
+    def __call__(self, batch: Batch) -> EncodedBatch:
+        """Judge the rows, tokenise each document by itself and cut it into sequences.
+
+        BOS is put before the first sequence of a document only; it counts towards `max_length` and `start`.
+        """
+        documents, rejects = parse_batch(batch, self.fields)
+        encoded = self.token_ids([document.text for document in documents])
+        owners: list[Document] = []
+        starts: list[int] = []
+        lengths: list[int] = []
+        flat: list[int] = []
+        kept = text_bytes = 0
+        for document, text_ids in zip(documents, encoded, strict=True):
+            if not text_ids:
+                rejects.append(Reject(batch.source, document.row, "text without tokens"))
+                continue
+            ids = self.prefix + text_ids + self.suffix
+            for start in range(0, len(ids), self.max_length):
+                owners.append(document)
+                starts.append(start)
+                lengths.append(min(self.max_length, len(ids) - start))
+            flat += ids
+            kept += 1
+            text_bytes += len(document.text.encode())
+        columns = [
+            pa.array([owner.id for owner in owners], pa.string()),
+            pa.array(starts, pa.int64()),
+            list_column(np.array(flat, dtype=np.int32), np.array(lengths, dtype=np.int64)),
+        ]
+        for index, kind in enumerate(self.fields.columns.values()):
+            columns.append(pa.array([owner.values[index] for owner in owners], SEQUENCE_TYPES[kind]))
+        schema = shard_schema((), self.fields.columns)
+        table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
+        return EncodedBatch(table, kept, len(flat), text_bytes, sorted(rejects, key=lambda reject: reject.row))
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without any token that the tokenizer would add."""
+        if not texts:
+            return []
+        encoding = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoding["input_ids"]

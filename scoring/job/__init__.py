@@ -1,0 +1,1 @@
+"""The scoring job: shards are units of work, scored by Ray workers and committed by the driver."""

@@ -1,0 +1,291 @@
+"""Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
+
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths
+from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
+from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.scoring.conditions.models import ScoringModel
+from weighted_mtp.scoring.conditions.plan import Measurement, ScoringPlan
+from weighted_mtp.scoring.conditions.windows import plan_windows, window_ids
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request, load_engine
+from weighted_mtp.scoring.job.faults import OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
+from weighted_mtp.scoring.job.units import (
+    Attempt,
+    Reject,
+    Suspect,
+    UnitRecord,
+    count_values,
+    write_attempt,
+    write_record,
+)
+
+CONTRAST_STEP = np.float32(2.0**-9)
+PROBE = Request(np.array([0, 1], dtype=np.int32))
+"""A sequence for every model: does the engine still work?"""
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """What a worker needs to know to score any shard of a set; both locations are absolute."""
+
+    source: Location
+    output: Location
+    plan: ScoringPlan
+    engine: EngineConfig
+    bos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class Caution:
+    """How to treat a shard that workers died of: sequence by sequence.
+
+    Attributes:
+        given_up: reasons for which sequences are not tried again, by model fingerprint and row.
+        announce: called with model fingerprint and row before each sequence.
+    """
+
+    given_up: Mapping[Suspect, str]
+    announce: Callable[[str, int], None]
+
+
+@dataclass
+class ScoredShard:
+    """A shard with its score columns, not yet written."""
+
+    table: pa.Table
+    rejects: list[Reject]
+    score_seconds: float
+
+
+def load_model(model: ScoringModel, config: EngineConfig) -> Engine:
+    """Load a model into an engine.
+
+    Raises:
+        UserError: its files on this machine are not those that the driver found.
+    """
+    directory = model.directory
+    if model_fingerprint(directory) != model.fingerprint:
+        raise UserError(
+            f"{model.name}: {directory} on {socket.gethostname()} holds another checkpoint than the run was started "
+            "with; restore it there, and rerun the same command"
+        )
+    return load_engine(directory, config)
+
+
+class ShardScorer:
+    """Scores shards with the engines of one worker, each model loaded once."""
+
+    def __init__(self, task: ScoringTask, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
+        """Load the engines.
+
+        Args:
+            task: what to score.
+            load: makes an engine; `load_model` but for tests and measurements.
+
+        Raises:
+            UserError: an engine cannot load its model.
+            OutOfMemoryError: there is not enough memory for it.
+        """
+        self.task = task
+        self.engines: dict[str, Engine] = {}
+        self.probed_tokens = 0
+        for model in task.plan.models:
+            engine = replace(task.engine, max_length=task.engine.max_length + task.plan.longest_prompt(model))
+            try:
+                loaded = self.engines[model.fingerprint] = load(model, engine)
+                loaded.score([PROBE])  # an engine may load what it cannot run
+            except UserError:
+                raise
+            except Exception as error:  # whatever the engine has to say
+                if is_out_of_memory(error):
+                    raise OutOfMemoryError(reason_for(error)) from error
+                remedy = "try --engine transformers" if task.engine.name == "vllm" else "check the checkpoint"
+                if task.engine.engine_args:
+                    remedy = f"check --engine_args, or {remedy}"
+                message = f"{model.name}: {task.engine.name} cannot run it ({reason_for(error)}); {remedy}"
+                raise UserError(message) from error
+        self.probed_tokens = self.computed_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the engines have computed so far."""
+        return sum(engine.computed_tokens for engine in self.engines.values()) - self.probed_tokens
+
+    def score(self, shard: str, table: pa.Table, caution: Caution | None = None) -> ScoredShard:
+        """Append the score columns to the rows of a shard.
+
+        Args:
+            shard: its name.
+            table: its content.
+            caution: how to go about it if workers died of this shard.
+
+        Raises:
+            UserError: not one sequence of the shard can be scored.
+            OutOfMemoryError: an engine ran out of memory.
+            BrokenEngineError: an engine does not work any more.
+        """
+        started = time.monotonic()
+        lengths = list_lengths(table["input_ids"])
+        sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
+        scores: dict[str, np.ndarray] = {}
+        rejects: list[Reject] = []
+        for model in self.task.plan.models:
+            reasons, scored = self._score_model(model, sequences, table, caution, scores)
+            if reasons and not scored:
+                raise UserError(
+                    f"{model.name}: no sequence of {shard} can be scored ({min(reasons.items())[1]}); "
+                    "check the checkpoint, or try --dtype float32 with a new --output"
+                )
+            for row, reason in sorted(reasons.items()):
+                of_row = {name: table[name][row].as_py() for name in ("document_id", "start")}
+                rejects.append(Reject(shard=shard, row=row, **of_row, model=model.name, reason=reason))
+        for name, contrast in self.task.plan.contrasts.items():
+            minuend, subtrahend = (
+                scores[side] if side in scores else stored_scores(table, side)
+                for side in (contrast.minuend, contrast.subtrahend)
+            )
+            scores[name] = minuend - subtrahend
+        for name in self.task.plan.columns:
+            rounded = round_contrast(scores[name]) if name in self.task.plan.contrasts else scores[name]
+            table = table.append_column(name, list_column(rounded.astype(np.float16), lengths))
+        return ScoredShard(table, rejects, time.monotonic() - started)
+
+    def _score_model(
+        self,
+        model: ScoringModel,
+        sequences: list[np.ndarray],
+        table: pa.Table,
+        caution: Caution | None,
+        scores: dict[str, np.ndarray],
+    ) -> tuple[dict[int, str], int]:
+        """Add the columns that a model measures to `scores`.
+
+        Returns:
+            Why sequences could not be scored, by their number, and how many could.
+        """
+        plan, engine = self.task.plan, self.engines[model.fingerprint]
+        wanted = plan.measured_by(model)
+        known = None
+        if column := plan.stored_losses(model):
+            known = np.split(stored_scores(table, column), np.cumsum([len(ids) for ids in sequences])[:-1])
+
+        def measure_rows(rows: list[int]) -> list[np.ndarray]:
+            known_losses = [known[row] for row in rows] if known else None
+            some = [sequences[row] for row in rows]
+            return measure(engine, some, list(wanted.values()), self.task.bos_token_id, known_losses)
+
+        def find_fault(row: int, scores: np.ndarray) -> str | None:
+            firsts = [first_scored(of, sequences[row], self.task.bos_token_id) for of in wanted.values()]
+            return fault_in(scores, firsts)
+
+        known_faults = caution.given_up if caution else {}
+        given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
+        # Sequences that this model could not score when their losses were stored have their line in the rejects.
+        rejected = {row for row, losses in enumerate(known or []) if np.isnan(losses[1:]).any()}
+        rows = [row for row in range(len(sequences)) if row not in given_up.keys() | rejected]
+        found: dict[int, np.ndarray] = {}
+        for some in [[row] for row in rows] if caution else [rows]:
+            if caution:
+                caution.announce(model.fingerprint, some[0])
+            measured, reasons = measure_each(measure_rows, some, find_fault, lambda: engine.score([PROBE]))
+            found |= measured
+            given_up |= reasons
+        scored = len(found)
+        for row in given_up.keys() | rejected:
+            found[row] = np.full((len(wanted), len(sequences[row])), np.nan, np.float32)
+        lines = np.concatenate([found[row] for row in range(len(sequences))], axis=1)
+        scores |= dict(zip(wanted, lines, strict=True))
+        return given_up, scored
+
+
+def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_seconds: float) -> None:
+    """Write a scored shard and its record under the names of an attempt."""
+    started = time.monotonic()
+    entry = write_attempt(task.output, attempt, scored.table, len({reject.row for reject in scored.rejects}))
+    counts = count_values(scored.table, task.plan.columns)
+    record = UnitRecord(
+        entry=entry,
+        rejects=scored.rejects,
+        read_seconds=round(read_seconds, 3),
+        score_seconds=round(scored.score_seconds, 3),
+        write_seconds=round(time.monotonic() - started, 3),
+    )
+    write_record(task.output, attempt, record, counts)
+
+
+def stored_scores(table: pa.Table, column: str) -> np.ndarray:
+    """A score column of a shard, float32, the sequences one after the other."""
+    return flat_values(table[column]).astype(np.float32)
+
+
+def measure(
+    engine: Engine,
+    sequences: list[np.ndarray],
+    measurements: list[Measurement],
+    bos_token_id: int | None,
+    known_losses: list[np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """All measurements of one model.
+
+    Full sequences, prompted ones and windows go to the engine together, so that it can fill its batches.
+
+    Args:
+        engine: the model.
+        sequences: token ids, int32.
+        measurements: what is wanted.
+        bos_token_id: the token that starts a window, and stands before a prompt, where it starts the sequence.
+        known_losses: float32 losses of each sequence under the full context, where they are stored. Short contexts
+            leave the first tokens their full context: it is not computed again for them alone.
+
+    Returns:
+        For each sequence a float32 array [measurements, tokens].
+    """
+    scores = [np.full((len(measurements), len(ids)), np.nan, dtype=np.float32) for ids in sequences]
+    requests: list[Request] = []
+    places: list[tuple[int, list[int], int]] = []  # sequence, measurements and first token of each request
+    for prompt in dict.fromkeys(of.prompt for of in measurements):
+        lines = [line for line, of in enumerate(measurements) if of.prompt == prompt]
+        if known_losses is not None and all(measurements[line].window for line in lines):
+            for of_sequence, losses in zip(scores, known_losses, strict=True):
+                of_sequence[lines] = losses
+            continue
+        quantities = tuple(measurements[line].quantity for line in lines)
+        for number, ids in enumerate(sequences):
+            prompted, first = prompt.before(ids, bos_token_id) if prompt else (ids, 0)
+            if first < len(prompted):
+                requests.append(Request(prompted, first, quantities))
+                places.append((number, lines, len(ids) - (len(prompted) - first)))
+    for line, window in enumerate(of.window for of in measurements):
+        if window is None:
+            continue
+        for number, ids in enumerate(sequences):
+            for span in plan_windows(len(ids), window.size, window.stride):
+                requests.append(Request(window_ids(ids, span, bos_token_id), span.first_scored - span.start))
+                places.append((number, [line], span.first_scored))
+    for (number, lines, first), result in zip(places, engine.score(requests), strict=True):
+        scores[number][lines, first : first + result.shape[1]] = result
+    return scores
+
+
+def first_scored(measurement: Measurement, ids: np.ndarray, bos_token_id: int | None) -> int:
+    """The first token of a sequence that something comes before: 0 after a prompt, unless BOS comes before that."""
+    return 0 if measurement.prompt and ids[0] != bos_token_id else 1
+
+
+def round_contrast(contrast: np.ndarray) -> np.ndarray:
+    """Round to multiples of 1/512 nat and to the range of float16; float32 in and out.
+
+    A difference is often near 0, where float16 would keep digits far below what its two losses are good for (they are
+    stored with a spacing of 1/512 from 2 nats on, and engines differ by about 0.03). Those digits cost storage.
+    """
+    rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # the sum turns -0 into 0
+    return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)

@@ -1,0 +1,143 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import digest_json
+from weighted_mtp.schemas.shard_set.manifest import Timings, read_manifest
+from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, verify
+from weighted_mtp.schemas.storage.files import MANIFEST
+
+SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 4, 4]]
+MakeShardSet = Callable[..., ShardSet]
+
+
+@pytest.fixture
+def scored(make_shard_set: MakeShardSet) -> ShardSet:
+    return make_shard_set(SEQUENCES, {"loss_reference": LOSSES})
+
+
+def faults(shard_set: ShardSet) -> list[str]:
+    return [check.fault for check in verify(shard_set.path, shard_set.manifest) if check.fault]
+
+
+def test_a_set_opens_as_it_was_written(scored: ShardSet) -> None:
+    opened = ShardSet.open(scored.path)
+    assert opened.manifest == scored.manifest
+    assert (opened.manifest.rows, opened.manifest.tokens, len(opened.manifest.shards)) == (3, 9, 2)
+    assert opened.read(1, ["input_ids"])["input_ids"].to_pylist() == [[6, 7, 8, 9]]
+    assert opened.value_counts()["loss_reference"].statistics().mean == pytest.approx(15.5 / 6)
+    assert opened.manifest.columns["loss_reference"].statistics.missing == 3
+    assert (scored.path / MANIFEST).exists()
+    assert faults(scored) == []
+
+
+def test_an_unscored_set_has_no_statistics(make_shard_set: MakeShardSet) -> None:
+    corpus = make_shard_set(SEQUENCES)
+    assert ShardSet.open(corpus.path).value_counts() == {}
+    assert not (corpus.path / STATISTICS).exists()
+    with pytest.raises(UserError, match=r"no column 'excess_loss' \(score columns: none\); add it with 'wmtp score'"):
+        corpus.require_column("excess_loss")
+
+
+def test_a_missing_or_truncated_shard_is_refused_by_name(scored: ShardSet) -> None:
+    first, second = (scored.path / shard.name for shard in scored.manifest.shards)
+    second.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{second.name}: shard has \d+ bytes instead of \d+"):
+        ShardSet.open(scored.path)
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first.name}: shard is missing"):
+        ShardSet.open(scored.path)
+
+
+def test_verify_lists_every_fault(scored: ShardSet) -> None:
+    first, second = (scored.path / shard.name for shard in scored.manifest.shards)
+    first.unlink()
+    content = bytearray(second.read_bytes())
+    content[len(content) // 2] ^= 1
+    second.write_bytes(content)
+    (scored.path / STATISTICS).write_bytes(b"")
+    assert faults(scored) == [
+        f"{first}: missing",
+        f"{second}: content differs from the manifest (sha256)",
+        f"{scored.path / STATISTICS}: content differs from the manifest (sha256)",
+    ]
+
+
+def test_sequence_columns_are_part_of_the_schema(make_shard_set: MakeShardSet) -> None:
+    columns = {"reward": [0.5, -1.0, 3.0], "group": ["a", "b", "a"]}
+    shards = make_shard_set(SEQUENCES, sequence_columns=columns)
+    assert shards.manifest.corpus.sequence_columns == {"reward": "number", "group": "label"}
+    assert faults(shards) == []
+    assert shards.bytes_per_token().keys() == {"document_id", "start", "input_ids", "reward", "group"}
+    corpus = shards.manifest.corpus.model_copy(update={"sequence_columns": {"reward": "label", "group": "label"}})
+    other = shards.manifest.model_copy(update={"corpus": corpus})
+    found = [check.fault for check in verify(shards.path, other)]
+    assert found[0] == f"{shards.path / shards.manifest.shards[0].name}: columns differ from the manifest"
+
+
+def test_altered_statistics_are_refused(scored: ShardSet) -> None:
+    (scored.path / STATISTICS).unlink()
+    with pytest.raises(UserError, match="missing or altered"):
+        scored.value_counts()
+
+
+def edit_manifest(path: Path, edit: Callable[[dict], None]) -> None:
+    content = json.loads((path / MANIFEST).read_text())
+    edit(content)
+    (path / MANIFEST).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda m: m["shards"][0].update(tokens=6), "was changed after it was written"),
+        (lambda m: m.pop("digest"), "was changed after it was written"),
+        (lambda m: m.update(format_version=2), "format version 2 is not 3; install the wmtp that wrote it"),
+        (lambda m: m.pop("format_version"), "format version None"),
+        (lambda m: m.update(surprise=1), "not a valid manifest"),
+        (lambda m: m.pop("shards"), "not a valid manifest"),
+    ],
+)
+def test_an_edited_manifest_is_refused(scored: ShardSet, edit: Callable[[dict], None], complaint: str) -> None:
+    edit_manifest(scored.path, edit)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_manifest(scored.path)
+    assert str(scored.path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '"text"'])
+def test_a_manifest_that_is_none_is_refused(scored: ShardSet, text: str) -> None:
+    (scored.path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: not a valid manifest"):
+        read_manifest(scored.path)
+
+
+def test_what_is_no_shard_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such shard set"):
+        ShardSet.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"not a finished shard set \(manifest\.json is missing\)"):
+        ShardSet.open(tmp_path)
+
+
+def test_the_digest_is_that_of_the_manifest_without_it(scored: ShardSet) -> None:
+    content = json.loads((scored.path / MANIFEST).read_text())
+    digest = content.pop("digest")
+    content.pop("timings")
+    assert digest == digest_json(content) == scored.manifest.digest
+    changed = scored.manifest.model_copy(update={"derived_from": "elsewhere"})
+    assert changed.digest != scored.manifest.digest
+    timed = scored.manifest.model_copy(update={"timings": Timings(score_seconds=[1.0])})
+    assert timed.digest == scored.manifest.digest
+
+
+def test_another_tokenizer_is_refused(scored: ShardSet) -> None:
+    file = scored.path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a"', '"A"', 1))
+    with pytest.raises(UserError, match="not the tokenizer of the corpus"):
+        ShardSet.open(scored.path)

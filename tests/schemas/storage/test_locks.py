@@ -1,0 +1,186 @@
+"""The lock of an output in an object store."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import pytest
+import s3fs
+from upath import UPath
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage import locks
+from weighted_mtp.schemas.storage.files import LOCK, MANIFEST, TOKENIZER, write_text
+from weighted_mtp.schemas.storage.locations import list_files
+from weighted_mtp.schemas.storage.locks import exclusive
+
+HOLD = """
+from weighted_mtp.schemas.storage import locks
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage.locations import locate
+locks.RENEWAL_SECONDS = seconds
+try:
+    with locks.exclusive(locate(output)):
+        said.send("held")
+        said.recv()
+except UserError as error:
+    said.send(str(error))
+"""
+
+
+RENEWAL_SECONDS = 1.0
+"""Short enough to wait for, long enough for a process that has little of the processor to renew in time."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", RENEWAL_SECONDS)
+
+
+@dataclass
+class Holder:
+    """Another process that takes the lock and keeps it until it is let go."""
+
+    process: BaseProcess
+    connection: Connection
+
+    def said(self) -> str:
+        """Whether it holds the lock, or why not."""
+        assert self.connection.poll(60)
+        return self.connection.recv()
+
+    def let_go(self) -> None:
+        if self.process.is_alive():
+            self.connection.send("let go")
+        self.process.join(60)
+        assert self.process.exitcode == 0
+
+
+@pytest.fixture
+def holder(s3: UPath, start_process: Callable[..., BaseProcess]) -> Callable[[], Holder]:
+    def start() -> Holder:
+        ours, theirs = Pipe()
+        process = start_process(HOLD, output=str(s3), seconds=RENEWAL_SECONDS, said=theirs)
+        return Holder(process, ours)
+
+    return start
+
+
+def test_a_lock_is_gone_at_the_end_however_it_ends(s3: UPath) -> None:
+    with exclusive(s3):
+        assert list(list_files(s3)) == [LOCK]
+    assert list_files(s3) == {}
+    with pytest.raises(RuntimeError), exclusive(s3):
+        raise RuntimeError
+    assert list_files(s3) == {}
+
+
+def test_while_one_process_works_another_is_told_who_it_is(s3: UPath, holder: Callable[[], Holder]) -> None:
+    other = holder()
+    assert other.said() == "held"
+    with pytest.raises(UserError, match=rf"process {other.process.pid} on .* is writing it"), exclusive(s3):
+        pass
+    other.let_go()
+    assert list_files(s3) == {}
+
+
+def assert_one_of_three_wins(holder: Callable[[], Holder]) -> None:
+    holders = [holder() for _ in range(3)]
+    said = [each.said() for each in holders]
+    assert said.count("held") == 1
+    assert sum("is writing it" in line for line in said) == 2
+    for each in holders:
+        each.let_go()
+
+
+def test_of_several_that_start_at_once_one_wins(holder: Callable[[], Holder]) -> None:
+    assert_one_of_three_wins(holder)
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(
+    s3: UPath, holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = holder()
+    assert other.said() == "held"
+    other.process.kill()
+    other.process.join()
+    assert list(list_files(s3)) == [LOCK]
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+    started = time.monotonic()
+    with exclusive(s3):
+        assert time.monotonic() - started >= 3 * locks.RENEWAL_SECONDS
+    assert f"locked by process {other.process.pid} on" in capsys.readouterr().err
+    assert list_files(s3) == {}
+
+
+def test_of_several_that_take_over_at_once_one_wins(s3: UPath, holder: Callable[[], Holder]) -> None:
+    write_text(s3 / LOCK, "process 1 on nowhere 0")
+    assert_one_of_three_wins(holder)
+
+
+def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
+    s3: UPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+
+    def lose_it() -> None:
+        with exclusive(s3):
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:  # again, should a renewal that had read before have written after
+                write_text(s3 / LOCK, "process 1 on nowhere 0")
+                time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        lose_it()
+    assert "the lock of this run is gone" in capsys.readouterr().err
+    assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
+
+
+def test_a_lock_outlives_a_store_that_is_away(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def away(_: UPath) -> str:
+        asked.set()
+        raise RuntimeError("the store's own exception")
+
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+    with exclusive(s3):
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_content", away)
+            assert asked.wait(30)
+        before = locks._content(s3 / LOCK)
+        deadline = time.monotonic() + 30
+        while locks._content(s3 / LOCK) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_lock_is_read_whole_while_its_holder_renews_it(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that somebody has begun to read it, it changes; that is no error, and shows that the holder lives."""
+    write_text(s3 / LOCK, "process 1 on nowhere 0")
+    bucket, _, key = (s3 / LOCK).path.partition("/")
+    times = count(1)
+    call = s3fs.S3FileSystem._call_s3
+
+    async def renew_before_reading(self: s3fs.S3FileSystem, method: str, *args: object, **kwargs: object) -> dict:
+        if method == "get_object":
+            content = f"process 1 on nowhere {next(times)}".encode()
+            await call(self, "put_object", Bucket=bucket, Key=key, Body=content)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", renew_before_reading)
+    with pytest.raises(UserError, match="process 1 on nowhere is writing it"), exclusive(s3):
+        pass
+
+
+def test_nothing_is_written_into_a_shard_set(s3: UPath) -> None:
+    write_text(s3 / MANIFEST, "{}")
+    write_text(s3 / TOKENIZER / "tokenizer.json", "{}")
+    with pytest.raises(UserError, match="lies inside the shard set"), exclusive(s3 / "a" / "b"):
+        pass

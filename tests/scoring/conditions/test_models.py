@@ -1,0 +1,47 @@
+"""Scoring models in an object store."""
+
+import pickle
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import copy_files
+from weighted_mtp.scoring.conditions.models import check_model
+
+
+def test_a_remote_model_is_the_local_one_on_every_machine(
+    make_model: Callable[..., Path],
+    make_shard_set: Callable[..., ShardSet],
+    s3: UPath,
+    tmp_path: Path,
+    start_process: Callable[..., BaseProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    directory = make_model()
+    copy_files(directory, s3 / "model")
+    tokenizer = make_shard_set([[1, 2]]).manifest.tokenizer
+    local = check_model(str(directory), "--reference", tokenizer)
+    remote = check_model(str(s3 / "model"), "--reference", tokenizer)
+    assert local.directory == directory
+    assert remote.directory.is_relative_to(tmp_path / "here")
+    assert (remote.fingerprint, remote.max_length, remote.revision) == (local.fingerprint, local.max_length, None)
+
+    ours, theirs = Pipe()
+    elsewhere = {"XDG_CACHE_HOME": str(tmp_path / "there")}
+    script = "import pickle\nsaid.send(pickle.loads(model).directory)\n"
+    process = start_process(script, elsewhere, model=pickle.dumps(remote), said=theirs)
+    process.join()
+    assert process.exitcode == 0
+    there = ours.recv()
+    assert there.is_relative_to(tmp_path / "there")
+    assert (there / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+
+    with pytest.raises(UserError, match=f"{s3}/nothing: no such directory"):
+        check_model(str(s3 / "nothing"), "--reference", tokenizer)

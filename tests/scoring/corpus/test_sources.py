@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset_builder
+
+from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.scoring.corpus import sources
+from weighted_mtp.scoring.corpus.readers import read_batches
+from weighted_mtp.scoring.corpus.sources import CorpusFile, find_sources
+
+
+def config(input: str | Path, **settings: object) -> PrepareConfig:
+    return PrepareConfig(input=str(input), tokenizer="t", output=Path("/nowhere/out"), **settings)
+
+
+def names(input: str | Path, **settings: object) -> list[str]:
+    return [source.name for source in find_sources(config(input, **settings))]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in (
+        "b.jsonl",
+        "a/x.txt",
+        "a/y.parquet",
+        "c.json.gz",
+        "README.md",
+        ".hidden.txt",
+        "_SUCCESS",
+        "state.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    return tmp_path
+
+
+def test_directory_gives_known_files_by_relative_name(tree: Path) -> None:
+    found = find_sources(config(tree))
+    assert [(s.name, s.format) for s in found if isinstance(s, CorpusFile)] == [
+        ("a/x.txt", "text"),
+        ("a/y.parquet", "parquet"),
+        ("b.jsonl", "json"),
+        ("c.json.gz", "json"),
+    ]
+
+
+def test_given_format_takes_every_visible_file(tree: Path) -> None:
+    assert names(tree, format="text") == ["README.md", "a/x.txt", "a/y.parquet", "b.jsonl", "c.json.gz"]
+
+
+def test_glob_names_are_relative_to_the_fixed_part(tree: Path) -> None:
+    assert names(f"{tree}/*/*.txt") == ["a/x.txt"]
+    assert names(f"{tree}/**/*.json*") == ["b.jsonl", "c.json.gz", "state.json"]
+
+
+def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("text")
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
+    [batch] = read_batches(find_sources(config(tmp_path / "a[1].txt")), config(tmp_path))
+    assert batch.rows == [(0, {"text": "text"})]
+
+
+@pytest.mark.parametrize(
+    ("input", "message"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("./missing", "no such file"),
+        ("missing/too/deep", "no such file"),
+        ("*.nothing", "matches no file"),
+        ("empty", "holds no file to read"),
+        ("odd.xyz", "give --format"),
+    ],
+)
+def test_nothing_to_read(input: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("odd.xyz").write_text("x")
+    with pytest.raises(UserError, match=message) as error:
+        find_sources(config(input))
+    assert "\n" not in str(error.value)
+
+
+def test_output_must_not_become_input(tree: Path) -> None:
+    with pytest.raises(UserError, match="lies inside --input"):
+        find_sources(PrepareConfig(input=str(tree), tokenizer="t", output=tree / "out"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub with one data set of 600 rows, which is more than are read at once."""
+    file = tmp_path / "hub.jsonl"
+    file.write_text("".join(f'{{"text": "row {row}", "other": 1}}\n' for row in range(600)))
+
+    def look_up(name: str, subset: str | None) -> object:
+        assert (name, subset) == ("owner/name", "en")
+        return load_dataset_builder("json", data_files=[str(file)], cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(sources, "load_dataset_builder", look_up)
+
+
+@pytest.mark.usefixtures("hub")
+def test_hub_split_is_streamed() -> None:
+    settings = config("owner/name", subset="en")
+    [batch] = read_batches(find_sources(settings), settings)
+    assert batch.source == "owner/name/en/train"
+    assert batch.rows == [(row, {"text": f"row {row}"}) for row in range(600)]
+
+
+@pytest.mark.usefixtures("hub")
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"owner/name: .*test.*--split"):
+        find_sources(config("owner/name", subset="en", split="test"))
+
+
+def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(name: str, subset: str | None) -> object:
+        raise ConnectionError("cannot reach the hub\nsecond line")
+
+    monkeypatch.setattr(sources, "load_dataset_builder", look_up)
+    with pytest.raises(UserError, match="cannot reach the hub") as error:
+        find_sources(config("owner/name"))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,115 @@
+"""The Ray that `wmtp score` starts on this machine: where it listens, and what is left of it when anything dies."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
+
+
+@pytest.fixture
+def run(scoring, many_tokens):
+    return scoring(
+        many_tokens(40), seconds=0.5, constants={"HEAD_SECONDS": 2.0, "PLACES_SECONDS": 2.0, "STALLED_SECONDS": 10.0}
+    )
+
+
+def finish(run) -> None:
+    """Run it to its end, and look at what it wrote."""
+    run.start()
+    assert run.wait() == 0, run.lines()
+    scored = ShardSet.open(run.output)
+    assert [check for check in verify(scored.path, scored.manifest) if check.fault] == []
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_for_end_of(processes: list[psutil.Process], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while left := alive(processes):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def test_ports_are_on_loopback_and_the_dashboard_has_none(run):
+    run.start()
+    run.wait_until(lambda: run.done() > 0)
+    processes = [psutil.Process(run.process.pid), *run.children()]
+    names = {process.name() for process in processes}
+    assert {"gcs_server", "raylet"} <= names
+    listening = set()
+    for process in processes:
+        sockets = [socket for socket in process.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
+        assert not (sockets and any("dashboard.py" in argument for argument in process.cmdline()))
+        listening |= {socket.laddr.ip for socket in sockets}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    run.send(signal.SIGINT)
+    assert run.wait() == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [("gcs_server", "the head of the Ray cluster does not answer"), ("raylet", "can hold a worker any more")],
+)
+def test_ray_is_killed(run, victim, message):
+    run.start()
+    run.wait_until(lambda: run.done() > 0)
+    processes = run.children()
+    run.child(victim).kill()
+    assert run.wait(90) == 1
+    assert run.lines()[-1].startswith("wmtp score: error: ")
+    assert message in run.lines()[-1]
+    wait_for_end_of(processes, 90)  # Ray's agents look for a dead gcs_server for a minute
+    finish(run)
+
+
+@pytest.mark.slow
+def test_worker_hangs(run):
+    run.start()
+    run.wait_until(lambda: run.done() > 0)
+    (worker,) = run.workers()
+    os.kill(worker, signal.SIGSTOP)
+    assert run.wait() == 0, run.lines()
+    assert not psutil.pid_exists(worker)
+    assert any("lost a worker (it computed nothing for 10 seconds)" in line for line in run.lines())
+    assert len(run.scored()) <= 4 * (40 + 2), "it had two shards"
+
+
+@pytest.mark.slow
+def test_driver_is_killed(run):
+    run.start()
+    run.wait_until(lambda: run.done() > 0)
+    processes = run.children()
+    workers = [psutil.Process(worker) for worker in run.workers()]
+    run.kill()
+    wait_for_end_of(workers)
+    wait_for_end_of(processes, 90)  # Ray's agents look for a dead gcs_server for a minute
+    finish(run)
+
+
+PHASES = {
+    "ray": lambda run: run.child("gcs_server"),
+    "models": lambda run: run.child("ray::ScoringWor"),
+    "scoring": lambda run: run.done() > 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", PHASES)
+def test_interrupted(run, phase, number):
+    run.start()
+    run.wait_until(lambda: PHASES[phase](run))
+    processes = run.children()
+    run.send(number)
+    assert run.wait(60) == 130
+    assert "Traceback" not in run.printed.read_text()
+    assert run.lines()[-1] == "wmtp score: interrupted; rerun the same command to finish it"
+    wait_for_end_of(processes)

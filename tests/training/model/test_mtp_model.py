@@ -1,0 +1,194 @@
+"""The weighted multi-token-prediction loss over packed rows, against documents run one by one."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FalconConfig, GraniteConfig
+
+from weighted_mtp.schemas.configs import HeadsConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.training.loss.targets import count_targets
+from weighted_mtp.training.model.mtp_model import MTPModel, build_model, load_model
+from weighted_mtp.training.model.trunk import choose_attention, decoder_parts, recorded_call
+
+ARCHITECTURES = ["llama", "qwen2-tied", "gemma2", "gpt2", "gpt_neox"]
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 0, 0]])
+DOCUMENTS = [(0, 0, 5), (0, 5, 12), (1, 0, 2), (1, 2, 10)]  # row, start, end; the last two tokens are padding
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, POSITIONS.shape, generator=generator)
+    weights = torch.rand(POSITIONS.shape, generator=generator)
+    return ids, POSITIONS, torch.where(weights < 0.3, 0.0, weights)
+
+
+def randomise(model: MTPModel) -> None:
+    """Give the heads weights that matter: residual heads start at zero, decoder heads as copies."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+
+
+def plain_loss(model: MTPModel, ids: Tensor, weights: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """Weighted MTP loss written down directly: every document alone, full logits, one target at a time."""
+    total = torch.zeros(())
+    offsets = model.config.offsets
+    for row, start, end in DOCUMENTS:
+        x, w = ids[row, start:end], weights[row, start:end]
+        layers, norm = decoder_parts(model.trunk)
+        with recorded_call(layers[-1]) as last, recorded_call(norm) as before_norm:
+            trunk = model.trunk.get_decoder()(input_ids=x[None], use_cache=False).last_hidden_state
+        state = before_norm.hidden_states
+        for i, (k, c) in enumerate(zip(offsets, coefficients, strict=True)):
+            if i == 0:
+                hidden = trunk
+            elif model.config.kind == "sequential":
+                module = model.heads[i - 1]
+                ahead = torch.zeros(1, len(x), 32)
+                for t in range(1, len(x) - offsets[i - 1]):
+                    ahead[0, t] = model.trunk.get_input_embeddings()(x[t + offsets[i - 1]])
+                pair = torch.cat([module.hidden_layernorm(state), module.token_layernorm(ahead)], -1)
+                state = last.run(module.mtp_block, pair @ module.input_proj.weight.T)
+                hidden = module.final_layernorm(state)
+            elif model.config.block == "decoder":
+                hidden = norm(last.run(model.heads[i - 1], last.hidden_states))
+            else:
+                hidden = model.heads[i - 1](trunk)
+            logits = model.trunk.get_output_embeddings()(hidden)[0]
+            if cap := getattr(model.trunk.config, "final_logit_softcapping", None):
+                logits = cap * torch.tanh(logits / cap)
+            for t in range(len(x) - k):
+                total = total - c * w[t + k] * logits[t].log_softmax(-1)[x[t + k]]
+    return total
+
+
+HEADS = {
+    "residual": {"block": "residual"},
+    "decoder": {"block": "decoder"},
+    "sequential": {"kind": "sequential"},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_loss_and_gradients_equal_documents_alone(
+    architecture: str, kind: str, model_dir: Callable[..., Path]
+) -> None:
+    heads = HeadsConfig(**HEADS[kind], offsets=(1, 2, 4), coefficients=(1.0, 0.5, 0.25))
+    model = build_model(str(model_dir(architecture)), heads, from_scratch=False)
+    randomise(model)
+    ids, positions, weights = batch()
+    loss, sums = model(ids, positions, weights)
+    expected = plain_loss(model, ids, weights, (1.0, 0.5, 0.25))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        (sums[:, 0] * torch.tensor([1.0, 0.5, 0.25])).sum(), expected.detach(), rtol=1e-5, atol=1e-4
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    own, reference = (torch.autograd.grad(value, parameters) for value in (loss, expected))
+    for a, b in zip(own, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_every_attention_separates_documents(attention: str, architecture: str, model_dir: Callable[..., Path]) -> None:
+    model = build_model(
+        str(model_dir(architecture)), HeadsConfig(offsets=(1,)), from_scratch=False, attention=attention
+    )
+    assert model.trunk.config._attn_implementation == attention
+    ids, positions, weights = batch()
+    torch.testing.assert_close(
+        model(ids, positions, weights)[0], plain_loss(model, ids, weights, (1.0,)), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_attention_follows_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_attention("auto", cpu) is None
+    assert choose_attention("sdpa", cpu) == "sdpa"
+    assert choose_attention("flex_attention", gpu) == "flex_attention"
+    with pytest.raises(UserError, match="--attention flex_attention: trains on a GPU only; use sdpa"):
+        choose_attention("flex_attention", cpu)
+
+
+def test_worked_by_hand(model_dir: Callable[..., Path]) -> None:
+    """A zero unembedding predicts every token with probability 1/258, so each target costs its weight times ln 258.
+
+    One row of two documents, weights 1..5 and 10, 20, 30, and a padding token. Offset 1 predicts tokens 2..5 of the
+    first document (weights 2+3+4+5 = 14) and 2..3 of the second (20+30 = 50); offset 2 predicts 3+4+5 = 12 and 30: in
+    all 64 + 0.5 * 42 = 85.
+    """
+    model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2), coefficients=(1.0, 0.5)), from_scratch=False)
+    torch.nn.init.zeros_(model.trunk.get_output_embeddings().weight)
+    ids = torch.arange(9)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0]])
+    weights = torch.tensor([[1.0, 2, 3, 4, 5, 10, 20, 30, 0]])
+    loss, sums = model(ids, positions, weights)
+    assert loss.item() == pytest.approx(85 * math.log(258), rel=1e-6)
+    assert sums[:, 2].tolist() == [6, 4]
+    targets, weight_sum = count_targets(positions, weights, 1)
+    assert (targets.item(), weight_sum.item()) == (6, 64)
+
+
+def test_targets_without_weight_change_nothing_but_the_count(model_dir: Callable[..., Path]) -> None:
+    model = build_model(str(model_dir()), HeadsConfig(offsets=(1,)), from_scratch=False)
+    ids, positions, _ = batch()
+    loss, sums = model(ids, positions, torch.zeros(positions.shape))
+    loss.backward()
+    assert loss.item() == 0
+    assert sums[:, 2].tolist() == [0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+def test_decoder_heads_from_scratch_keep_the_parameter_count(architecture: str, model_dir: Callable[..., Path]) -> None:
+    path = str(model_dir(architecture))
+    plain = build_model(path, HeadsConfig(offsets=(1,)), from_scratch=True)
+    heads = build_model(path, HeadsConfig(block="decoder", offsets=(1, 2, 3)), from_scratch=True)
+    assert sum(p.numel() for p in heads.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert heads.trunk.config.num_hidden_layers == 1
+    with pytest.raises(UserError, match="too few"):
+        build_model(path, HeadsConfig(block="decoder", offsets=(1, 2, 3, 4)), from_scratch=True)
+
+
+def test_residual_heads_start_as_the_trunks_own_prediction(model_dir: Callable[..., Path]) -> None:
+    model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2)), from_scratch=False)
+    hidden = torch.randn(3, 32)
+    torch.testing.assert_close(model.heads[0](hidden), hidden, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_saved_model_is_a_hugging_face_checkpoint_with_heads_beside_it(
+    kind: str, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = build_model(str(model_dir("qwen2-tied")), HeadsConfig(**HEADS[kind], offsets=(1, 3)), from_scratch=False)
+    randomise(model)
+    model.save(tmp_path / "run")
+    loaded = load_model(str(tmp_path / "run"))
+    ids, positions, weights = batch()
+    torch.testing.assert_close(loaded(ids, positions, weights)[1], model(ids, positions, weights)[1], rtol=0, atol=0)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    torch.testing.assert_close(alone(ids).logits, model.trunk(ids).logits, rtol=0, atol=0)
+
+
+def test_unsupported_architectures_are_refused(tmp_path: Path) -> None:
+    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GraniteConfig(**shape, num_key_value_heads=2, logits_scaling=2.0).save_pretrained(tmp_path / "granite")
+    with pytest.raises(UserError, match="rescales its logits"):
+        build_model(str(tmp_path / "granite"), HeadsConfig(), from_scratch=True)
+    FalconConfig(**shape).save_pretrained(tmp_path / "falcon")
+    with pytest.raises(UserError, match="does not separate packed documents"):
+        build_model(str(tmp_path / "falcon"), HeadsConfig(), from_scratch=True)
+
+
+def test_missing_weights_name_the_remedy(tmp_path: Path, model_dir: Callable[..., Path]) -> None:
+    path = model_dir()
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="--from_scratch"):
+        build_model(str(path), HeadsConfig(), from_scratch=False)

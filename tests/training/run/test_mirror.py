@@ -1,0 +1,209 @@
+"""Training from an object store, and into one."""
+
+import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparing import metrics, trained
+from upath import UPath
+
+from weighted_mtp.pipelines.evaluate import run as evaluate
+from weighted_mtp.schemas.configs import EvaluateConfig, TrainConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage import locks
+from weighted_mtp.schemas.storage.files import copy_files, write_text
+from weighted_mtp.schemas.storage.locations import Location, walk
+from weighted_mtp.training.run import directory as run_module
+from weighted_mtp.training.run.mirror import COMPLETE
+from weighted_mtp.training.run.train import train
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 2
+SETTINGS: dict[str, Any] = {
+    "weights": {"preset": "dense"},
+    "heads": {"offsets": (1, 2)},
+    "optimizer": {"learning_rate": 1e-2},
+    "sequence_length": 64,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "max_steps": 6,
+    "checkpoint_every": 2,
+    "log_every": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weighted-mtp"
+
+
+@pytest.fixture
+def config(
+    s3: UPath, tmp_path: Path, model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
+) -> Callable[..., TrainConfig]:
+    """`config(output, place, **changes)` are the settings of a short run that reads everything from `place`."""
+    shards = scored_set(LENGTHS)
+    model = model_dir()
+    for name, source in {"set": shards.path, "set/tokenizer": shards.tokenizer_path, "model": model}.items():
+        copy_files(source, s3 / name)
+    places: dict[str, tuple[Location, Location]] = {"disk": (shards.path, model), "store": (s3 / "set", s3 / "model")}
+
+    def build(output: Location, place: str = "disk", **changes: Any) -> TrainConfig:
+        given, trunk = places[place]
+        return TrainConfig(**(SETTINGS | {"input": given, "model": str(trunk), "output": output} | changes))
+
+    return build
+
+
+def assert_same(one: TrainConfig, other: TrainConfig) -> None:
+    assert metrics(one) == metrics(other)
+    for name, value in trained(one).items():
+        assert torch.equal(value, trained(other)[name]), name
+
+
+def test_a_remote_set_and_model_train_as_local_ones_do(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    local = config(tmp_path / "local")
+    remote = config(tmp_path / "remote", "store")
+    assert train(local)["loss"] == train(remote)["loss"]
+    assert train(local.model_copy(update={"input": remote.input, "model": remote.model}))["already_complete"]
+    assert evaluate(EvaluateConfig(model=remote.model, input=remote.input[0]))[0].loss == pytest.approx(
+        evaluate(EvaluateConfig(model=local.model, input=local.input[0]))[0].loss
+    )
+
+
+def test_a_run_in_a_store_is_the_run_on_disk(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, cache: Path
+) -> None:
+    local, remote = config(tmp_path / "run", trackers=["tensorboard"]), config(s3 / "run", trackers=["tensorboard"])
+    train(local)
+    train(remote)
+    assert_same(local, remote)
+    expected = {name for name in walk(local.output) if not name.startswith("wmtp/")}
+    found = {name for name in walk(remote.output) if not name.startswith("wmtp/")}
+    assert found - expected == {f"checkpoints/step-0000000{step}/{COMPLETE}" for step in (4, 6)}
+    assert expected < found
+    assert any("events" in name for name in walk(remote.output / "wmtp"))
+    assert not list((cache / "runs").iterdir())
+    assert train(remote)["already_complete"]
+    losses = [evaluate(EvaluateConfig(model=str(run.output), input=run.input[0])) for run in (local, remote)]
+    assert losses[0] == losses[1]
+    assert len(losses[1]) == 2  # of its own heads, at its own row length
+    with pytest.raises(UserError, match=rf"{remote.output}: holds a run with other settings \(seed\)"):
+        train(config(s3 / "run", seed=1))
+    assert not list((cache / "runs").iterdir())
+
+
+def test_a_stopped_run_goes_on_on_another_machine(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = config(tmp_path / "whole"), config(s3 / "broken")
+    train(whole)
+    save = run_module.RunDirectory.save_checkpoint
+
+    def stop_after_saving(self: Any, accelerator: Any, state: Any, step: int) -> None:
+        save(self, accelerator, state, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RunDirectory, "save_checkpoint", stop_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    train(broken)
+    assert_same(whole, broken)
+
+
+DIE = """
+import os, signal
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.training.run.mirror import Mirror
+from weighted_mtp.training.run.train import train
+complete = Mirror.complete_checkpoint
+def die(self, name, keep):
+    if name == "step-00000004": os.kill(os.getpid(), signal.SIGKILL)
+    complete(self, name, keep)
+Mirror.complete_checkpoint = die
+train(TrainConfig.model_validate_json(config))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_its_last_object_does_not_count(
+    config: Callable[..., TrainConfig],
+    s3: UPath,
+    tmp_path: Path,
+    start_process: Callable[..., BaseProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process is killed with SIGKILL when all files of the second checkpoint are there but not their list."""
+    whole, broken = config(tmp_path / "whole"), config(s3 / "broken", keep_checkpoints=1)
+    train(whole)
+    killed = start_process(DIE, config=broken.model_dump_json())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    files = set(walk(broken.output / "checkpoints"))
+    assert f"step-00000004/{SHARD}" in files
+    assert [name for name in files if name.endswith(COMPLETE)] == [f"step-00000002/{COMPLETE}"]
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
+    continued: list[int] = []
+    claim = run_module.RunDirectory.claim
+
+    def record(self: Any, step: int) -> None:
+        claim(self, step)
+        continued.append(step)
+        assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000002"}
+
+    monkeypatch.setattr(run_module.RunDirectory, "claim", record)
+    train(broken)
+    assert continued == [2]
+    assert_same(whole, broken)
+    assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000006"}
+
+
+def test_a_checkpoint_that_lost_a_file_does_not_count(config: Callable[..., TrainConfig], s3: UPath) -> None:
+    run = config(s3 / "run")
+    train(run)
+    (run.output / "summary.json").unlink()
+    (run.output / "checkpoints" / "step-00000006" / SHARD).write_bytes(b"cut")
+    assert train(run)["steps"] == 6
+    (run.output / "summary.json").unlink()
+    damaged = run.output / "checkpoints" / "step-00000006" / SHARD
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.raises(UserError, match=f"{run.output}/checkpoints/step-00000006: cannot be loaded"):
+        train(run)
+
+
+def test_a_store_that_holds_something_else_is_left_alone(
+    config: Callable[..., TrainConfig], s3: UPath, cache: Path
+) -> None:
+    run = config(s3 / "run")
+    write_text(run.output / "thesis.tex", "years of work")
+    with pytest.raises(UserError, match=f"{run.output}: already holds something else"):
+        train(run)
+    assert list(walk(run.output)) == ["thesis.tex"]
+    assert not list((cache / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_two_ranks_share_one_mirror(
+    config: Callable[..., TrainConfig], launch: Callable[..., None], s3: UPath, tmp_path: Path
+) -> None:
+    """Two gloo processes of one machine, stopped and continued with another cache."""
+    one, two = config(tmp_path / "one"), config(s3 / "two")
+    train(one)
+    for machine, stop in enumerate((4, None)):
+        launch(two, 2, stop_at=stop, XDG_CACHE_HOME=str(tmp_path / f"machine {machine}"))
+        found = walk(two.output)
+        assert {f"checkpoints/step-00000004/random-0000{rank}.pt" for rank in (0, 1)} < set(found)
+        assert ("summary.json" in found) == (stop is None)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, rtol=1e-3, atol=1e-4)

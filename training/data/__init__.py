@@ -1,0 +1,1 @@
+"""From scored shards to packed training rows."""

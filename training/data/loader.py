@@ -1,0 +1,166 @@
+"""Streams a shard set as packed training rows, in an order that depends on the seed alone.
+
+A block is a few row groups, drawn at random from the whole set, packed and shuffled together; threads prepare the next
+ones, and no more than these and the current one are in memory. The order of rows is the same for any number of devices
+or threads and any batch size, so the position in it, `{epoch, block, row}`, is all the state there is.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import repeat
+from threading import Event, Lock
+
+import numpy as np
+from pydantic import BaseModel
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.training.data.packing import pack
+from weighted_mtp.training.data.prefetch import AbandonedError, prefetch
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.weighting import Weighting
+
+BLOCK_TOKENS = 1 << 20
+BLOCK_ROWS = 64
+
+
+class LoaderState(BaseModel):
+    """Position in the stream: the next row is row `row` of block `block` of epoch `epoch`."""
+
+    epoch: int = 0
+    block: int = 0
+    row: int = 0
+
+
+class RowLoader:
+    """Packed rows of a shard set, or of several zipped, epoch after epoch.
+
+    Args:
+        shards: the set to read, or sets of the same rows.
+        weighting: turns its columns into weights.
+        sequence_length: tokens per packed row.
+        seed: seed of the order and of random controls.
+        shuffle: False reads the set once through in its own order of row groups (evaluation).
+        workers: threads that prepare blocks ahead, one each.
+        first_shard: what the set's shards are numbered from in `Rows.sources`.
+    """
+
+    def __init__(
+        self,
+        shards: ZippedSets,
+        weighting: Weighting,
+        sequence_length: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        workers: int = 1,
+        first_shard: int = 0,
+    ) -> None:
+        manifest = shards.first.manifest
+        if manifest.tokens == manifest.rows:
+            raise UserError(
+                f"{shards.first.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
+            )
+        self.shards = shards
+        self.weighting = weighting
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.workers = workers
+        self.first_shard = first_shard
+        self.state = LoaderState()
+        self.group_ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
+        """Row groups of each shard and all before it: of row groups, numbered through, only the order is kept."""
+        self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
+        self._order_lock = Lock()
+        groups = int(self.group_ends[-1])
+        block_tokens = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length)
+        self.groups_per_block = max(1, round(block_tokens * groups / manifest.tokens))
+
+    def batches(self, rows: int) -> Iterator[Rows]:
+        """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
+        return self.draw(repeat(rows))
+
+    def draw(self, counts: Iterable[int]) -> Iterator[Rows]:
+        """Yield exactly as many rows as each of `counts` says, from `state` on; `state` follows what was yielded."""
+        with closing(prefetch(self._load, self._positions(), self.workers)) as blocks:
+            at, block = next(blocks)
+            row = at.row
+            for count in counts:
+                parts: list[Rows] = []
+                while True:
+                    missing = count - sum(len(part.tokens) for part in parts)
+                    parts.append(block.take(slice(row, row + missing)))
+                    row += len(parts[-1].tokens)
+                    if len(parts[-1].tokens) == missing:
+                        break
+                    del block  # before the next one comes
+                    at, block = next(blocks)
+                    row = 0
+                self.state = at.model_copy(update={"row": row})
+                yield Rows.concatenate(parts) if parts[1:] else parts[0]
+
+    def once(self, rows: int) -> Iterator[Rows]:
+        """Yield the set once through in batches of at most `rows` rows."""
+        positions = (LoaderState(block=block) for block in range(self._blocks_per_epoch()))
+        with closing(prefetch(self._load, positions, self.workers)) as blocks:
+            for _, block in blocks:
+                for row in range(0, len(block.tokens), rows):
+                    yield block.take(slice(row, row + rows))
+                del block
+
+    def rows_per_epoch(self) -> float:
+        """How many rows the set gives, extrapolated from how well its first block packs (exact for a single block)."""
+        block = self._load(LoaderState(), Event())
+        return len(block.tokens) / float(block.tokens.sum()) * self.shards.first.manifest.tokens
+
+    def files(self, sources: Iterable[np.ndarray]) -> list[str]:
+        """Paths of the set's shards that rows with these `Rows.sources` were read from, in order, each once."""
+        numbers = {int(number) - self.first_shard for source in sources for number in source}
+        held = sorted(number for number in numbers if 0 <= number < len(self.group_ends))
+        return [str(path) for number in held for path in self.shards.files(number, self.weighting.columns)]
+
+    def _positions(self) -> Iterator[LoaderState]:
+        """The state at which each block is entered, from `state` on."""
+        at = self.state
+        while True:
+            yield at
+            last = at.block + 1 == self._blocks_per_epoch()
+            at = LoaderState(epoch=at.epoch + 1) if last else LoaderState(epoch=at.epoch, block=at.block + 1)
+
+    def _blocks_per_epoch(self) -> int:
+        return -(-int(self.group_ends[-1]) // self.groups_per_block)
+
+    def _load(self, at: LoaderState, left: Event) -> Rows:
+        """Read, weigh, pack and shuffle one block, unless the reader has left."""
+        parts = []
+        for group in self._groups(at.epoch, at.block).tolist():
+            if left.is_set():
+                raise AbandonedError
+            parts.append(self._read(group))
+        ids, weights, lengths, shards = (np.concatenate(values) for values in zip(*parts, strict=True))
+        rng = np.random.default_rng([self.seed, at.epoch, at.block]) if self.shuffle else None
+        return pack(ids, weights, lengths, shards, self.sequence_length, rng)
+
+    def _groups(self, epoch: int, block: int) -> np.ndarray:
+        """The row groups of a block, numbered through the whole set."""
+        total = int(self.group_ends[-1])
+        first = block * self.groups_per_block
+        chosen = slice(first, min(first + self.groups_per_block, total))
+        if not self.shuffle:
+            return np.arange(chosen.start, chosen.stop)
+        with self._order_lock:  # threads may prepare blocks of two epochs
+            if self._order[0] != epoch:
+                self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(total)
+            return self._order[1][chosen]
+
+    def _read(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Flat ids, flat weights, sequence lengths and shard numbers of the sequences of one row group of the set."""
+        shard = int(np.searchsorted(self.group_ends, group, side="right"))
+        row_group = group - int(self.group_ends[shard]) + self.shards.first.manifest.shards[shard].row_groups
+        table = self.shards.read(shard, self.weighting.columns, row_group)
+        lengths = list_lengths(table["input_ids"])
+        weights = self.weighting.of_table(table, np.random.default_rng([self.seed, shard, row_group]))
+        numbers = np.full(len(lengths), self.first_shard + shard)
+        return flat_values(table["input_ids"]), weights, lengths, numbers

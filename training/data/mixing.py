@@ -1,0 +1,144 @@
+"""Training rows from several corpora, each with a fixed share of the rows.
+
+Which set a row comes from follows from its number in the stream, and each set is a stream of its own. So the order
+does not depend on the batch size or the number of devices, and all the state is how many rows each set gave, and where
+it is.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate, tee
+
+import numpy as np
+from pydantic import BaseModel
+
+from weighted_mtp.schemas.configs import TrainConfig, exact, split_paths
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.training.data.loader import LoaderState, RowLoader
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.weighting import make_weighting
+
+
+class MixState(BaseModel):
+    """How many rows each set gave, and its position."""
+
+    drawn: tuple[int, ...]
+    sets: tuple[LoaderState, ...]
+
+
+class MixedLoader:
+    """Rows of several sets, each with its share of them, wrapping around by itself; otherwise as `RowLoader`.
+
+    Args:
+        loaders: the stream of each set; no two may number their shards alike.
+        shares: of each set, positive, 1 in all.
+    """
+
+    def __init__(self, loaders: Sequence[RowLoader], shares: Sequence[Fraction]) -> None:
+        self.loaders = loaders
+        self.shares = shares
+        self.drawn = (0,) * len(loaders)
+
+    @property
+    def state(self) -> MixState:
+        """Position in the stream."""
+        return MixState(drawn=self.drawn, sets=tuple(loader.state for loader in self.loaders))
+
+    @state.setter
+    def state(self, state: MixState) -> None:
+        self.drawn = state.drawn
+        for loader, position in zip(self.loaders, state.sets, strict=True):
+            loader.state = position
+
+    def batches(self, rows: int) -> Iterator[Rows]:
+        """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
+        origins, *copies = tee(schedule(self.shares, self.drawn, rows), 1 + len(self.loaders))
+        draws = [loader.draw(_counts(copies[i], i)) for i, loader in enumerate(self.loaders)]
+        for origin, *parts in zip(origins, *draws, strict=True):
+            self.drawn = tuple(before + len(part.tokens) for before, part in zip(self.drawn, parts, strict=True))
+            # The parts lie one after the other, as the rows would if they were sorted by origin.
+            yield Rows.concatenate(parts).take(np.argsort(np.argsort(origin, kind="stable")))
+
+    def rows_per_epoch(self) -> float:
+        """How many rows there are for one pass over the first set."""
+        return self.loaders[0].rows_per_epoch() / float(self.shares[0])
+
+    def files(self, sources: Iterable[np.ndarray]) -> list[str]:
+        """Paths of the shards that rows with these `Rows.sources` were read from, in order, each once."""
+        sources = list(sources)
+        return [file for loader in self.loaders for file in loader.files(sources)]
+
+
+def schedule(shares: Sequence[Fraction], drawn: Sequence[int], rows: int) -> Iterator[np.ndarray]:
+    """Yield for `rows` rows at a time which of at least two sets each comes from, after each gave `drawn` rows.
+
+    Of the sets that are behind their share, the one whose next row is due first goes first. That keeps the number of
+    rows of each of n sets within `1 - 1 / (2n - 2)` of its share at all times, which is the best possible (Tijdeman,
+    The chairman assignment problem, 1980); always taking the set that is furthest behind does not keep it within 1.
+    """
+    counts, scale = list(drawn), 2 * len(shares) - 2
+    whole = math.lcm(*(share.denominator for share in shares))
+    parts = [int(share * whole) for share in shares]
+    common = math.lcm(*parts)
+
+    def assign() -> int:
+        row = sum(counts) + 1
+        behind = [i for i, part in enumerate(parts) if scale * (part * row - whole * counts[i]) >= whole]
+        chosen = min(behind, key=lambda i: (scale * (counts[i] + 1) - 1) * (common // parts[i]))
+        counts[chosen] += 1
+        return chosen
+
+    while True:
+        yield np.array([assign() for _ in range(rows)])
+
+
+def _counts(origins: Iterator[np.ndarray], number: int) -> Iterator[int]:
+    return (int((origin == number).sum()) for origin in origins)
+
+
+def open_mix(config: TrainConfig) -> list[ZippedSets]:
+    """Open the sets of `--mix`.
+
+    Raises:
+        UserError: one cannot be opened.
+    """
+    return [ZippedSets.open(split_paths(name)) for name in config.mix]
+
+
+def mix_identity(config: TrainConfig, mixed: Sequence[ZippedSets]) -> dict[str, str]:
+    """What a continued run must find under --mix: sets and shares in order; nothing without any."""
+    parts = [f"{share} {shards.digest}" for share, shards in zip(config.mix.values(), mixed, strict=True)]
+    return {"mix": "; ".join(parts)} if parts else {}
+
+
+def make_loader(
+    config: TrainConfig, shards: ZippedSets, mixed: Sequence[ZippedSets], sequence_length: int
+) -> RowLoader | MixedLoader:
+    """The training rows of a run: of --input alone, or with those of --mix, each weighted by its own statistics.
+
+    Raises:
+        UserError: a set lacks the score column, or has nothing to predict.
+    """
+    sets = (shards, *mixed)
+    ends = accumulate((len(data.first.manifest.shards) for data in sets), initial=0)
+    loaders = [
+        RowLoader(
+            data,
+            make_weighting(config.weights, data),
+            sequence_length,
+            seed=_seed(config.seed, number),
+            workers=config.loader_workers,
+            first_shard=first_shard,
+        )
+        for number, (data, first_shard) in enumerate(zip(sets, ends, strict=False))
+    ]
+    if not mixed:
+        return loaders[0]
+    shares = [exact(share) for share in config.mix.values()]
+    return MixedLoader(loaders, [Fraction(1) - sum(shares), *shares])
+
+
+def _seed(seed: int, number: int) -> int:
+    """The seed of --input is that of the run, so that it is read in the same order whatever is mixed in."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) if number else seed

@@ -1,0 +1,1 @@
+"""Weighted losses of all heads against one shared unembedding."""

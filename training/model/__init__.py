@@ -1,0 +1,1 @@
+"""The model in training: a Hugging Face trunk and the heads on it."""

@@ -1,0 +1,186 @@
+"""Heads for multi-token prediction: modules that turn the trunk's work into hidden states for later tokens.
+
+The unembedding is shared by all heads and is the trunk's own, and offset 1 is the trunk's own path, so a model without
+extra heads is an ordinary language model. Every kind of heads says how to compute its hidden states from what the trunk
+left (`TrunkPass`) as `HeadGroup`s, which `training.loss.multi_head` runs and differentiates one after the other.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.training.loss.multi_head import HeadGroup
+from weighted_mtp.training.loss.targets import valid_targets
+from weighted_mtp.training.model.trunk import LayerCall, decoder_parts, make_layer, shorten
+
+
+class TrunkPass(NamedTuple):
+    """What a pass of the trunk over packed rows leaves to the heads.
+
+    Attributes:
+        inputs: tensors (B, T, D) through which gradients reach the trunk: the final hidden states first, then those
+            that `Heads.reads` asked for.
+        position_ids: (B, T) int64.
+        last_call: arguments of the trunk's last layer.
+    """
+
+    inputs: tuple[Tensor, ...]
+    position_ids: Tensor
+    last_call: LayerCall
+
+
+class Heads(nn.ModuleList, ABC):
+    """The modules for all offsets after the first; head number k of a model is module k - 1."""
+
+    reads: Sequence[str] = ()
+    """What it reads of the trunk besides the final hidden states: `last_layer_input`, `before_norm`, `embeddings`."""
+
+    @abstractmethod
+    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
+        """How to compute the hidden states of heads 1, 2, ..."""
+
+
+class ResidualHead(nn.Module):
+    """`x + SiLU(W x)` on the trunk's output, W = 0 at the start (Medusa, arXiv 2401.10774, section 2.1.1)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (..., D) to (..., D); rows are independent."""
+        return hidden_states + nn.functional.silu(self.linear(hidden_states))
+
+
+class ResidualHeads(Heads):
+    """Parallel heads of one residual block each."""
+
+    def __init__(self, trunk: Any, offsets: Sequence[int]) -> None:
+        super().__init__(ResidualHead(trunk.config.hidden_size) for _ in offsets[1:])
+
+    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
+        """Each head alone; only rows that carry weight pass it."""
+        return [self._group(i, head) for i, head in enumerate(self, start=1)]
+
+    @staticmethod
+    def _group(number: int, head: nn.Module) -> HeadGroup:
+        def hidden_states(inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+            return [head(inputs[0].flatten(0, 1)[rows[0]])]
+
+        return HeadGroup([number], hidden_states, tuple(head.parameters()))
+
+
+class DecoderHeads(Heads):
+    """Parallel heads of one decoder layer each, on the input of the trunk's last layer (arXiv 2404.19737)."""
+
+    reads = ("last_layer_input",)
+
+    def __init__(self, trunk: Any, offsets: Sequence[int], *, from_scratch: bool) -> None:
+        """Copy the last layer of a pretrained trunk for every head, or take as many layers off a new one.
+
+        Raises:
+            UserError: the trunk has too few layers.
+        """
+        layers, norm = decoder_parts(trunk)
+        extra = len(offsets) - 1
+        if not from_scratch:
+            super().__init__(copy.deepcopy(layers[-1]) for _ in range(extra))
+        elif extra >= len(layers):
+            raise UserError(f"--heads.offsets: {len(layers)} layers are too few for {extra} decoder heads; use fewer")
+        else:
+            super().__init__(layers[-extra:])
+            shorten(trunk, len(layers) - extra)
+        self.final_norm = [norm]  # the trunk's own: in a list it is not a part of the heads
+
+    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
+        """Each head alone, over all positions, as its attention sees them all."""
+        return [self._group(i, layer, trunk.last_call) for i, layer in enumerate(self, start=1)]
+
+    def _group(self, number: int, layer: nn.Module, call: LayerCall) -> HeadGroup:
+        [norm] = self.final_norm
+
+        def hidden_states(inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+            return [norm(call.run(layer, inputs[1]).flatten(0, 1)[rows[0]])]
+
+        return HeadGroup([number], hidden_states, (*layer.parameters(), *norm.parameters()))
+
+
+class SequentialModule(nn.Module):
+    """One decoder layer on `M [norm(h); norm(emb)]`, with a norm of its own at the end (DeepSeek-V3, arXiv 2412.19437).
+
+    Names and order of the concatenation are those of MiMo (arXiv 2505.07608), which vLLM serves. M starts by passing
+    h on, beside a random part for the embedding.
+    """
+
+    def __init__(self, trunk: Any, *, from_scratch: bool) -> None:
+        super().__init__()
+        layers, norm = decoder_parts(trunk)
+        size = trunk.config.hidden_size
+        self.hidden_layernorm, self.token_layernorm = copy.deepcopy(norm), copy.deepcopy(norm)
+        self.input_proj = nn.Linear(2 * size, size, bias=False)
+        for module in (self.hidden_layernorm, self.token_layernorm, self.input_proj):
+            trunk._init_weights(module)
+        with torch.no_grad():
+            self.input_proj.weight[:, :size] = torch.eye(size)
+        self.mtp_block = make_layer(trunk) if from_scratch else copy.deepcopy(layers[-1])
+        self.final_layernorm = copy.deepcopy(norm)
+
+    def forward(self, hidden_states: Tensor, embeddings: Tensor, call: LayerCall) -> Tensor:
+        """Map the hidden states (B, T, D) of the module before and embeddings (B, T, D) to hidden states (B, T, D)."""
+        pair = torch.cat([self.hidden_layernorm(hidden_states), self.token_layernorm(embeddings)], dim=-1)
+        return call.run(self.mtp_block, self.input_proj(pair))
+
+
+class SequentialHeads(Heads):
+    """A chain of modules, each of which reads the one before it and the token that that one predicts.
+
+    The first reads the trunk's hidden states before their final norm. Embeddings are zeros at position 0 of every
+    document, as in vLLM's MiMo, and where the token would lie beyond the document.
+    """
+
+    reads = ("before_norm", "embeddings")
+
+    def __init__(self, trunk: Any, offsets: Sequence[int], *, from_scratch: bool) -> None:
+        super().__init__(SequentialModule(trunk, from_scratch=from_scratch) for _ in offsets[1:])
+        self.offsets = tuple(offsets)
+
+    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
+        """One group, for every module needs the one before it."""
+
+        def hidden_states(inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+            _, states, embeddings = inputs
+            found = []
+            modules: Sequence[Any] = list(self)
+            for module, offset, index in zip(modules, self.offsets, rows, strict=False):
+                ahead = shift_within(embeddings, trunk.position_ids, offset)
+                states = module(states, ahead, trunk.last_call)
+                found.append(module.final_layernorm(states.flatten(0, 1)[index]))
+            return found
+
+        return [HeadGroup(range(1, len(self) + 1), hidden_states, tuple(self.parameters()))] if len(self) else []
+
+
+def shift_within(values: Tensor, position_ids: Tensor, offset: int) -> Tensor:
+    """`values[:, t + offset]` where t is not first in its document and t + offset lies in it, else zeros (B, T, D)."""
+    inside = valid_targets(position_ids, offset) & (position_ids[:, :-offset] > 0)
+    ahead = torch.where(inside[..., None], values[:, offset:], 0)
+    return nn.functional.pad(ahead, (0, 0, 0, offset))
+
+
+def make_heads(trunk: Any, kind: str, block: str, offsets: Sequence[int], *, from_scratch: bool) -> Heads:
+    """Heads of a kind and block (see `schemas.configs.HeadsConfig`) for a trunk.
+
+    Raises:
+        UserError: the trunk has too few layers, or its architecture hides them.
+    """
+    if kind == "sequential":
+        return SequentialHeads(trunk, offsets, from_scratch=from_scratch)
+    if block == "decoder":
+        return DecoderHeads(trunk, offsets, from_scratch=from_scratch)
+    return ResidualHeads(trunk, offsets)

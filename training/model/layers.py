@@ -1,0 +1,47 @@
+"""What is done to every decoder layer by itself, those that are heads included: checkpointing and compilation."""
+
+from typing import Any
+
+import torch
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.training.model.mtp_model import MTPModel
+from weighted_mtp.training.model.trunk import decoder_parts
+
+
+def trunk_layers(model: MTPModel) -> list[Any]:
+    """The decoder layers of the trunk.
+
+    Raises:
+        UserError: the architecture names them otherwise than all known ones do.
+    """
+    return list(decoder_parts(model.trunk)[0])
+
+
+def all_layers(model: MTPModel) -> list[Any]:
+    """The decoder layers of the trunk and those of the heads."""
+    layers = trunk_layers(model)
+    return layers + [module for module in model.heads.modules() if isinstance(module, type(layers[0]))]
+
+
+def checkpoint_activations(model: MTPModel) -> None:
+    """Keep only the input of every decoder layer for the backward pass, which computes the layer again.
+
+    Raises:
+        UserError: the architecture cannot do that.
+    """
+    settings = {"use_reentrant": False}
+    try:
+        model.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    except ValueError as error:
+        raise UserError(f"{error}; train it without --activation_checkpointing") from error
+    first = trunk_layers(model)[0]
+    for layer in all_layers(model):
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = first._gradient_checkpointing_func
+
+
+def compile_layers(model: MTPModel) -> None:
+    """Compile the forward of every decoder layer; its hooks, which shard and record, stay outside."""
+    for layer in all_layers(model):
+        layer.forward = torch.compile(layer.forward)

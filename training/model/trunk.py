@@ -1,0 +1,179 @@
+"""The Hugging Face model under the heads: loading it, finding its parts, and what training relies on."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
+
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.locations import local_name
+
+LAYER_NAMES = ("layers", "h")
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+ON_GPU_ONLY = ("flex_attention", "flash_attention_2", "flash_attention_3")
+"""Attention implementations of transformers that cannot train, or not run at all, on a CPU."""
+
+
+@dataclass
+class LayerCall:
+    """The arguments of a call of a decoder layer; with them another layer runs in its place."""
+
+    args: Sequence[Any] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """The layer's input (B, T, D)."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """Run `layer` on other hidden states (B, T, D), with the masks and positions of the call; returns (B, T, D)."""
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "hidden_states"}
+        output = layer(hidden_states, *self.args[1:], **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -> Any:
+    """Load a causal language model in float32, from its weights or from its config alone.
+
+    Args:
+        name: directory, address in an object store, or Hugging Face id.
+        from_scratch: start from random weights.
+        attention: one of transformers' attention implementations; None leaves the choice to it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    source = local_name(name)
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    try:
+        if from_scratch:
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **settings)
+        return AutoModelForCausalLM.from_pretrained(source, **settings)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        hint = "give the directory or id of a causal language model"
+        if isinstance(error, ImportError):
+            hint = "choose another --attention"
+        elif Path(source).is_dir() and not from_scratch:
+            hint += ", or --from_scratch true to use its config only"
+        raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
+
+
+def choose_attention(wanted: str, device: torch.device) -> str | None:
+    """The attention implementation for `--attention wanted` on a device; None leaves the choice to transformers.
+
+    Raises:
+        UserError: it cannot train there.
+    """
+    if wanted == "auto":
+        return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else None
+    if device.type == "cpu" and wanted in ON_GPU_ONLY:
+        raise UserError(f"--attention {wanted}: trains on a GPU only; use sdpa")
+    return wanted
+
+
+def decoder_parts(trunk: Any) -> tuple[nn.ModuleList, nn.Module]:
+    """The decoder layers and the final norm of a trunk.
+
+    Raises:
+        UserError: the architecture names them otherwise than all known ones do.
+    """
+    decoder = trunk.get_decoder()
+    layers = next((getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)), None)
+    norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
+    if layers is None or norm is None:
+        raise UserError(
+            f"{type(decoder).__name__}: decoder layers or final norm not found; use --heads.block residual, without "
+            "--fsdp, --compile and --activation_checkpointing, or another architecture"
+        )
+    return layers, norm
+
+
+@contextmanager
+def recorded_call(module: nn.Module) -> Iterator[LayerCall]:
+    """Record the arguments of the next call of `module`."""
+    call = LayerCall()
+
+    def record(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        call.args, call.kwargs = args, kwargs
+
+    hook = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield call
+    finally:
+        hook.remove()
+
+
+def make_layer(trunk: Any) -> nn.Module:
+    """A new decoder layer like the trunk's last, with random weights."""
+    layers, _ = decoder_parts(trunk)
+    layer = copy.deepcopy(layers[-1])
+    layer.apply(trunk._init_weights)
+    return layer
+
+
+def shorten(trunk: Any, layers: int) -> None:
+    """Take all but the first `layers` decoder layers off a trunk."""
+    decoder_layers, _ = decoder_parts(trunk)
+    del decoder_layers[layers:]
+    shorten_config(trunk.config, layers)
+
+
+def shorten_config(config: Any, layers: int) -> None:
+    """Make a Hugging Face config describe a model with so many layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+@torch.no_grad()
+def check_trunk(trunk: Any, name: str) -> None:
+    """Make sure that what training relies on holds for this architecture, on two short made-up documents.
+
+    An attention that needs a GPU is tried there, in a trunk of the same shape with two layers and random weights.
+
+    Raises:
+        UserError: the logits are not `hidden @ unembedding.T` (plus bias, soft-cap), or packed documents are mixed.
+    """
+    attention = trunk.config._attn_implementation
+    if attention in ON_GPU_ONLY:
+        config = copy.deepcopy(trunk.config)
+        shorten_config(config, min(2, config.num_hidden_layers))
+        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).cuda()
+    tolerance = 1e-3 if trunk.dtype == torch.float32 else 5e-2
+    training = trunk.training
+    trunk.eval()
+    ids = torch.arange(12, device=trunk.device)[None] % trunk.config.vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]], device=trunk.device)
+    hidden = trunk.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    alone = trunk.get_decoder()(input_ids=ids[:, 5:], use_cache=False).last_hidden_state
+    logits = trunk(input_ids=ids[:, 5:], use_cache=False).logits
+    unembedding = trunk.get_output_embeddings()
+    own = nn.functional.linear(alone, unembedding.weight, unembedding.bias)
+    if (cap := softcap(trunk)) is not None:
+        own = cap * torch.tanh(own / cap)
+    trunk.train(training)
+    if not logits.isfinite().all():
+        raise UserError(f"{name}: predicts NaN or infinity; check its weights")
+    if not torch.allclose(own, logits, rtol=tolerance, atol=tolerance):
+        raise UserError(
+            f"{name}: {type(trunk).__name__} rescales its logits, which training cannot do; use another architecture"
+        )
+    if not torch.allclose(hidden[:, 5:], alone, rtol=tolerance, atol=tolerance):
+        raise UserError(
+            f"{name}: {type(trunk).__name__} does not separate packed documents with {attention} attention; "
+            "use another --attention or architecture"
+        )
+
+
+def softcap(trunk: Any) -> float | None:
+    """The bound that the architecture puts on its logits, None for none."""
+    return getattr(trunk.config, "final_logit_softcapping", None)

@@ -1,0 +1,1 @@
+"""One training run: its settings checked, its directory, its checkpoints, from start to summary."""

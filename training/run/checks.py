@@ -1,0 +1,106 @@
+"""Whether settings, model, shard sets and devices fit together, before anything is computed."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import get_available_trackers
+from transformers import AutoTokenizer
+
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.fingerprints import tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import read_json
+from weighted_mtp.schemas.storage.locations import Location, local_name, locate
+from weighted_mtp.training.model.mtp_model import MTPModel
+
+
+def check_settings(config: TrainConfig, sequence_length: int, processes: int) -> None:
+    """Refuse settings that do not fit the number of processes, the rows, or what is installed.
+
+    Raises:
+        UserError: a batch that cannot be split, an offset beyond the end of a row, or a tracker that is missing.
+    """
+    if config.batch_size % processes:
+        raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
+    if config.heads.dmtd.cycle > sequence_length:
+        raise UserError(f"--heads.dmtd.cycle {config.heads.dmtd.cycle}: longer than rows of {sequence_length} tokens")
+    if config.heads.offsets[-1] >= sequence_length:
+        raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
+    if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
+        name = min(missing)
+        raise UserError(f"--trackers: the package of '{name}' is not installed; install it or leave '{name}' out")
+
+
+def check_tokenizer(model: str, shards: ShardSet) -> None:
+    """Refuse a model that comes with another tokenizer than the corpus. A directory without one is not refused.
+
+    Raises:
+        UserError: the fingerprints differ, or the tokenizer cannot be loaded.
+    """
+    if (record := run_record(locate(model))) is not None:
+        if record["inputs"]["tokenizer"] != shards.manifest.tokenizer.fingerprint:
+            raise UserError(
+                f"{shards.path}: has another tokenizer than {model} was trained with; prepare it with that one"
+            )
+        return
+    source = local_name(model)
+    is_directory = Path(source).is_dir()
+    if is_directory and not any(Path(source).glob("tokenizer*.json")):
+        return
+    if not is_directory and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        raise UserError(f"--model {model}: no such directory; check the path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
+        remedy = "restore it" if is_directory else "check the name, or give a directory"
+        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); {remedy}") from error
+    expected = shards.manifest.tokenizer
+    if tokenizer_fingerprint(tokenizer) != expected.fingerprint:
+        raise UserError(
+            f"--model {model}: its tokenizer is not that of {shards.path} ({expected.name}); "
+            "prepare the corpus with this model's tokenizer"
+        )
+
+
+def run_record(place: Location) -> dict[str, Any] | None:
+    """What a training run says of itself; None for a model that is not one.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    record = place / "run.json"
+    if not record.exists():
+        return None
+    if not (place / "model").is_dir():
+        raise UserError(f"--model {place}: this training run is not finished; repeat its command first")
+    return read_json(record)
+
+
+def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
+    """Raise UserError unless two shard sets have the same tokenizer."""
+    if shards.manifest.tokenizer.fingerprint != other.manifest.tokenizer.fingerprint:
+        raise UserError(f"{other.path}: has another tokenizer than {shards.path}; prepare both with the same one")
+
+
+def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:
+    """Refuse a model that has fewer embeddings than the corpus has ids, or fewer positions than a document may take.
+
+    Raises:
+        UserError: the model is too small for the shard set.
+    """
+    size, needed = model.trunk.get_output_embeddings().weight.shape[0], shards.manifest.tokenizer.vocab_size
+    if size < needed:
+        raise UserError(
+            f"--model {name}: has {size} embeddings but the tokenizer of {shards.path} has {needed} ids; "
+            "use a model made for this tokenizer"
+        )
+    if (furthest := model.config.offsets[-1]) >= sequence_length:
+        raise UserError(f"--sequence_length {sequence_length}: has no token {furthest} ahead, which a head predicts")
+    positions = getattr(model.trunk.config, "max_position_embeddings", None)
+    longest = min(sequence_length, shards.manifest.longest)
+    if positions is not None and positions < longest:
+        raise UserError(
+            f"--model {name}: reads at most {positions} tokens, {shards.path} has sequences of up to {longest}; "
+            f"give --sequence_length {positions}, or prepare with --max_length {positions}"
+        )
