@@ -35,7 +35,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from weighted_mtp.data.python_library import documentation, sources
 from weighted_mtp.schemas.configs import TrainConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
-from weighted_mtp.schemas.shard_set.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from weighted_mtp.schemas.shard_set.manifest import Contrast, CorpusInfo, Manifest, ScoreColumn, TokenizerInfo
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
@@ -132,7 +132,7 @@ def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> Shard
             bos_token_id=None,
             eos_token_id=None,
         ),
-        columns={name: Column(origin=contrast, statistics=own.statistics()) for name, own in counts.items()},
+        columns={name: ScoreColumn(origin=contrast, statistics=own.statistics()) for name, own in counts.items()},
         shards=entries,
         request={"command": "benchmark"},
     )

@@ -48,7 +48,7 @@ from transformers import (
 
 from weighted_mtp.schemas.configs import DirectDecodingConfig, HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
-from weighted_mtp.schemas.shard_set.manifest import Column, Contrast, CorpusInfo, Manifest, TokenizerInfo
+from weighted_mtp.schemas.shard_set.manifest import Contrast, CorpusInfo, Manifest, ScoreColumn, TokenizerInfo
 from weighted_mtp.schemas.shard_set.shard_set import finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
@@ -230,7 +230,7 @@ def write_shards(job: Job) -> None:
             bos_token_id=0,
             eos_token_id=1,
         ),
-        columns={name: Column(origin=origin, statistics=counts[name].statistics()) for name in columns},
+        columns={name: ScoreColumn(origin=origin, statistics=counts[name].statistics()) for name in columns},
         shards=[shard],
         request={"command": "benchmark"},
     )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from weighted_mtp.pipelines.reports.pages import check_page, decode, printable, show
 from weighted_mtp.schemas.configs import InspectConfig
 from weighted_mtp.schemas.progress import ProgressBar
-from weighted_mtp.schemas.shard_set.manifest import Column, Contrast, Manifest
+from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest, ScoreColumn
 from weighted_mtp.schemas.shard_set.shard_set import FOOTERS, ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.storage.locations import local_copy
@@ -111,7 +111,7 @@ def columns_table(shard_set: ShardSet) -> Table:
     return table
 
 
-def describe_statistics(column: Column) -> list[str]:
+def describe_statistics(column: ScoreColumn) -> list[str]:
     """Missing, mean, standard deviation and three quantiles of a column."""
     statistics = column.statistics
     numbers = [statistics.mean, statistics.std, *(statistics.quantiles.get(q) for q in ("0.01", "0.5", "0.99"))]

@@ -19,7 +19,7 @@ from weighted_mtp.pipelines.reports.score_summary import Scored, print_dry_run, 
 from weighted_mtp.schemas.configs import ConditionConfig, ScoreConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.progress import ProgressBar
-from weighted_mtp.schemas.shard_set.manifest import Column, Condition, Contrast, Manifest, Quantity, ShardEntry
+from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Manifest, Quantity, ScoreColumn, ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
 from weighted_mtp.schemas.storage.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
 from weighted_mtp.schemas.storage.locations import Location, remove_tree, resolve
@@ -33,7 +33,7 @@ from weighted_mtp.scoring.conditions.plan import (
     reuse_columns,
 )
 from weighted_mtp.scoring.conditions.prompts import Prompt, make_prompt
-from weighted_mtp.scoring.conditions.windows import make_window
+from weighted_mtp.scoring.conditions.short_context import make_short_context
 from weighted_mtp.scoring.engines.base import (
     SPEED_ARGS,
     EngineConfig,
@@ -110,7 +110,7 @@ def plan_run(config: ScoreConfig, source: ShardSet) -> ScoringPlan:
 
     reference = find(config.reference, "--reference") if config.reference else None
     base = find(config.base, "--base") if config.base else None
-    window = make_window(config.short_context, config.short_stride) if config.short_context else None
+    window = make_short_context(config.short_context, config.short_stride) if config.short_context else None
     plan = plan_columns(reference, base, window, further_quantities(config))
     for name, of in config.conditions.items():
         prompt = make_prompt(of.prompt, f"--conditions.{name}.prompt", source)
@@ -268,7 +268,7 @@ def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Co
     sequences = Counter(shard for shard, _ in {(reject.shard, reject.row) for reject in rejects})
     entries = [replace(entry, rejects=sequences[entry.name]) for entry in found.entries]
     counts = source.value_counts() | {name: found.counts[name] for name in origins}
-    new = {name: Column(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
+    new = {name: ScoreColumn(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
     manifest = Manifest(
         corpus=source.manifest.corpus,
         tokenizer=source.manifest.tokenizer,

@@ -29,11 +29,11 @@ from upath import UPath
 from weighted_mtp.pipelines.reports.score_summary import Scored
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import (
-    Column,
     Condition,
     Contrast,
     CorpusInfo,
     Manifest,
+    ScoreColumn,
     ShardEntry,
     TokenizerInfo,
 )
@@ -144,7 +144,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
                 eos_token_id=257,
             ),
             columns={
-                column: Column(
+                column: ScoreColumn(
                     origin=condition if column.startswith("loss_") else contrast, statistics=counts[column].statistics()
                 )
                 for column in scores

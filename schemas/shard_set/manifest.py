@@ -22,20 +22,20 @@ PROMPT_SHOWN = 40
 """Characters of a prompt in the line that describes a condition."""
 
 
-class Record(BaseModel):
+class ManifestRecord(BaseModel):
     """Base of everything written to the manifest: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Window(Record):
-    """A short context: windows of `size` tokens every `stride` tokens (see `scoring.conditions.windows`)."""
+class ShortContext(ManifestRecord):
+    """A short context: windows of `size` tokens every `stride` tokens (see `scoring.conditions.short_context`)."""
 
     size: int
     stride: int
 
 
-class Condition(Record):
+class Condition(ManifestRecord):
     """A model and the context it may see; every token has one loss, and further quantities, under a condition.
 
     `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
@@ -54,7 +54,7 @@ class Condition(Record):
     engine_method: str | None = None
     engine_args: dict[str, Any] = {}
     tensor_parallel_size: int = 1
-    window: Window | None = None
+    window: ShortContext | None = None
     prompt: str | None = None
     quantity: Quantity = "loss"
 
@@ -75,7 +75,7 @@ def quote(text: str) -> str:
     return json.dumps(shown, ensure_ascii=False)
 
 
-class Contrast(Record):
+class Contrast(ManifestRecord):
     """The difference `minuend - subtrahend` of two columns of the same tokens."""
 
     minuend: str
@@ -93,14 +93,14 @@ def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
     return one == other
 
 
-class Column(Record):
+class ScoreColumn(ManifestRecord):
     """A float16 score column: where it comes from and what its values look like."""
 
     origin: Condition | Contrast
     statistics: ColumnStatistics
 
 
-class TokenizerInfo(Record):
+class TokenizerInfo(ManifestRecord):
     """The tokenizer of a corpus. Its files lie in `tokenizer/` inside the shard set; `files_sha256` is their digest."""
 
     name: str
@@ -111,7 +111,7 @@ class TokenizerInfo(Record):
     eos_token_id: int | None
 
 
-class CorpusInfo(Record):
+class CorpusInfo(ManifestRecord):
     """How the corpus became token ids.
 
     `sequence_columns` are the fields of the documents that every sequence of theirs carries: a `number` is a float32
@@ -155,7 +155,7 @@ SHARDS_AT_ONCE = 1000
 """Shards turned into JSON at once: all of them together would take several times the memory of the manifest."""
 
 
-class Timings(Record):
+class Timings(ManifestRecord):
     """How long scoring took: for each shard, in order, the seconds spent reading, in the engines, and writing."""
 
     read_seconds: list[float] = []
@@ -163,7 +163,7 @@ class Timings(Record):
     write_seconds: list[float] = []
 
 
-class Manifest(Record):
+class Manifest(ManifestRecord):
     """Everything a reader must know about a shard set.
 
     `columns` is empty for a corpus that was not scored yet. `request` holds the command's settings and the digests of
@@ -175,7 +175,7 @@ class Manifest(Record):
     created_by: str = f"weighted-mtp {version('weighted-mtp')}"
     corpus: CorpusInfo
     tokenizer: TokenizerInfo
-    columns: dict[str, Column] = {}
+    columns: dict[str, ScoreColumn] = {}
     shards: list[ShardEntry]
     statistics_sha256: str | None = None
     derived_from: str | None = None

@@ -8,7 +8,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Column, Condition, Contrast, Quantity, Window, same_origin
+from weighted_mtp.schemas.shard_set.manifest import (
+    Condition,
+    Contrast,
+    Quantity,
+    ScoreColumn,
+    ShortContext,
+    same_origin,
+)
 from weighted_mtp.schemas.storage.files import differences
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.prompts import Prompt
@@ -22,7 +29,7 @@ class Measurement:
     """What a column holds: a quantity under a condition. `window` is None for the full context."""
 
     model: ScoringModel
-    window: Window | None = None
+    window: ShortContext | None = None
     quantity: Quantity = "loss"
     prompt: Prompt | None = None
 
@@ -104,7 +111,7 @@ def measure_condition(
 def plan_columns(
     reference: ScoringModel | None,
     base: ScoringModel | None,
-    window: Window | None,
+    window: ShortContext | None,
     further: Collection[Quantity] = (),
 ) -> ScoringPlan:
     """The columns that a reference model, a base model, a short context and further quantities of the reference give.
@@ -133,7 +140,7 @@ def parse_contrast(difference: str) -> Contrast:
 
 
 def reuse_columns(
-    plan: ScoringPlan, conditions: Mapping[str, Condition], held: Mapping[str, Column], suffix: str
+    plan: ScoringPlan, conditions: Mapping[str, Condition], held: Mapping[str, ScoreColumn], suffix: str
 ) -> ScoringPlan:
     """What is left to do where the input holds columns already.
 
@@ -177,7 +184,7 @@ def reuse_columns(
 
 
 def check_sides(
-    name: str, contrast: Contrast, sources: Mapping[str, Condition], held: Mapping[str, Column]
+    name: str, contrast: Contrast, sources: Mapping[str, Condition], held: Mapping[str, ScoreColumn]
 ) -> Condition:
     """Check the two columns of a contrast.
 
@@ -213,7 +220,7 @@ def check_sides(
     return origins[0]
 
 
-def check_name(name: str, held: Mapping[str, Column], origin: Condition | Contrast) -> None:
+def check_name(name: str, held: Mapping[str, ScoreColumn], origin: Condition | Contrast) -> None:
     """Raise UserError if a column of the input has this name; `origin` is what would be written under it."""
     if name in held:
         before, after = (one.model_dump(mode="json") for one in (held[name].origin, origin))

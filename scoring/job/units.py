@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Record, ShardEntry, Timings
+from weighted_mtp.schemas.shard_set.manifest import ManifestRecord, ShardEntry, Timings
 from weighted_mtp.schemas.shard_set.shards import flat_values, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts, from_table, to_table
 from weighted_mtp.schemas.storage.files import PROGRESS, atomic_write, move, write_text
@@ -27,7 +27,7 @@ Suspect = tuple[str, int]
 """A sequence that may have taken down a worker: the fingerprint of a model, and the row."""
 
 
-class Reject(Record):
+class Reject(ManifestRecord):
     """A sequence that a model could not score; its scores under that model are NaN."""
 
     shard: str
@@ -38,7 +38,7 @@ class Reject(Record):
     reason: str
 
 
-class UnitRecord(Record):
+class UnitRecord(ManifestRecord):
     """What a scored unit gave besides its value counts. Seconds of reading, of the engines, of writing."""
 
     entry: ShardEntry

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Column, Condition, Contrast, Window
+from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, ScoreColumn, ShortContext
 from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns, reuse_columns
-from weighted_mtp.scoring.conditions.windows import plan_windows
+from weighted_mtp.scoring.conditions.short_context import plan_windows
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, round_contrast, write_unit
 from weighted_mtp.scoring.job.units import Attempt, commit, find_done, gather
@@ -83,7 +83,7 @@ def measured(
 
 def test_short_context_losses_equal_a_search_for_each_token(sequences, models):
     model = models[0]
-    windows = {"a": Window(size=8, stride=6), "b": Window(size=5, stride=1)}
+    windows = {"a": ShortContext(size=8, stride=6), "b": ShortContext(size=5, stride=1)}
     measurements = {name: Measurement(model, window) for name, window in windows.items()}
     measurements |= {"full": Measurement(model), "entropy": Measurement(model, quantity="entropy")}
     engine = FakeEngine()
@@ -99,7 +99,7 @@ def test_short_context_losses_equal_a_search_for_each_token(sequences, models):
 
 
 def test_stored_losses_of_the_full_context_are_not_computed_again(sequences, models):
-    window = Window(size=8, stride=6)
+    window = ShortContext(size=8, stride=6)
     short = {"short": Measurement(models[0], window)}
     stored = FakeEngine().losses(sequences)
     engine = FakeEngine()
@@ -124,7 +124,7 @@ def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardSco
     source = make_shard_set([ids.tolist() for ids in sequences], rows_per_shard=6)
     output = tmp_path / "output"
     (output / PROGRESS).mkdir(parents=True)
-    plan = plan_columns(*models, Window(size=8, stride=6))
+    plan = plan_columns(*models, ShortContext(size=8, stride=6))
     task = ScoringTask(source.path, output, plan, CONFIG, BOS)
     scorer = ShardScorer(task, lambda model, config: engines[model.directory.name])
     (shard,) = source.manifest.shards
@@ -193,12 +193,12 @@ def test_models_with_the_same_weights_are_loaded_once(models):
     reference, base = models
     copy = ScoringModel("copy of ref", Path("elsewhere"), reference.fingerprint, 64)
     assert plan_columns(reference, copy, None).models == [reference]
-    assert plan_columns(reference, base, Window(size=8, stride=6)).models == [reference, base]
+    assert plan_columns(reference, base, ShortContext(size=8, stride=6)).models == [reference, base]
 
 
 def test_columns_follow_from_what_is_asked_for(models):
     reference, base = models
-    window = Window(size=8, stride=6)
+    window = ShortContext(size=8, stride=6)
     assert plan_columns(reference, None, None).columns == ("loss_reference",)
     assert plan_columns(reference, base, None).columns == ("loss_reference", "loss_base", "excess_loss")
     assert plan_columns(reference, None, window).columns == ("loss_reference", "loss_short", "long_short")
@@ -206,7 +206,7 @@ def test_columns_follow_from_what_is_asked_for(models):
 
 def test_columns_that_are_there_are_not_computed_again(models):
     reference, base = models
-    plan = plan_columns(reference, base, Window(size=8, stride=6))
+    plan = plan_columns(reference, base, ShortContext(size=8, stride=6))
 
     def condition(measurement: Measurement, model: str = "elsewhere") -> Condition:
         settings = {"dtype": "float32", "engine": "transformers", "engine_version": "5"}
@@ -237,8 +237,8 @@ def test_columns_that_are_there_are_not_computed_again(models):
         reuse_columns(plan, conditions, held, "_3")
 
 
-def held_column(origin: Condition | Contrast) -> Column:
-    return Column(origin=origin, statistics=ValueCounts().statistics())
+def held_column(origin: Condition | Contrast) -> ScoreColumn:
+    return ScoreColumn(origin=origin, statistics=ValueCounts().statistics())
 
 
 def test_list_columns_keep_sequences_apart(scorer, sequences):

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weighted_mtp.scoring.conditions.windows import Span, make_window, plan_windows, window_ids
+from weighted_mtp.scoring.conditions.short_context import ContextWindow, make_short_context, plan_windows, window_ids
 
 sizes_and_strides = st.integers(2, 40).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size - 1)))
 
@@ -34,13 +34,13 @@ def test_every_token_is_scored_once_by_the_window_the_definition_names(length, s
 
 def test_plan_by_hand():
     # Window 1 covers 6..13 and scores 8..13; window 2 covers 12..16 and scores what is left of 14..19.
-    assert list(plan_windows(17, 8, 6)) == [Span(6, 14, 8), Span(12, 17, 14)]
+    assert list(plan_windows(17, 8, 6)) == [ContextWindow(6, 14, 8), ContextWindow(12, 17, 14)]
     assert list(plan_windows(8, 8, 6)) == []
-    assert list(plan_windows(9, 8, 6)) == [Span(6, 9, 8)]
+    assert list(plan_windows(9, 8, 6)) == [ContextWindow(6, 9, 8)]
 
 
 def test_bos_takes_the_place_of_the_first_token_only_where_the_sequence_has_it():
-    span = Span(4, 8, 6)
+    span = ContextWindow(4, 8, 6)
     ids = np.arange(10, dtype=np.int32)
     assert window_ids(ids, span, None).tolist() == [4, 5, 6, 7]
     assert window_ids(ids, span, 99).tolist() == [4, 5, 6, 7]
@@ -49,9 +49,9 @@ def test_bos_takes_the_place_of_the_first_token_only_where_the_sequence_has_it()
 
 
 def test_default_stride_is_three_quarters():
-    assert make_window(512, None).stride == 384
-    assert make_window(2, None).stride == 1
-    assert make_window(512, 100).stride == 100
+    assert make_short_context(512, None).stride == 384
+    assert make_short_context(2, None).stride == 1
+    assert make_short_context(512, 100).stride == 100
 
 
 @given(st.integers(1, 3000), sizes_and_strides)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weighted_mtp.schemas.shard_set.manifest import Window
+from weighted_mtp.schemas.shard_set.manifest import ShortContext
 
 
 @dataclass(frozen=True)
-class Span:
+class ContextWindow:
     """One window: tokens `[start, end)` of the sequence, of which `[first_scored, end)` get their loss from it."""
 
     start: int
@@ -20,7 +20,7 @@ class Span:
     first_scored: int
 
 
-def plan_windows(length: int, size: int, stride: int) -> Iterator[Span]:
+def plan_windows(length: int, size: int, stride: int) -> Iterator[ContextWindow]:
     """Windows that score the tokens from position `size` on, each exactly once.
 
     Window k starts at `k * stride` and scores its last `stride` positions, so every token it scores has between
@@ -33,10 +33,10 @@ def plan_windows(length: int, size: int, stride: int) -> Iterator[Span]:
         stride: tokens between the starts of two windows, less than `size`.
     """
     for start in range(stride, length - size + stride, stride):
-        yield Span(start, min(start + size, length), start + size - stride)
+        yield ContextWindow(start, min(start + size, length), start + size - stride)
 
 
-def window_ids(ids: np.ndarray, span: Span, bos_token_id: int | None) -> np.ndarray:
+def window_ids(ids: np.ndarray, span: ContextWindow, bos_token_id: int | None) -> np.ndarray:
     """Token ids of a window; where the sequence starts with BOS, BOS takes the place of the window's first token."""
     window = ids[span.start : span.end]
     if bos_token_id is not None and ids[0] == bos_token_id:
@@ -45,6 +45,6 @@ def window_ids(ids: np.ndarray, span: Span, bos_token_id: int | None) -> np.ndar
     return window
 
 
-def make_window(size: int, stride: int | None) -> Window:
+def make_short_context(size: int, stride: int | None) -> ShortContext:
     """A window with the default stride of three quarters of its size."""
-    return Window(size=size, stride=stride or max(1, size * 3 // 4))
+    return ShortContext(size=size, stride=stride or max(1, size * 3 // 4))
