@@ -41,8 +41,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from weighted_mtp.schemas.errors import first_line
-from weighted_mtp.scoring.engines.base import Engine, EngineConfig, EngineMethod, Request, engine_version, load_engine
-from weighted_mtp.scoring.engines.vllm_engine import ENVIRONMENT, engine_arguments
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig, EngineMethod, Request
+from weighted_mtp.scoring.engines.choice import engine_version
+from weighted_mtp.scoring.engines.loading import load_engine
+from weighted_mtp.scoring.engines.vllm_arguments import engine_arguments
+from weighted_mtp.scoring.engines.vllm_engine import VLLM_ENVIRONMENT
 
 ENGINES = {
     "pooler": "vLLM, inside the engine",
@@ -164,7 +167,7 @@ def run(name: str, arguments: argparse.Namespace, flops: tuple[float, float]) ->
         return row | {"error": "vLLM is not installed"}
     command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--work", str(arguments.work)]
     threads = {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = os.environ | ENVIRONMENT | threads | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | VLLM_ENVIRONMENT | threads | {"HF_HUB_OFFLINE": "1"}
     with Console(stderr=True).status(f"measuring {name}"):
         process = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     result = arguments.work / f"{name}.json"

@@ -34,17 +34,9 @@ from weighted_mtp.scoring.conditions.plan import (
 )
 from weighted_mtp.scoring.conditions.prompts import Prompt, make_prompt
 from weighted_mtp.scoring.conditions.short_context import make_short_context
-from weighted_mtp.scoring.engines.base import (
-    SPEED_ARGS,
-    EngineConfig,
-    EngineMethod,
-    EngineName,
-    check_engine_args,
-    choose_engine,
-    choose_method,
-    engine_version,
-    runs_on_gpu,
-)
+from weighted_mtp.scoring.engines.base import EngineConfig, EngineMethod, EngineName
+from weighted_mtp.scoring.engines.choice import choose_engine, choose_method, engine_version, runs_on_gpu
+from weighted_mtp.scoring.engines.vllm_arguments import SPEED_ARGS, check_engine_args
 from weighted_mtp.scoring.job.contrasts_only import subtract
 from weighted_mtp.scoring.job.driver import ScoringJob
 from weighted_mtp.scoring.job.ray_cluster import Pool, ray_session

@@ -7,14 +7,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.storage.locations import Location, is_address, local_copy, locate, resolve
-from weighted_mtp.scoring.engines.base import architectures, is_recurrent
+from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
 
 CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
 
@@ -101,9 +100,8 @@ def load_config(directory: Path, name: str) -> Any:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: config.json cannot be read ({first_line(error)}); restore the checkpoint") from error
-    named = architectures(config)
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) not in named:
-        raise UserError(f"{name}: {named[0]} is not a causal language model; use one")
+    if not is_causal_lm(config):
+        raise UserError(f"{name}: {architectures(config)[0]} is not a causal language model; use one")
     return config
 
 

@@ -1,1 +1,1 @@
-"""Engines: frozen language models that compute token losses, in vLLM or in transformers."""
+"""Engines: frozen language models that score tokens, in vLLM or in transformers."""

@@ -1,8 +1,8 @@
-"""Token losses inside vLLM: what a causal language model of vLLM needs to return one or two numbers per token.
+"""Token scores inside vLLM: turns vLLM's causal language models into models that return one or two numbers per token.
 
-The model runs as vLLM's pooling models do. For every step of the engine the pooler gets the hidden states of all
-scheduled tokens and reduces them at once, so logits exist for a bounded number of positions and nothing but the numbers
-leaves the engine. Written for vLLM 0.24 to 0.32.
+The model runs as a vLLM pooling model. In each engine step the pooler reduces the hidden states of all scheduled tokens
+to scores, so logits exist for a bounded number of positions and only scores leave the engine. Written for vLLM 0.24 to
+0.32.
 """
 
 from functools import cache
@@ -21,45 +21,45 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 TASK = "token_classify"
 LOGITS_BYTES = 1 << 28
-"""Float32 logits in memory at once. Log-probabilities and the like come on top, up to three times as much."""
+"""Float32 logits per chunk. Log-probabilities and other intermediates take up to three times as much in addition."""
 CACHED_LOGITS_BYTES = 1 << 24
-"""The same on a CPU: what its caches hold is fastest, unless the whole head is converted to float32 for each chunk."""
-LEAST_ROWS = 256
-"""Fewer rows at once would leave the matrix product waiting for the weights."""
+"""The same on a CPU in float32, where chunks that fit in the caches are fastest."""
+MIN_ROWS = 256
+"""Smallest chunk: with fewer rows, reading the weights dominates the matrix product."""
 
 
 class TokenScorer(Pooler):
-    """Reduces the hidden states of each request to the losses of its tokens, and their entropies where asked for.
+    """Reduces the hidden states of each request to the losses of its tokens and, if requested, their entropies.
 
-    A request may carry in `PoolingParams.extra_kwargs`:
-        first_scored: int, the first position whose loss is wanted; default 1.
-        entropy: bool, whether the entropies of the predictions are wanted as well.
+    Options of a request in `PoolingParams.extra_kwargs`:
+        first_scored: int, first position to score; default 1.
+        entropy: bool, whether to return entropies, too.
 
-    Its result is a float32 tensor [1 or 2, tokens - first_scored]: losses in nats, then entropies in nats.
+    A result is a float32 tensor [1 or 2, tokens - first_scored]: losses in nats, then entropies in nats.
     """
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         super().__init__()
-        self.model = (model,)  # in a tuple, or the model would become a part of its own part
+        self.model = (model,)  # in a tuple: otherwise the model would be a submodule of itself
         self.vocab_size = vocab_size
 
     def get_supported_tasks(self) -> set[str]:
-        """The task under which vLLM returns something for each token."""
+        """The pooling task that returns a result for each token."""
         return {TASK}
 
     def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
-        """Ask for the token ids of the prompts."""
+        """Request the token ids of the prompts."""
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor | None]:
-        """Score the tokens whose prediction was computed in this step.
+        """Score the tokens that this step predicts.
 
         Args:
             hidden_states: final hidden states of all tokens of the step, [tokens, hidden size].
             pooling_metadata: the requests of the step, in the order of their tokens.
 
         Returns:
-            For each request its result if its prompt ends with this step, else None.
+            For each request, its result if this step ends its prompt, else None.
         """
         cursor = pooling_metadata.get_pooling_cursor()
         counts = cursor.num_scheduled_tokens_cpu.tolist()
@@ -70,7 +70,7 @@ class TokenScorer(Pooler):
         options = [params.extra_kwargs or {} for params in pooling_metadata.pooling_params]
         for ids, count, end, option in zip(prompts, counts, ends, options, strict=True):
             start = end - count
-            # Position t predicts token t + 1; the last one predicts nothing that is in the prompt.
+            # Position t predicts token t + 1; the last position predicts no token of the prompt.
             first = max(start, option.get("first_scored", 1) - 1)
             last = max(first, min(end, len(ids) - 1))
             rows.append(torch.arange(first, last) + (first_row - start))
@@ -86,7 +86,7 @@ class TokenScorer(Pooler):
         parts = scores.split(sizes, dim=1)
         for state, part, count, end, done, option in zip(states, parts, counts, ends, finished, options, strict=True):
             if end == count:
-                state.clean()  # a request that was preempted starts anew
+                state.clean()  # a preempted request starts over
             state.hidden_states_cache.append(part if option.get("entropy") else part[:1])
             results.append(torch.cat(state.hidden_states_cache, dim=1) if done else None)
             if done:
@@ -96,24 +96,34 @@ class TokenScorer(Pooler):
     def score(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, entropy: bool
     ) -> torch.Tensor:
-        """Losses of `targets` given the hidden states at `rows`, and entropies; float32 [1 or 2, rows]."""
-        if hidden_states.is_cuda:  # a copy from memory that is not pinned would wait for the forward pass
+        """Losses, and entropies if requested, of `targets` [rows] given the hidden states at `rows` [rows].
+
+        Returns:
+            float32 [1 or 2, rows].
+        """
+        if hidden_states.is_cuda:  # a copy from unpinned memory would wait for the forward pass
             rows, targets = rows.pin_memory(), targets.pin_memory()
         rows = rows.to(hidden_states.device, non_blocking=True)
         targets = targets.to(hidden_states.device, non_blocking=True)
         scores = hidden_states.new_empty((1 + entropy, len(rows)), dtype=torch.float32)
         in_caches = hidden_states.dtype == torch.float32 and not hidden_states.is_cuda
-        chunk = max(LEAST_ROWS, (CACHED_LOGITS_BYTES if in_caches else LOGITS_BYTES) // (4 * self.vocab_size))
+        chunk = max(MIN_ROWS, (CACHED_LOGITS_BYTES if in_caches else LOGITS_BYTES) // (4 * self.vocab_size))
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             self.score_chunk(hidden_states[rows[part]], targets[part], scores[:, part])
         return scores
 
     def score_chunk(self, hidden_states: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor) -> None:
-        """Write the losses of `targets` [rows], and entropies if there is room for them, to `scores` [1 or 2, rows]."""
+        """Write losses, and entropies if `scores` has a row for them, to `scores` [1 or 2, rows].
+
+        Args:
+            hidden_states: [rows, hidden size].
+            targets: token ids [rows].
+            scores: float32 [1 or 2, rows], filled in place.
+        """
         (model,) = self.model
         logits = model.compute_logits(hidden_states)
-        if logits is None:  # tensor parallel: another rank has the logits, and its result is the one that counts
+        if logits is None:  # tensor parallel: only the rank with the logits returns a result
             return
         logits = logits.float()
         scores[0] = F.cross_entropy(logits, targets, reduction="none")
@@ -122,7 +132,7 @@ class TokenScorer(Pooler):
 
 
 class TokenScoringModel(nn.Module):
-    """Mixed into a causal language model: float32 logits and a pooler that scores tokens."""
+    """Mixin for a causal language model: float32 logits and a pooler that scores tokens."""
 
     is_pooling_model = True
 
@@ -139,7 +149,7 @@ class TokenScoringModel(nn.Module):
 
 
 class Float32Head(UnquantizedEmbeddingMethod):
-    """Computes logits in float32 whatever the type of the model; the weights stay as they are."""
+    """Computes float32 logits from weights of any dtype, which stay unchanged."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits float32 [rows, vocabulary] of hidden states [rows, hidden size]."""
@@ -153,7 +163,7 @@ class Float32Head(UnquantizedEmbeddingMethod):
 
 @cache
 def scoring_class(model_class: type[nn.Module]) -> type[nn.Module]:
-    """A causal language model of vLLM as a pooling model that scores tokens; of such a model, itself."""
+    """The token-scoring subclass of a vLLM causal language model; `model_class` itself if it already scores tokens."""
     if issubclass(model_class, TokenScoringModel):
         return model_class
     return type(model_class.__name__, (TokenScoringModel, model_class, VllmModelForPooling), {})

@@ -16,7 +16,8 @@ from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, ScoringPlan
 from weighted_mtp.scoring.conditions.short_context import plan_windows, window_ids
-from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request, load_engine
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
+from weighted_mtp.scoring.engines.loading import load_engine
 from weighted_mtp.scoring.job.faults import OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
 from weighted_mtp.scoring.job.units import (
     Attempt,

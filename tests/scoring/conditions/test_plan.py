@@ -20,7 +20,8 @@ from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, ScoringPlan, measure_condition
 from weighted_mtp.scoring.conditions.prompts import Prompt, make_prompt
-from weighted_mtp.scoring.engines.base import EngineConfig, load_engine
+from weighted_mtp.scoring.engines.base import EngineConfig
+from weighted_mtp.scoring.engines.loading import load_engine
 from weighted_mtp.scoring.job.faults import fault_in
 from weighted_mtp.scoring.job.scorer import measure
 from weighted_mtp.scoring.job.units import Attempt, commit

@@ -22,7 +22,8 @@ from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, verify
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
-from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request, load_engine
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
+from weighted_mtp.scoring.engines.loading import load_engine
 from weighted_mtp.scoring.job import driver
 from weighted_mtp.scoring.job.driver import ScoringJob
 from weighted_mtp.scoring.job.scorer import load_model

@@ -1,28 +1,19 @@
-"""How much losses depend on each token: the transformers engine against autograd and against finite differences."""
+"""The transformers engine against the definition of a loss, autograd and finite differences."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from weighted_mtp.pipelines.score import run
-from weighted_mtp.schemas.configs import ScoreConfig
-from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
-from weighted_mtp.scoring.conditions.models import ScoringModel
-from weighted_mtp.scoring.conditions.plan import Measurement
-from weighted_mtp.scoring.conditions.prompts import Prompt
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
-from weighted_mtp.scoring.engines.transformers_engine import TransformersEngine
-from weighted_mtp.scoring.job.scorer import measure
+from weighted_mtp.scoring.engines.transformers_engine import TransformersEngine, batches
 
+TOLERANCE = 1e-4
 BOTH = ("loss", "gradient")
-BOS = 256
 
 
 def engine(model: Path, batch_tokens: int = 8192, dtype: str = "float32") -> TransformersEngine:
@@ -41,6 +32,24 @@ def plain_gradient(model: torch.nn.Module, ids: list[int], first: int) -> np.nda
 def sequences() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, length).astype(np.int32) for length in (40, 1, 100, 2, 33, 100)]
+
+
+def test_logits_are_the_models_own(tmp_path, sequences, loop_losses):
+    """Gemma 2 caps its logits after the output layer; a loss from hidden states and weights alone would miss that."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    config = Gemma2Config(**sizes, **heads, final_logit_softcapping=2.0, initializer_range=0.5)
+    model = Gemma2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    [[losses]] = engine(tmp_path).score([Request(sequences[0])])
+    np.testing.assert_allclose(losses, loop_losses(model, sequences[0]), rtol=0, atol=TOLERANCE)
+
+
+def test_batches_hold_at_most_batch_tokens_with_padding():
+    lengths = [5, 1, 9, 30, 2, 5, 4]
+    groups = list(batches(lengths, 12))
+    assert groups == [[3], [2], [0, 5], [6, 4, 1]]
 
 
 def test_gradients_equal_autograd_on_one_sequence_at_a_time(reference_model, sequences):
@@ -115,20 +124,6 @@ def test_gradients_equal_finite_differences(make_model):
     np.testing.assert_allclose(gradients[1:], [*expected, 0], rtol=1e-4)
 
 
-def test_after_a_prompt_only_losses_of_the_sequence_count(reference_model, sequences):
-    model = AutoModelForCausalLM.from_pretrained(reference_model).eval()
-    scoring_model, prompt = ScoringModel("m", reference_model, "1", 256), Prompt("abc", (1, 2, 3))
-    wanted = [Measurement(scoring_model, quantity="gradient", prompt=prompt)]
-    with_bos = np.concatenate([[BOS], sequences[0]]).astype(np.int32)
-    plain, started = measure(engine(reference_model), [sequences[0], with_bos], wanted, BOS)
-    np.testing.assert_allclose(
-        plain[0], plain_gradient(model, [1, 2, 3, *sequences[0].tolist()], 3)[3:], rtol=1e-4, atol=1e-6
-    )
-    expected = plain_gradient(model, [BOS, 1, 2, 3, *sequences[0].tolist()], 4)[4:]
-    assert np.isnan(started[0, 0])
-    np.testing.assert_allclose(started[0, 1:], expected, rtol=1e-4, atol=1e-6)
-
-
 def test_gradients_beyond_float16_are_clipped(make_model):
     path = make_model(seed=4, num_hidden_layers=0)
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -137,37 +132,3 @@ def test_gradients_beyond_float16_are_clipped(make_model):
     model.save_pretrained(path)
     (scores,) = engine(path).score([Request(np.array([7, 3, 250], np.int32), 0, ("gradient",))])
     assert scores[0, 1:].tolist() == [FLOAT16_MAX, 0]
-
-
-@pytest.fixture
-def config(
-    make_shard_set: Callable[..., ShardSet], sequences: list[np.ndarray], reference_model: Path, tmp_path: Path
-) -> Callable[..., ScoreConfig]:
-    tokens = make_shard_set([ids.tolist() for ids in sequences], rows_per_shard=4, name="tokens")
-
-    def make(**settings: object) -> ScoreConfig:
-        defaults = {"input": tokens.path, "output": tmp_path / "scored", "reference": str(reference_model)}
-        return ScoreConfig.model_validate(defaults | {"engine": "transformers", "gradient": True} | settings)
-
-    return make
-
-
-def test_gradients_are_a_column(config, score_here, reference_model, sequences, tmp_path):
-    scored = run(config())
-    assert list(scored.manifest.columns) == ["loss_reference", "gradient_reference"]
-    origin = scored.manifest.columns["gradient_reference"].origin
-    assert origin.quantity == "gradient"
-    assert origin.describe().startswith(f"gradient, {reference_model}, full context")
-    model = AutoModelForCausalLM.from_pretrained(reference_model).eval()
-    first = scored.read(0)["gradient_reference"].to_pylist()
-    np.testing.assert_allclose(first[2][1:], plain_gradient(model, sequences[2].tolist(), 1)[1:], rtol=2.0**-10)
-    conditions = {"mine": {"model": str(reference_model), "prompt": "x", "gradient": True}}
-    more = run(config(input=scored.path, output=tmp_path / "more", conditions=conditions))
-    assert list(more.manifest.columns)[2:] == ["loss_mine", "gradient_mine"]
-
-
-def test_vllm_computes_none(request, config):
-    request.getfixturevalue("vllm_installed")
-    for name in ("vllm", "auto"):
-        with pytest.raises(UserError, match="--gradient: vLLM computes no gradients; add --engine transformers"):
-            run(config(engine=name))

@@ -1,0 +1,40 @@
+"""How the vLLM engine schedules and distributes requests; test_base.py compares its losses with their definition."""
+
+import os
+
+import numpy as np
+import pytest
+
+from weighted_mtp.scoring.engines.base import Request
+
+TOLERANCE = 1e-4
+
+pytestmark = pytest.mark.usefixtures("vllm_installed")
+
+
+def test_preempted_requests_start_anew(make_engine, reference_model, largest_difference):
+    """A cache for half of what runs at once: vLLM drops requests half-way and computes them again."""
+    rng = np.random.default_rng(1)
+    requests = [Request(rng.integers(0, 258, 256).astype(np.int32)) for _ in range(8)]
+    expected = make_engine(reference_model, "transformers").score(requests)
+    blocks = 4 * 128 * 2 * 2 * 1 * 32 * 4  # 4 of 128 tokens, with keys and values of 2 layers, 1 head of 32 floats
+    tight = make_engine(
+        reference_model,
+        batch_tokens=96,
+        engine_args={"long_prefill_token_threshold": 16, "kv_cache_memory_bytes": blocks},
+    )
+    preempted = []
+    scheduler = tight.engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
+    assert largest_difference(tight.score(requests), expected) < TOLERANCE
+    assert preempted, "otherwise this test shows nothing"
+
+
+@pytest.mark.slow
+def test_tensor_parallel(make_engine, requests, reference_model, monkeypatch, largest_difference):
+    """Two processes share the model; the plugin reaches them through its entry point."""
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    expected = make_engine(reference_model, "transformers").score(requests)
+    scores = make_engine(reference_model, tensor_parallel_size=2).score(requests)
+    assert largest_difference(scores, expected) < TOLERANCE
