@@ -8,7 +8,6 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from weighted_mtp.pipelines.reports.pages import check_page, decode, printable, show
 from weighted_mtp.schemas.configs import InspectConfig
@@ -16,7 +15,7 @@ from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest, ScoreColumn
 from weighted_mtp.schemas.shard_set.shard_set import FOOTERS, ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
-from weighted_mtp.schemas.storage.locations import local_copy
+from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
@@ -53,7 +52,7 @@ def build_report(shard_set: ShardSet, column: str | None, samples: int) -> Rende
         shard_set.require_column(column)
     column = column or default_column(manifest)
     if samples and manifest.rows:
-        tokenizer = AutoTokenizer.from_pretrained(local_copy(shard_set.tokenizer_path))
+        tokenizer = load_corpus_tokenizer(shard_set)
         if column is None:
             parts.append(sequences_table(shard_set, tokenizer, samples))
         else:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.fingerprints import canonical_json
+from weighted_mtp.schemas.shard_set.fingerprints import canonical_json, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics
 from weighted_mtp.schemas.storage.files import MANIFEST, atomic_write
 from weighted_mtp.schemas.storage.locations import Location
@@ -109,6 +109,10 @@ class TokenizerInfo(ManifestRecord):
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int | None
+
+    def matches(self, tokenizer: Any) -> bool:
+        """Whether a loaded Hugging Face tokenizer maps text to the same ids."""
+        return tokenizer_fingerprint(tokenizer) == self.fingerprint
 
 
 class CorpusInfo(ManifestRecord):

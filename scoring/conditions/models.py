@@ -6,14 +6,15 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.storage.locations import Location, is_address, local_copy, locate, resolve
 from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
+from weighted_mtp.scoring.tokenizer import load_tokenizer
 
 CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
 
@@ -107,11 +108,8 @@ def load_config(directory: Path, name: str) -> Any:
 
 def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
     """Raise UserError unless the checkpoint's tokenizer is the corpus's."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
-        raise UserError(f"{name}: has no usable tokenizer ({first_line(error)}); save the tokenizer with it") from error
-    if tokenizer_fingerprint(tokenizer) != corpus.fingerprint:
+    tokenizer = load_tokenizer(directory, f"{name}: has no usable tokenizer", "save the tokenizer with it")
+    if not corpus.matches(tokenizer):
         raise UserError(
             f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses can only be compared "
             "between models that share the corpus's tokenizer: use such a model, or prepare the corpus with this one's"

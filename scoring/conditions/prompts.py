@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.locations import local_copy
+from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def make_prompt(text: str, flag: str, source: ShardSet) -> Prompt | None:
     """
     if not text:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(local_copy(source.tokenizer_path))
+    tokenizer = load_corpus_tokenizer(source)
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     if not ids:
         raise UserError(f"{flag}: the corpus's tokenizer makes no tokens of {text!r}; leave it out")

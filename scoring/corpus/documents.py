@@ -1,4 +1,4 @@
-"""From rows to documents: every row is either a text with a name or rejected for a reason."""
+"""From rows to documents: a row becomes a named text, or is rejected with a reason."""
 
 import json
 from dataclasses import dataclass
@@ -6,59 +6,53 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.shard_set.manifest import SequenceKind
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Malformed:
-    """A row that its format's reader could not make sense of."""
+class MalformedRow:
+    """A row that the reader of its format could not parse."""
 
     reason: str
 
 
 Row = Any
-"""A line of JSON as bytes, a record, or `Malformed`."""
+"""A line of JSON as bytes, a record (dict), or a `MalformedRow`."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the fields of a record: its text, its name if it has one, and what its sequences will carry."""
+    """Field names of a record: its text, its id if any, and the fields that become sequence columns."""
 
     text: str
     id: str | None = None
     numbers: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, config: PrepareConfig) -> "Fields":
-        """The fields that the settings name."""
-        return cls(config.text_field, config.id_field, config.number_fields, config.label_fields)
-
     @property
-    def wanted(self) -> list[str]:
-        """All that a record must have, each once."""
+    def required(self) -> list[str]:
+        """Fields that every record must have, without duplicates."""
         named = [self.id] if self.id is not None else []
         return list(dict.fromkeys([self.text, *named, *self.columns]))
 
     @property
     def columns(self) -> dict[str, SequenceKind]:
-        """The sequence columns that the fields become."""
+        """Name and kind of each sequence column."""
         numbers: dict[str, SequenceKind] = dict.fromkeys(self.numbers, "number")
         return numbers | dict.fromkeys(self.labels, "label")
 
 
-class Batch(NamedTuple):
-    """Rows of one source, each with its number there."""
+class RowBatch(NamedTuple):
+    """Rows of one source, each with its row number."""
 
     source: str
     rows: list[tuple[int, Row]]
 
 
 class Document(NamedTuple):
-    """A text that is neither blank nor invalid Unicode, its name, and its values of the sequence columns."""
+    """A text that is valid Unicode and not blank, its id, and its values of the sequence columns."""
 
     id: str
     text: str
@@ -66,8 +60,8 @@ class Document(NamedTuple):
     values: tuple[float | str, ...] = ()
 
 
-class Reject(NamedTuple):
-    """A row that gives no document. What follows a colon in `reason` differs from row to row."""
+class RejectedDocument(NamedTuple):
+    """A row that gives no document. The part of `reason` after a colon varies from row to row."""
 
     source: str
     row: int
@@ -80,22 +74,22 @@ class Reject(NamedTuple):
 
 
 class BadRowError(Exception):
-    """Why a row is rejected."""
+    """The reason to reject a row."""
 
 
-def parse_batch(batch: Batch, fields: Fields) -> tuple[list[Document], list[Reject]]:
-    """Judge each row by itself.
+def parse_batch(batch: RowBatch, fields: Fields) -> tuple[list[Document], list[RejectedDocument]]:
+    """Parse and check each row on its own.
 
     Returns:
-        The documents and the rejected rows, both in the order of the rows.
+        Documents and rejected rows, both in row order.
     """
     documents: list[Document] = []
-    rejects: list[Reject] = []
-    wanted = fields.wanted
+    rejects: list[RejectedDocument] = []
+    required = fields.required
     for number, row in batch.rows:
         try:
             record = parse_row(row)
-            for field in wanted:
+            for field in required:
                 if field not in record:
                     raise BadRowError(f"no field '{field}': the fields are {', '.join(record) or 'none'}")
             name = label(record[fields.id], fields.id) if fields.id else f"{batch.source}#{number}"
@@ -104,12 +98,16 @@ def parse_batch(batch: Batch, fields: Fields) -> tuple[list[Document], list[Reje
             labels = (label(record[field], field) for field in fields.labels)
             documents.append(Document(name, text, number, (*values, *labels)))
         except BadRowError as error:
-            rejects.append(Reject(batch.source, number, str(error)))
+            rejects.append(RejectedDocument(batch.source, number, str(error)))
     return documents, rejects
 
 
 def parse_row(row: Row) -> dict[str, Any]:
-    """The record that a row holds."""
+    """The record in a row.
+
+    Raises:
+        BadRowError: the row is not valid JSON, or not an object.
+    """
     if isinstance(row, bytes):
         try:
             row = json.loads(row.decode())
@@ -119,7 +117,7 @@ def parse_row(row: Row) -> dict[str, Any]:
             raise BadRowError("invalid JSON: nested too deeply") from error
         except ValueError as error:
             raise BadRowError(f"invalid JSON: {error}") from error
-    if isinstance(row, Malformed):
+    if isinstance(row, MalformedRow):
         raise BadRowError(row.reason)
     if not isinstance(row, dict):
         raise BadRowError(f"not an object: {type(row).__name__}")
@@ -127,14 +125,14 @@ def parse_row(row: Row) -> dict[str, Any]:
 
 
 def label(value: Any, field: str) -> str:
-    """The name of a document, or of a group of them, from the field `field`."""
+    """The value of field `field` as a label or a document id; raise BadRowError if it cannot be one."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRowError(f"field '{field}' is neither a string nor an integer: {type(value).__name__}")
     return check_unicode(str(value), field)
 
 
 def finite_number(value: Any, field: str) -> float:
-    """A number that float32 can hold, from the field `field`."""
+    """The value of field `field` as a number; raise BadRowError if it is not finite as float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRowError(f"field '{field}' is not a number: {type(value).__name__}")
     if not abs(value) <= FLOAT32_MAX:
@@ -143,7 +141,7 @@ def finite_number(value: Any, field: str) -> float:
 
 
 def document_text(value: Any, field: str) -> str:
-    """The text of a document from the field `field`."""
+    """The value of field `field` as the text of a document; raise BadRowError if it is blank or not a valid string."""
     if not isinstance(value, str):
         raise BadRowError(f"field '{field}' is not a string: {type(value).__name__}")
     if not value or value.isspace():
@@ -152,7 +150,7 @@ def document_text(value: Any, field: str) -> str:
 
 
 def check_unicode(text: str, field: str) -> str:
-    """Return `text` unless it holds lone surrogates, which no tokenizer takes and UTF-8 cannot store."""
+    """Return `text`; raise BadRowError for lone surrogates, which tokenizers refuse and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,11 +1,11 @@
 """Reading a corpus: from a source to numbered rows, and from rows to batches of bounded size.
 
-A row is a line of JSON (bytes), a record (anything that JSON or Arrow can hold), or `Malformed`. Nothing is judged
-here, so that one bad row costs nothing but itself; see `scoring.corpus.documents`.
+A row is a line of JSON (bytes), a record (dict of JSON or Arrow values), or a `MalformedRow`. Readers do not check
+rows, so a bad row affects only itself; `scoring.corpus.documents` checks them.
 
-Files are read with pyarrow and the standard library. The builders of `datasets` (5.2) are kept for the hub: on local
-files they read a truncated `.zst` as if it ended there, find no rows in a file with brackets in its name, ignore the
-encoding of compressed files, read the text "NA" in a CSV as missing, and drop a block of JSON for one bad line.
+Files are read with pyarrow and the standard library. The builders of `datasets` (5.2) are used for the hub only: on
+local files they accept a truncated `.zst`, find no rows in a file with brackets in its name, ignore the encoding of
+compressed files, read the text "NA" in a CSV as missing, and drop a block of JSON because of one bad line.
 """
 
 import csv
@@ -16,26 +16,31 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
-from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.scoring.corpus.documents import Batch, Fields, Malformed, Row
-from weighted_mtp.scoring.corpus.sources import CorpusFile, HubSplit, Source, data_suffix
+from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch
+from weighted_mtp.scoring.corpus.source_files import CorpusFile, HubSplit, Source, data_suffix
 
+SampleBy = Literal["document", "paragraph", "line"]
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 20
 ARROW_ROWS = 256
 
 
-def read_batches(sources: Iterable[Source], config: PrepareConfig) -> Iterator[Batch]:
-    """Read the sources one after the other, in batches of at most 1024 rows that close at about one megabyte.
+def read_batches(sources: Iterable[Source], fields: Fields, sample_by: SampleBy = "document") -> Iterator[RowBatch]:
+    """Read the sources one after the other, in batches of at most 1024 rows and about one megabyte of text.
+
+    Args:
+        sources: files and datasets, in reading order.
+        fields: which fields of a record are needed.
+        sample_by: what forms a document in a text file.
 
     Raises:
         UserError: a source cannot be read to its end; the message names it.
@@ -43,49 +48,49 @@ def read_batches(sources: Iterable[Source], config: PrepareConfig) -> Iterator[B
     for source in sources:
         rows: list[tuple[int, Row]] = []
         size = 0
-        for number, row in read_rows(source, config):
+        for number, row in read_rows(source, fields, sample_by):
             rows.append((number, row))
-            size += row_size(row, config.text_field)
+            size += row_size(row, fields.text)
             if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
-                yield Batch(source.name, rows)
+                yield RowBatch(source.name, rows)
                 rows, size = [], 0
         if rows:
-            yield Batch(source.name, rows)
+            yield RowBatch(source.name, rows)
 
 
 def row_size(row: Row, text_field: str) -> int:
-    """About how many bytes of text a row holds."""
+    """Approximate size of the text in a row, in bytes."""
     text = row.get(text_field) if isinstance(row, dict) else row
     return len(text) if isinstance(text, (str, bytes)) else 0
 
 
-def read_rows(source: Source, config: PrepareConfig) -> Iterator[tuple[int, Row]]:
-    """Rows of one source, numbered from 0: JSON and text by line (blank lines are no rows), all else by record."""
+def read_rows(source: Source, fields: Fields, sample_by: SampleBy) -> Iterator[tuple[int, Row]]:
+    """Rows of one source, numbered from 0: by line for JSON and text, where blank lines are no rows, else by record."""
     where = source.path if isinstance(source, CorpusFile) else source.name
     try:
         if isinstance(source, HubSplit):
-            yield from enumerate(read_hub(source, config))
+            yield from enumerate(read_hub(source, fields.required))
         elif source.format == "json":
             yield from read_json(source.path)
         elif source.format == "text":
-            yield from read_text(source.path, config)
+            yield from read_text(source.path, fields.text, sample_by)
         elif source.format == "csv":
-            yield from enumerate(read_csv(source.path, set(config.number_fields)))
+            yield from enumerate(read_csv(source.path, set(fields.numbers)))
         else:
             read = read_parquet if source.format == "parquet" else read_arrow
-            yield from enumerate(read(source.path, Fields.of(config).wanted))
+            yield from enumerate(read(source.path, fields.required))
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pa.ArrowException, DatasetsError) as error:
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
 
 def openable(path: Location) -> Any:
-    """What pyarrow and lzma open: the name of a local file, or an open file in a store, which they close."""
+    """An argument for pyarrow and lzma: the name of a local file, or an open remote file, which they close."""
     return str(path) if isinstance(path, Path) else path.open("rb")
 
 
 def open_stream(path: Location) -> io.BufferedReader | lzma.LZMAFile:
-    """Open a file for buffered binary reading, decompressed according to its name."""
+    """Open a file for buffered binary reading and decompress it according to its name."""
     if path.suffix.lower() == ".xz":
         return lzma.open(openable(path))
     compression = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix.lower())
@@ -105,18 +110,18 @@ def read_json(path: Location) -> Iterator[tuple[int, Row]]:
                 yield number, line
 
 
-def read_text(path: Location, config: PrepareConfig) -> Iterator[tuple[int, Row]]:
+def read_text(path: Location, text_field: str, sample_by: SampleBy) -> Iterator[tuple[int, Row]]:
     """Documents of a text file: the whole file, its lines, or its paragraphs, which blank lines separate."""
     with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as stream:
-        if config.sample_by == "document":
-            yield 0, {config.text_field: stream.read()}
-        elif config.sample_by == "line":
+        if sample_by == "document":
+            yield 0, {text_field: stream.read()}
+        elif sample_by == "line":
             for number, line in enumerate(stream):
                 if not line.isspace():
-                    yield number, {config.text_field: line.rstrip("\r\n")}
+                    yield number, {text_field: line.rstrip("\r\n")}
         else:
             for number, paragraph in enumerate(paragraphs(stream)):
-                yield number, {config.text_field: paragraph}
+                yield number, {text_field: paragraph}
 
 
 def paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -132,10 +137,10 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(held).rstrip("\r\n")
 
 
-def read_csv(path: Location, numbers: set[str]) -> Iterator[Row]:
-    """Records of a CSV or TSV file with a header; no value is taken to mean "missing".
+def read_csv(path: Location, number_columns: set[str]) -> Iterator[Row]:
+    """Records of a CSV or TSV file with a header. No value means "missing".
 
-    All values are strings, but those of the columns `numbers` that spell a number.
+    All values are strings, except numbers in `number_columns`.
     """
     csv.field_size_limit(sys.maxsize)
     with (
@@ -150,17 +155,17 @@ def read_csv(path: Location, numbers: set[str]) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Malformed(f"invalid CSV: {error}")
+                yield MalformedRow(f"invalid CSV: {error}")
                 continue
             if len(values) == len(header):
                 record = dict(zip(header, values, strict=True))
-                yield record | {name: number_or_text(record[name]) for name in numbers & record.keys()}
+                yield record | {name: number_or_text(record[name]) for name in number_columns & record.keys()}
             elif values:
-                yield Malformed(f"invalid CSV: {len(values)} values for {len(header)} columns")
+                yield MalformedRow(f"invalid CSV: {len(values)} values for {len(header)} columns")
 
 
 def number_or_text(text: str) -> float | str:
-    """The number that `text` spells, else `text`."""
+    """`text` as a number if it is one, else unchanged."""
     try:
         return float(text)
     except ValueError:
@@ -168,7 +173,7 @@ def number_or_text(text: str) -> float | str:
 
 
 def read_parquet(path: Location, fields: list[str]) -> Iterator[Row]:
-    """Records of a Parquet file; of a remote one only the columns wanted are fetched."""
+    """Records of a Parquet file. Only the required columns of a remote file are fetched."""
     with (
         nullcontext(path) if isinstance(path, Path) else path.open("rb", cache_type="none") as source,
         pq.ParquetFile(source) as file,
@@ -191,15 +196,15 @@ def read_arrow(path: Location, fields: list[str]) -> Iterator[Row]:
                 yield from records(batch.slice(first, ARROW_ROWS), fields)
 
 
-def read_hub(source: HubSplit, config: PrepareConfig) -> Iterator[Row]:
+def read_hub(source: HubSplit, fields: list[str]) -> Iterator[Row]:
     """Records of a Hugging Face dataset."""
     stream = source.builder.as_streaming_dataset(split=source.split)
     for table in stream.with_format("arrow").iter(batch_size=ARROW_ROWS):
-        yield from records(table, Fields.of(config).wanted)
+        yield from records(table, fields)
 
 
 def records(batch: pa.RecordBatch | pa.Table, fields: list[str]) -> Iterator[Row]:
-    """Rows of an Arrow batch with the fields wanted; where one is missing, the names of those that are there."""
+    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the names that exist."""
     names = batch.schema.names
     if not set(fields) <= set(names):
         return iter([dict.fromkeys(names)] * batch.num_rows)

@@ -1,6 +1,6 @@
-"""From texts to sequences: a document's token ids, cut into spans of at most `max_length` tokens.
+"""From documents to sequences: token ids of each document, cut into spans of at most `max_length` tokens.
 
-Every tokenizer process imports this module; `AutoTokenizer`, which drags in torch, stays out of it.
+Every tokenizer process imports this module. It does not import `AutoTokenizer`, which would load torch.
 """
 
 from dataclasses import dataclass
@@ -11,27 +11,37 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.shard_set.shards import SEQUENCE_TYPES, list_column, shard_schema
-from weighted_mtp.scoring.corpus.documents import Batch, Document, Fields, Reject, parse_batch
+from weighted_mtp.scoring.corpus.documents import Document, Fields, RejectedDocument, RowBatch, parse_batch
 
 
 class EncodedBatch(NamedTuple):
-    """Sequences of a batch in document order, as a table with the columns of an unscored shard.
+    """Sequences of a batch in document order, and the rejected rows in row order.
 
-    `tokens` counts the ids of the documents before they were cut; `text_bytes` is their text as UTF-8.
+    Attributes:
+        table: the columns of an unscored shard, one row per sequence.
+        documents: documents with at least one sequence.
+        tokens: token ids of these documents.
+        text_bytes: size of their texts as UTF-8.
+        rejects: rows that gave no document.
     """
 
     table: pa.Table
     documents: int
     tokens: int
     text_bytes: int
-    rejects: list[Reject]
+    rejects: list[RejectedDocument]
 
 
 @dataclass(frozen=True)
 class BatchEncoder:
-    """Turns batches of rows into sequences. Can be pickled, and gives the same result in every process.
+    """Turns batches of rows into sequences. Picklable; gives the same result in every process.
 
-    `prefix` and `suffix` hold the id of BOS and EOS, or nothing.
+    Attributes:
+        tokenizer: a Hugging Face tokenizer.
+        prefix: the id of BOS, or nothing.
+        suffix: the id of EOS, or nothing.
+        max_length: longest sequence, in tokens.
+        fields: fields of a record.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,21 +50,21 @@ class BatchEncoder:
     max_length: int
     fields: Fields
 
-    def __call__(self, batch: Batch) -> EncodedBatch:
-        """Judge the rows, tokenise each document by itself and cut it into sequences.
+    def __call__(self, batch: RowBatch) -> EncodedBatch:
+        """Check the rows, tokenise each document on its own and cut it into sequences.
 
-        BOS is put before the first sequence of a document only; it counts towards `max_length` and `start`.
+        Only the first sequence of a document gets BOS, which counts towards `max_length` and `start`.
         """
         documents, rejects = parse_batch(batch, self.fields)
         encoded = self.token_ids([document.text for document in documents])
-        owners: list[Document] = []
+        owners: list[Document] = []  # owners, starts and lengths: one entry per sequence
         starts: list[int] = []
         lengths: list[int] = []
-        flat: list[int] = []
+        flat: list[int] = []  # ids of all sequences, one after the other
         kept = text_bytes = 0
         for document, text_ids in zip(documents, encoded, strict=True):
             if not text_ids:
-                rejects.append(Reject(batch.source, document.row, "text without tokens"))
+                rejects.append(RejectedDocument(batch.source, document.row, "text without tokens"))
                 continue
             ids = self.prefix + text_ids + self.suffix
             for start in range(0, len(ids), self.max_length):
@@ -76,7 +86,7 @@ class BatchEncoder:
         return EncodedBatch(table, kept, len(flat), text_bytes, sorted(rejects, key=lambda reject: reject.row))
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without any token that the tokenizer would add."""
+        """Token ids of each text, without special tokens."""
         if not texts:
             return []
         encoding = self.tokenizer(

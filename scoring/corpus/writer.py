@@ -1,4 +1,4 @@
-"""Writing a token shard set: sequences into shards, rejected rows into a list."""
+"""Writing a token shard set: sequences into shards, rejected rows into `rejects.jsonl`."""
 
 import json
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ from weighted_mtp.schemas.shard_set.shard_set import REJECTS
 from weighted_mtp.schemas.shard_set.shards import list_lengths, shard_name, write_shard
 from weighted_mtp.schemas.storage.files import PROGRESS, atomic_write, move
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.scoring.corpus.documents import Reject
+from weighted_mtp.scoring.corpus.documents import RejectedDocument
 from weighted_mtp.scoring.corpus.tokenization import EncodedBatch
 
 
 class ShardWriter:
     """Collects sequences and writes a shard as soon as it holds `shard_tokens` tokens.
 
-    Shards lie in `.progress/` until `finish`, because their names tell how many there are.
+    Shards stay in `.progress/` until `finish`, because their names contain the number of shards.
     """
 
     def __init__(self, output: Location, shard_tokens: int) -> None:
@@ -45,7 +45,7 @@ class ShardWriter:
             self._hold(table, int(ends[-1]))
 
     def finish(self) -> list[ShardEntry]:
-        """Write what is left, give every shard its final name, and describe them."""
+        """Write the remaining sequences, give every shard its final name, and describe the shards."""
         if self.held:
             self._write()
         total = len(self.entries)
@@ -66,19 +66,28 @@ class ShardWriter:
 
 
 @dataclass
-class Tally:
-    """What was read so far. `rejects` counts by kind; `examples` holds the first reject of each kind."""
+class CorpusCounts:
+    """Running totals of a corpus.
+
+    Attributes:
+        documents: documents with at least one token.
+        sequences: rows of the shards.
+        tokens: tokens of the shards.
+        text_bytes: size of the texts as UTF-8.
+        rejects: number of rejected rows by kind.
+        examples: first rejected row of each kind.
+    """
 
     documents: int = 0
     sequences: int = 0
     tokens: int = 0
     text_bytes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, Reject] = field(default_factory=dict)
+    examples: dict[str, RejectedDocument] = field(default_factory=dict)
 
     @property
     def rejected(self) -> int:
-        """Rows that were rejected."""
+        """Number of rejected rows."""
         return sum(self.rejects.values())
 
     def add(self, batch: EncodedBatch) -> None:
@@ -94,36 +103,36 @@ class Tally:
 
 def write_shards(
     output: Location, batches: Iterable[EncodedBatch], shard_tokens: int
-) -> tuple[list[ShardEntry], Tally]:
+) -> tuple[list[ShardEntry], CorpusCounts]:
     """Write all sequences, and `rejects.jsonl` if rows were rejected, into the claimed directory `output`.
 
     Raises:
-        UserError: there was not one document.
+        UserError: the corpus has no document.
     """
-    writer, tally = ShardWriter(output, shard_tokens), Tally()
+    writer, counts = ShardWriter(output, shard_tokens), CorpusCounts()
     with atomic_write(output / PROGRESS / REJECTS) as rejects:
         for batch in batches:
             writer.add(batch.table)
-            tally.add(batch)
+            counts.add(batch)
             for reject in batch.rejects:
                 rejects.write(json.dumps(reject._asdict()).encode() + b"\n")
-    if not tally.documents:
-        raise UserError(why_empty(tally))
-    if tally.rejected:
+    if not counts.documents:
+        raise UserError(why_empty(counts))
+    if counts.rejected:
         move(output / PROGRESS / REJECTS, output / REJECTS)
     entries = writer.finish()
-    assert sum(entry.tokens for entry in entries) == tally.tokens
-    return entries, tally
+    assert sum(entry.tokens for entry in entries) == counts.tokens
+    return entries, counts
 
 
-def why_empty(tally: Tally) -> str:
-    """Why a corpus gave no document."""
-    if not tally.rejected:
+def why_empty(counts: CorpusCounts) -> str:
+    """Error message for a corpus without documents."""
+    if not counts.rejected:
         return "--input: holds no rows; check that the files are not empty"
-    kind = max(tally.rejects, key=lambda kind: tally.rejects[kind])
-    first = tally.examples[kind]
+    kind = max(counts.rejects, key=lambda kind: counts.rejects[kind])
+    first = counts.examples[kind]
     return (
-        f"--input: all {tally.rejected:,} rows were rejected, {tally.rejects[kind]:,} of them as "
+        f"--input: all {counts.rejected:,} rows were rejected, {counts.rejects[kind]:,} of them as "
         f"{first.source} row {first.row}: {first.reason}; check --text_field, --id_field, "
         "--number_fields, --label_fields and --format"
     )

@@ -8,7 +8,6 @@ from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.fingerprints import tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
@@ -56,7 +55,7 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
         remedy = "restore it" if is_directory else "check the name, or give a directory"
         raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); {remedy}") from error
     expected = shards.manifest.tokenizer
-    if tokenizer_fingerprint(tokenizer) != expected.fingerprint:
+    if not expected.matches(tokenizer):
         raise UserError(
             f"--model {model}: its tokenizer is not that of {shards.path} ({expected.name}); "
             "prepare the corpus with this model's tokenizer"

@@ -10,23 +10,24 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.scoring.corpus.documents import Document, Fields, Reject, parse_batch
-from weighted_mtp.scoring.corpus.readers import BATCH_BYTES, BATCH_ROWS, read_batches
-from weighted_mtp.scoring.corpus.sources import find_sources
+from weighted_mtp.scoring.corpus.documents import Document, Fields, RejectedDocument, parse_batch
+from weighted_mtp.scoring.corpus.readers import BATCH_BYTES, BATCH_ROWS, SampleBy, read_batches
+from weighted_mtp.scoring.corpus.source_files import find_sources
 
+TEXT_FIELD = Fields("text")
 GOOD = b'{"text": "good"}\n'
 WORLD = "caf\u00e9 \u2028 \u0085 \U0001f30d".encode()
 
 
-def read(path: Path, **settings: object) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+def read(
+    path: Path, fields: Fields = TEXT_FIELD, sample_by: SampleBy = "document"
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
     """(row, text) of the documents and (row, kind) of the rejects of a file."""
-    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), **settings)
     documents: list[Document] = []
-    rejects: list[Reject] = []
-    for batch in read_batches(find_sources(config), config):
-        good, bad = parse_batch(batch, Fields.of(config))
+    rejects: list[RejectedDocument] = []
+    for batch in read_batches(find_sources(str(path)), fields, sample_by):
+        good, bad = parse_batch(batch, fields)
         documents += good
         rejects += bad
     return [(d.row, d.text) for d in documents], [(r.row, r.kind) for r in rejects]
@@ -37,83 +38,11 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("line", "kind"),
-    [
-        (b'{"text": "\xff"}', "invalid UTF-8"),
-        (b'{"text": "cut', "invalid JSON"),
-        (b'{"text": 1' + b"1" * 5000 + b"}", "invalid JSON"),
-        (b"[" * 100_000, "invalid JSON"),
-        (b"[1, 2]", "not an object"),
-        (b'"text"', "not an object"),
-        (b"{}", "no field 'text'"),
-        (b'{"body": "x"}', "no field 'text'"),
-        (b'{"text": null}', "field 'text' is not a string"),
-        (b'{"text": 5}', "field 'text' is not a string"),
-        (b'{"text": ["x"]}', "field 'text' is not a string"),
-        (b'{"text": ""}', "empty text"),
-        (b'{"text": " \\n\\t"}', "empty text"),
-        (b'{"text": "\\ud800"}', "field 'text' is not valid Unicode"),
-    ],
-)
-def test_a_bad_line_is_rejected_alone(line: bytes, kind: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", GOOD + line + b"\n" + GOOD)
-    assert read(path) == ([(0, "good"), (2, "good")], [(1, kind)])
-
-
-@pytest.mark.parametrize(
-    ("value", "ok"), [('"a"', True), ("7", True), ("true", False), ("1.5", False), ("null", False)]
-)
-def test_ids_are_strings_or_integers(value: str, ok: bool, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"text": "x", "id": %s}\n' % value.encode())
-    documents, rejects = read(path, id_field="id")
-    assert (len(documents), len(rejects)) == (ok, not ok)
-
-
-@pytest.mark.parametrize(
-    ("value", "kept"),
-    [
-        ("-1.5", -1.5),
-        ("7", 7.0),
-        ("1e38", 1e38),
-        ("true", "field 'reward' is not a number"),
-        ("null", "field 'reward' is not a number"),
-        ('"1"', "field 'reward' is not a number"),
-        ("NaN", "field 'reward' is not finite as float32"),
-        ("-Infinity", "field 'reward' is not finite as float32"),
-        ("1e39", "field 'reward' is not finite as float32"),
-        ("1" + "0" * 400, "field 'reward' is not finite as float32"),
-    ],
-)
-def test_numbers_are_finite_as_float32(value: str, kept: float | str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"text": "x", "reward": %s}\n' % value.encode())
-    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), number_fields=("reward",))
-    [batch] = read_batches(find_sources(config), config)
-    documents, rejects = parse_batch(batch, Fields.of(config))
-    assert [document.values for document in documents] == ([(kept,)] if isinstance(kept, float) else [])
-    assert [reject.kind for reject in rejects] == ([kept] if isinstance(kept, str) else [])
-
-
-def test_labels_are_strings_or_integers_and_a_missing_field_is_a_reject(tmp_path: Path) -> None:
-    rows = [{"group": "a"}, {"group": 7}, {"group": 7.5}, {}, {"group": "\ud800"}]
-    path = write(tmp_path / "a.jsonl", b"\n".join(json.dumps({"text": "x"} | row).encode() for row in rows))
-    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), label_fields=("group",))
-    [batch] = read_batches(find_sources(config), config)
-    documents, rejects = parse_batch(batch, Fields.of(config))
-    assert [document.values for document in documents] == [("a",), ("7",)]
-    assert [(reject.row, reject.kind) for reject in rejects] == [
-        (2, "field 'group' is neither a string nor an integer"),
-        (3, "no field 'group'"),
-        (4, "field 'group' is not valid Unicode"),
-    ]
-
-
 def test_numbers_of_csv_files_are_read_from_their_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text,reward,group\na,0.5,1\nb,,1\nc,nan,1\nd,-2,x\n")
-    settings = {"number_fields": ("reward",), "label_fields": ("group",)}
-    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"), **settings)
-    [batch] = read_batches(find_sources(config), config)
-    documents, rejects = parse_batch(batch, Fields.of(config))
+    fields = Fields("text", numbers=("reward",), labels=("group",))
+    [batch] = read_batches(find_sources(str(path)), fields)
+    documents, rejects = parse_batch(batch, fields)
     assert [document.values for document in documents] == [(0.5, "1"), (-2.0, "x")]
     assert [reject.row for reject in rejects] == [1, 2]
 
@@ -122,11 +51,10 @@ def test_numbers_of_csv_files_are_read_from_their_text(tmp_path: Path) -> None:
 def test_numbers_of_columnar_files(kind: pa.DataType, tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "b"], "other": [0, 0], "reward": pa.array([2, None], pa.int64()).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet")
-    path = str(tmp_path / "a.parquet")
-    config = PrepareConfig(input=path, tokenizer="t", output=Path("/nowhere/out"), number_fields=("reward",))
-    [batch] = read_batches(find_sources(config), config)
+    fields = Fields("text", numbers=("reward",))
+    [batch] = read_batches(find_sources(str(tmp_path / "a.parquet")), fields)
     assert batch.rows[0][1] == {"text": "a", "reward": 2}
-    documents, rejects = parse_batch(batch, Fields.of(config))
+    documents, rejects = parse_batch(batch, fields)
     assert [document.values for document in documents] == [(2.0,)]
     assert [reject.kind for reject in rejects] == ["field 'reward' is not a number"]
 
@@ -191,12 +119,12 @@ TEXT = b"one\ntwo\n\n \nthree\r\n\r\nfour"
         ("paragraph", [(0, "one\ntwo"), (1, "three"), (2, "four")]),
     ],
 )
-def test_text_files(sample_by: str, expected: list[tuple[int, str]], tmp_path: Path) -> None:
+def test_text_files(sample_by: SampleBy, expected: list[tuple[int, str]], tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", TEXT), sample_by=sample_by) == (expected, [])
 
 
 @pytest.mark.parametrize("sample_by", ["document", "line", "paragraph"])
-def test_text_that_is_not_utf8_is_an_error(sample_by: str, tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_an_error(sample_by: SampleBy, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latin\.txt: cannot be read as text .*utf-8"):
         read(write(tmp_path / "latin.txt", "caf\u00e9\n".encode("latin-1")), sample_by=sample_by)
 
@@ -208,7 +136,7 @@ def test_empty_text_file_is_a_reject(tmp_path: Path) -> None:
 def test_csv(tmp_path: Path) -> None:
     """Nothing is converted, quoted line breaks belong to the value, and bad records are rejected one by one."""
     rows = [b"id,text", b"1,NA", b"", b'2,"a\r\n""b"""', b"3,", b"4", b"5,x,y", b'6,"z"z', b"7,\xff", b"8,007"]
-    documents, rejects = read(write(tmp_path / "a.csv", b"\r\n".join(rows)), id_field="id")
+    documents, rejects = read(write(tmp_path / "a.csv", b"\r\n".join(rows)), Fields("text", "id"))
     assert documents == [(0, "NA"), (1, 'a\r\n"b"'), (7, "007")]
     assert [kind for _, kind in rejects] == [
         "empty text",
@@ -258,8 +186,8 @@ def test_columnar_text_of_another_type_or_invalid(
     )
     save(tmp_path / name, pa.table({"text": bad, "number": [1, 2, 3]}))
     assert read(tmp_path / name) == ([(0, "ab"), (2, "c")], [(1, "field 'text' is not valid Unicode")])
-    assert [kind for _, kind in read(tmp_path / name, text_field="number")[1]] == ["field 'number' is not a string"] * 3
-    assert read(tmp_path / name, text_field="body")[1] == [(row, "no field 'body'") for row in range(3)]
+    assert [kind for _, kind in read(tmp_path / name, Fields("number"))[1]] == ["field 'number' is not a string"] * 3
+    assert read(tmp_path / name, Fields("body"))[1] == [(row, "no field 'body'") for row in range(3)]
 
 
 def test_data_set_saved_by_datasets(tmp_path: Path) -> None:
@@ -277,7 +205,6 @@ def test_file_that_is_not_what_its_name_says(name: str, tmp_path: Path) -> None:
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     long = json.dumps({"text": "x" * (BATCH_BYTES // 2)}).encode() + b"\n"
     path = write(tmp_path / "a.jsonl", GOOD * (BATCH_ROWS + 1) + long * 5)
-    config = PrepareConfig(input=str(path), tokenizer="t", output=Path("/nowhere/out"))
-    batches = list(read_batches(find_sources(config), config))
+    batches = list(read_batches(find_sources(str(path)), TEXT_FIELD))
     assert [len(batch.rows) for batch in batches] == [BATCH_ROWS, 3, 2, 1]
     assert [number for batch in batches for number, _ in batch.rows] == list(range(BATCH_ROWS + 6))

@@ -4,34 +4,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.normalizers import Replace
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shards import shard_schema
-from weighted_mtp.scoring.corpus.documents import Batch, Fields
+from weighted_mtp.scoring.corpus.documents import Fields, RowBatch
 from weighted_mtp.scoring.corpus.tokenization import BatchEncoder, EncodedBatch
-from weighted_mtp.scoring.corpus.tokenizer import choose_added_tokens, ids_around, load_tokenizer
 
 BOS, EOS = 256, 257
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(tokenizer_dir))
-
-
-def with_template(tokenizer_dir: Path, template: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, adding special tokens by itself as `template` says."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    processor = TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    tokenizer.backend_tokenizer.post_processor = processor
-    return tokenizer
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, bos: bool, eos: bool) -> EncodedBatch:
     encoder = BatchEncoder(tokenizer, [BOS] * bos, [EOS] * eos, max_length, Fields("text"))
-    return encoder(Batch("source", [(row, {"text": text}) for row, text in enumerate(texts)]))
+    return encoder(RowBatch("source", [(row, {"text": text}) for row, text in enumerate(texts)]))
 
 
 def byte_ids(text: str) -> list[int]:
@@ -73,7 +62,7 @@ def test_every_sequence_carries_the_values_of_its_document(tokenizer: PreTrained
         {"text": " ", "reward": 0.25, "length": 1, "prompt": "blank"},
         {"text": "d", "reward": -1, "length": 1, "prompt": "x"},
     ]
-    table = encoder(Batch("source", list(enumerate(records)))).table
+    table = encoder(RowBatch("source", list(enumerate(records)))).table
     assert table.schema.equals(shard_schema((), {"reward": "number", "length": "number", "prompt": "label"}))
     assert table.select(["start", "reward", "length", "prompt"]).to_pydict() == {
         "start": [0, 2, 0],
@@ -93,49 +82,6 @@ def test_length_that_fits_gives_no_empty_sequence(tokenizer: PreTrainedTokenizer
     assert encode(tokenizer, ["abcd" * 2], 4, bos=False, eos=False).table["start"].to_pylist() == [0, 4]
 
 
-@pytest.mark.parametrize(
-    ("template", "bos", "append_eos", "expected"),
-    [
-        ("$A", "auto", False, (False, False)),
-        ("$A", "always", False, (True, False)),
-        ("$A", "never", True, (False, True)),
-        ("<s> $A", "auto", False, (True, False)),
-        ("<s> $A", "auto", True, (True, True)),
-        ("<s> $A", "never", False, (False, False)),
-        ("<s> $A </s>", "auto", False, (True, True)),
-        ("<s> $A </s>", "never", False, (False, True)),
-        ("$A </s>", "always", True, (True, True)),
-    ],
-)
-def test_added_tokens(
-    template: str, bos: str, append_eos: bool, expected: tuple[bool, bool], tokenizer_dir: Path
-) -> None:
-    tokenizer = with_template(tokenizer_dir, template)
-    added = choose_added_tokens(tokenizer, bos, append_eos)
-    assert added == expected
-    ids = encode(tokenizer, ["ab"], 9, added.bos, added.eos).table["input_ids"].to_pylist()[0]
-    assert ids == [BOS] * expected[0] + byte_ids("ab") + [EOS] * expected[1]
-
-
-def test_auto_is_what_the_tokenizer_does(tokenizer_dir: Path) -> None:
-    for template in ("$A", "<s> $A", "<s> $A </s>", "$A </s>"):
-        tokenizer = with_template(tokenizer_dir, template)
-        prefix, suffix = ids_around(tokenizer, choose_added_tokens(tokenizer, "auto", False))
-        assert prefix + byte_ids("ab") + suffix == tokenizer("ab")["input_ids"]
-
-
-def test_missing_special_tokens_and_encoders_are_refused(tokenizer_dir: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    tokenizer.bos_token = tokenizer.eos_token = None
-    assert choose_added_tokens(tokenizer, "auto", False) == (False, False)
-    with pytest.raises(UserError, match="--bos always"):
-        choose_added_tokens(tokenizer, "always", False)
-    with pytest.raises(UserError, match="--append_eos"):
-        choose_added_tokens(tokenizer, "auto", True)
-    with pytest.raises(UserError, match="decoder-only"):
-        choose_added_tokens(with_template(tokenizer_dir, "</s> $A <s>"), "auto", False)
-
-
 def test_saved_truncation_and_padding_do_not_apply(tokenizer_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.backend_tokenizer.enable_truncation(3)
@@ -153,12 +99,3 @@ def test_text_that_a_tokenizer_drops_is_rejected(tokenizer_dir: Path) -> None:
         (0, "text without tokens"),
         (2, "empty text"),
     ]
-
-
-@pytest.mark.parametrize("content", [None, "{}", "not json"])
-def test_tokenizer_that_cannot_be_loaded(content: str | None, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"--tokenizer .*cannot be loaded") as error:
-        load_tokenizer(str(tmp_path))
-    assert "\n" not in str(error.value)

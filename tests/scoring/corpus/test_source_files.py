@@ -1,21 +1,18 @@
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from datasets import load_dataset_builder
 
-from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.scoring.corpus import sources
+from weighted_mtp.scoring.corpus import source_files
+from weighted_mtp.scoring.corpus.documents import Fields
 from weighted_mtp.scoring.corpus.readers import read_batches
-from weighted_mtp.scoring.corpus.sources import CorpusFile, find_sources
+from weighted_mtp.scoring.corpus.source_files import CorpusFile, Format, find_sources
 
 
-def config(input: str | Path, **settings: object) -> PrepareConfig:
-    return PrepareConfig(input=str(input), tokenizer="t", output=Path("/nowhere/out"), **settings)
-
-
-def names(input: str | Path, **settings: object) -> list[str]:
-    return [source.name for source in find_sources(config(input, **settings))]
+def names(input: str | Path, given: Format | Literal["auto"] = "auto") -> list[str]:
+    return [source.name for source in find_sources(str(input), given)]
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_directory_gives_known_files_by_relative_name(tree: Path) -> None:
-    found = find_sources(config(tree))
+    found = find_sources(str(tree))
     assert [(s.name, s.format) for s in found if isinstance(s, CorpusFile)] == [
         ("a/x.txt", "text"),
         ("a/y.parquet", "parquet"),
@@ -46,7 +43,7 @@ def test_directory_gives_known_files_by_relative_name(tree: Path) -> None:
 
 
 def test_given_format_takes_every_visible_file(tree: Path) -> None:
-    assert names(tree, format="text") == ["README.md", "a/x.txt", "a/y.parquet", "b.jsonl", "c.json.gz"]
+    assert names(tree, "text") == ["README.md", "a/x.txt", "a/y.parquet", "b.jsonl", "c.json.gz"]
 
 
 def test_glob_names_are_relative_to_the_fixed_part(tree: Path) -> None:
@@ -57,7 +54,7 @@ def test_glob_names_are_relative_to_the_fixed_part(tree: Path) -> None:
 def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("text")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
-    [batch] = read_batches(find_sources(config(tmp_path / "a[1].txt")), config(tmp_path))
+    [batch] = read_batches(find_sources(str(tmp_path / "a[1].txt")), Fields("text"))
     assert batch.rows == [(0, {"text": "text"})]
 
 
@@ -77,13 +74,8 @@ def test_nothing_to_read(input: str, message: str, tmp_path: Path, monkeypatch: 
     Path("empty").mkdir()
     Path("odd.xyz").write_text("x")
     with pytest.raises(UserError, match=message) as error:
-        find_sources(config(input))
+        find_sources(input)
     assert "\n" not in str(error.value)
-
-
-def test_output_must_not_become_input(tree: Path) -> None:
-    with pytest.raises(UserError, match="lies inside --input"):
-        find_sources(PrepareConfig(input=str(tree), tokenizer="t", output=tree / "out"))
 
 
 @pytest.fixture
@@ -96,13 +88,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (name, subset) == ("owner/name", "en")
         return load_dataset_builder("json", data_files=[str(file)], cache_dir=str(tmp_path / "cache"))
 
-    monkeypatch.setattr(sources, "load_dataset_builder", look_up)
+    monkeypatch.setattr(source_files, "load_dataset_builder", look_up)
 
 
 @pytest.mark.usefixtures("hub")
 def test_hub_split_is_streamed() -> None:
-    settings = config("owner/name", subset="en")
-    [batch] = read_batches(find_sources(settings), settings)
+    [batch] = read_batches(find_sources("owner/name", subset="en"), Fields("text"))
     assert batch.source == "owner/name/en/train"
     assert batch.rows == [(row, {"text": f"row {row}"}) for row in range(600)]
 
@@ -110,14 +101,14 @@ def test_hub_split_is_streamed() -> None:
 @pytest.mark.usefixtures("hub")
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(UserError, match=r"owner/name: .*test.*--split"):
-        find_sources(config("owner/name", subset="en", split="test"))
+        find_sources("owner/name", subset="en", split="test")
 
 
 def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def look_up(name: str, subset: str | None) -> object:
         raise ConnectionError("cannot reach the hub\nsecond line")
 
-    monkeypatch.setattr(sources, "load_dataset_builder", look_up)
+    monkeypatch.setattr(source_files, "load_dataset_builder", look_up)
     with pytest.raises(UserError, match="cannot reach the hub") as error:
-        find_sources(config("owner/name"))
+        find_sources("owner/name")
     assert "\n" not in str(error.value)

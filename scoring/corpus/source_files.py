@@ -1,4 +1,4 @@
-"""Finding a corpus: which files, or which split of a Hugging Face dataset, `--input` means, and in which order."""
+"""Which files are read, or which split of a Hugging Face dataset, and in which order."""
 
 import glob
 import os
@@ -11,9 +11,8 @@ from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from upath import UPath
 
-from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, resolve, walk
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
 FORMATS: dict[str, Format] = {
@@ -28,13 +27,13 @@ FORMATS: dict[str, Format] = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-BOOKKEEPING = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-"""Files that `datasets` writes beside the data it saves."""
+DATASETS_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""Files that `datasets` writes beside its data."""
 
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """A file of the corpus. `name` is relative to the input, so that a corpus that was moved keeps its document ids."""
+    """A file of the corpus. `name` is relative to the input, so document ids do not change when a corpus is moved."""
 
     path: Location
     name: str
@@ -42,7 +41,7 @@ class CorpusFile:
     bytes: int
 
     def describe(self) -> dict[str, str | int]:
-        """What a later run compares to see whether the input is still the same."""
+        """Identity of the file in the request of a run."""
         return {"name": self.name, "format": self.format, "bytes": self.bytes}
 
 
@@ -55,51 +54,58 @@ class HubSplit:
     split: str
 
     def describe(self) -> dict[str, str | int]:
-        """What a later run compares to see whether the input is still the same."""
+        """Identity of the dataset in the request of a run."""
         return {"name": self.name, "revision": str(self.builder.hash)}
 
 
 Source = CorpusFile | HubSplit
 
 
-def find_sources(config: PrepareConfig) -> list[Source]:
-    """The sources of the corpus in reading order: files by name, which does not depend on the file system.
+def find_sources(
+    name: str, given: Format | Literal["auto"] = "auto", subset: str | None = None, split: str = "train"
+) -> list[Source]:
+    """Sources of a corpus in reading order. Files are sorted by name, independent of the file system.
+
+    Args:
+        name: file, directory, glob, or Hugging Face dataset id.
+        given: format of the files; `auto` infers it from each file name.
+        subset: configuration of a Hugging Face dataset.
+        split: split of a Hugging Face dataset.
 
     Raises:
-        UserError: nothing there, nothing that can be read, or a file whose format cannot be told.
+        UserError: no such path, no readable file, or a file of unknown format.
     """
-    path = locate(config.input)
+    path = locate(name)
     kind = kind_of(path)
     if kind == "file":
-        return corpus_files(path.parent, {path.name: path.stat().st_size}, config)
+        return corpus_files(path.parent, {path.name: path.stat().st_size}, given)
     if kind == "directory":
-        if resolve(path) in resolve(config.output).parents:
-            raise UserError(f"--output {config.output}: lies inside --input {path}; choose a directory outside it")
-        return files_below(path, config)
-    if glob.has_magic(config.input):
-        return files_matching(path, config)
-    if looks_like_path(config.input):
-        raise UserError(f"--input {config.input}: no such file or directory; check the path")
-    return [hub_split(config)]
+        return files_below(path, given)
+    if glob.has_magic(name):
+        return files_matching(name, given)
+    if looks_like_path(name):
+        raise UserError(f"--input {name}: no such file or directory; check the path")
+    return [hub_split(name, subset, split)]
 
 
-def files_below(root: Location, config: PrepareConfig) -> list[Source]:
-    """Every file below the directory `root` that is not hidden and, with `--format auto`, has a known name."""
+def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]:
+    """All files below the directory `root`, except hidden files and, with `auto`, files of unknown format."""
     files = {
         name: size
         for name, size in walk(root).items()
         if not any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
-        and PurePosixPath(name).name not in BOOKKEEPING
-        and (config.format != "auto" or format_of(name) is not None)
+        and PurePosixPath(name).name not in DATASETS_METADATA
+        and (given != "auto" or format_of(name) is not None)
     }
     if not files:
-        known = f" ({', '.join(FORMATS)}, also compressed)" if config.format == "auto" else ""
+        known = f" ({', '.join(FORMATS)}, also compressed)" if given == "auto" else ""
         raise UserError(f"--input {root}: holds no file to read{known}; check the path or give --format")
-    return corpus_files(root, files, config)
+    return corpus_files(root, files, given)
 
 
-def files_matching(pattern: Location, config: PrepareConfig) -> list[Source]:
-    """The files that a glob matches, named relative to its part without wildcards."""
+def files_matching(name: str, given: Format | Literal["auto"]) -> list[Source]:
+    """Files that match a glob, named relative to the part of the path before the first wildcard."""
+    pattern = locate(name)
     root = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
     if isinstance(pattern, Path):
         found = [Path(match) for match in glob.glob(str(pattern), recursive=True) if os.path.isfile(match)]
@@ -107,12 +113,12 @@ def files_matching(pattern: Location, config: PrepareConfig) -> list[Source]:
     else:
         files = remote_matches(root, pattern)
     if not files:
-        raise UserError(f"--input '{config.input}': matches no file; check the pattern")
-    return corpus_files(root, files, config)
+        raise UserError(f"--input '{name}': matches no file; check the pattern")
+    return corpus_files(root, files, given)
 
 
 def remote_matches(root: Location, pattern: UPath) -> dict[str, int]:
-    """Name relative to `root` and size of the files that a glob matches; a wildcard stands for no hidden name."""
+    """Name relative to `root` and size of the files that match a glob. Wildcards do not match hidden names."""
     found = pattern.fs.glob(pattern.path, detail=True)
     start = pattern.fs._strip_protocol(str(root)).rstrip("/") + "/"
     files = {name.removeprefix(start): info["size"] for name, info in found.items() if info["type"] == "file"}
@@ -120,15 +126,20 @@ def remote_matches(root: Location, pattern: UPath) -> dict[str, int]:
     return {name: size for name, size in files.items() if hidden_wanted or "/." not in f"/{name}"}
 
 
-def corpus_files(root: Location, files: dict[str, int], config: PrepareConfig) -> list[Source]:
-    """Describe files, given by name relative to `root` and size, in the order of their names.
+def corpus_files(root: Location, files: dict[str, int], given: Format | Literal["auto"]) -> list[Source]:
+    """Describe files, sorted by name.
+
+    Args:
+        root: directory of the files.
+        files: name relative to `root` and size in bytes of each file.
+        given: format of all files, or `auto`.
 
     Raises:
-        UserError: the format of one is neither given nor known by its name.
+        UserError: a file of unknown format.
     """
     described: list[Source] = []
     for name, size in sorted(files.items()):
-        file_format = format_of(name) if config.format == "auto" else config.format
+        file_format = format_of(name) if given == "auto" else given
         if file_format is None:
             raise UserError(f"{root / name}: the name does not tell the format; give --format")
         described.append(CorpusFile(root / name, name, file_format, size))
@@ -136,7 +147,7 @@ def corpus_files(root: Location, files: dict[str, int], config: PrepareConfig) -
 
 
 def format_of(name: str) -> Format | None:
-    """The format that a file name stands for, compressed or not; None if it is unknown."""
+    """The format that a file name indicates, compressed or not; None if unknown."""
     return FORMATS.get(data_suffix(PurePosixPath(name)))
 
 
@@ -147,18 +158,18 @@ def data_suffix(path: PurePath | Location) -> str:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be meant as a path, not as a dataset `name` or `owner/name`."""
+    """Whether `name` can only be a path, not a dataset id such as `name` or `owner/name`."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None or format_of(name) is not None
 
 
-def hub_split(config: PrepareConfig) -> HubSplit:
+def hub_split(name: str, subset: str | None, split: str) -> HubSplit:
     """Look up a dataset on the Hugging Face hub."""
     try:
-        builder = load_dataset_builder(config.input, config.subset)
-        builder.as_streaming_dataset(split=config.split)
+        builder = load_dataset_builder(name, subset)
+        builder.as_streaming_dataset(split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
-            f"--input {config.input}: no such file or directory, and not a dataset that the Hugging Face hub gives "
+            f"--input {name}: no such file or directory, and not a dataset that the Hugging Face hub gives "
             f"({first_line(error)}); check --input, --subset and --split"
         ) from error
-    return HubSplit(builder, "/".join(filter(None, (config.input, config.subset, config.split))), config.split)
+    return HubSplit(builder, "/".join(filter(None, (name, subset, split))), split)

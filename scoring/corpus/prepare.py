@@ -1,0 +1,123 @@
+"""Preparing a corpus: from files to a token shard set.
+
+The result depends only on the corpus and the settings, not on the number of workers. A failed run leaves nothing
+behind. A killed run starts over when it is repeated.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished, finish_shard_set
+from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER, claim_output, clear_directory
+from weighted_mtp.schemas.storage.locations import Location, kind_of, local_name, locate, resolve
+from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.scoring.corpus.documents import Fields
+from weighted_mtp.scoring.corpus.process_pool import map_in_order
+from weighted_mtp.scoring.corpus.readers import read_batches
+from weighted_mtp.scoring.corpus.source_files import Source, find_sources
+from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, choose_added_tokens
+from weighted_mtp.scoring.corpus.tokenization import BatchEncoder, EncodedBatch
+from weighted_mtp.scoring.corpus.writer import write_shards
+from weighted_mtp.scoring.tokenizer import describe_tokenizer, load_tokenizer, save_tokenizer
+
+Track = Callable[[Iterable[EncodedBatch]], Iterable[EncodedBatch]]
+
+
+def prepare(config: PrepareConfig, track: Track = iter) -> ShardSet:
+    """Tokenise a corpus into a shard set, unless `config.output` already holds the result.
+
+    Args:
+        config: all settings.
+        track: wraps the iterator over encoded batches, to report progress. Not called if there is nothing to do.
+
+    Raises:
+        UserError: the corpus, the tokenizer or the output cannot be used.
+    """
+    check_outside(config.output, config.input)
+    sources = find_sources(config.input, config.format, config.subset, config.split)
+    with exclusive(config.output) as held:
+        tokenizer = load_tokenizer(
+            local_name(config.tokenizer),
+            f"--tokenizer {config.tokenizer}: cannot be loaded",
+            "give a directory written by save_pretrained or a Hugging Face id",
+        )
+        added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
+        request = describe_request(config, tokenizer, added, sources)
+        if finished := find_finished(config.output, request):
+            return finished
+        if claim_output(config.output, request):
+            clear_directory(config.output)
+            claim_output(config.output, request)
+        try:
+            return write_shard_set(config, tokenizer, added, sources, request, track)
+        except BaseException:
+            # The run cannot be continued, and its claim would refuse corrected settings.
+            if held() and not (config.output / MANIFEST).exists():
+                clear_directory(config.output)
+            raise
+
+
+def check_outside(output: Location, corpus: str) -> None:
+    """Raise UserError if `output` lies inside the directory of the corpus: its shards would become input."""
+    path = locate(corpus)
+    if resolve(path) in resolve(output).parents and kind_of(path) == "directory":
+        raise UserError(f"--output {output}: lies inside --input {path}; choose a directory outside it")
+
+
+def describe_request(
+    config: PrepareConfig, tokenizer: PreTrainedTokenizerBase, added: AddedTokens, sources: list[Source]
+) -> str:
+    """Everything that determines the result, as JSON."""
+    request: dict[str, Any] = {
+        "command": "prepare",
+        **config.model_dump(mode="json", exclude={"tokenizer", "output", "workers"}),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "added": added._asdict(),
+        "sources": digest_json([source.describe() for source in sources]),
+    }
+    return json.dumps(request, indent=2)
+
+
+def write_shard_set(
+    config: PrepareConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    added: AddedTokens,
+    sources: list[Source],
+    request: str,
+    track: Track,
+) -> ShardSet:
+    """Write tokenizer, shards and manifest into the claimed directory `config.output`."""
+    save_tokenizer(tokenizer, config.output / TOKENIZER)
+    prefix, suffix = added_ids(tokenizer, added)
+    fields = Fields(config.text_field, config.id_field, config.number_fields, config.label_fields)
+    encoded = map_in_order(
+        BatchEncoder(tokenizer, prefix, suffix, config.max_length, fields),
+        read_batches(sources, fields, config.sample_by),
+        workers=config.workers or len(os.sched_getaffinity(0)),
+        preload="weighted_mtp.scoring.corpus.tokenization",
+    )
+    entries, counts = write_shards(config.output, track(encoded), config.shard_tokens)
+    manifest = Manifest(
+        corpus=CorpusInfo(
+            input=config.input,
+            text_field=config.text_field,
+            max_length=config.max_length,
+            adds_bos=added.bos,
+            adds_eos=added.eos,
+            documents=counts.documents,
+            rejects=counts.rejected,
+            sequence_columns=fields.columns,
+        ),
+        tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
+        shards=entries,
+        request=json.loads(request),
+    )
+    return finish_shard_set(config.output, manifest, {})

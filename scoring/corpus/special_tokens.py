@@ -1,0 +1,55 @@
+"""BOS and EOS: which special tokens surround the tokens of a document."""
+
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from weighted_mtp.schemas.errors import UserError
+
+PROBE_TEXT = "probe"
+
+
+class AddedTokens(NamedTuple):
+    """Whether BOS goes before a document, and EOS after it."""
+
+    bos: bool
+    eos: bool
+
+
+def choose_added_tokens(
+    tokenizer: PreTrainedTokenizerBase, bos: Literal["auto", "always", "never"], append_eos: bool
+) -> AddedTokens:
+    """Decide on BOS and EOS. The default is what the tokenizer adds by itself.
+
+    Raises:
+        UserError: the tokenizer lacks a requested token, or adds other tokens, as encoders do.
+    """
+    if bos == "always" and tokenizer.bos_token_id is None:
+        raise UserError("--bos always: the tokenizer has no BOS token; use '--bos auto'")
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError("--append_eos: the tokenizer has no EOS token; leave the flag out")
+    default = default_added_tokens(tokenizer)
+    return AddedTokens(bos == "always" or (bos == "auto" and default.bos), append_eos or default.eos)
+
+
+def default_added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
+    """Tokens that the tokenizer adds to a text by itself, found by encoding `PROBE_TEXT`.
+
+    Raises:
+        UserError: it adds tokens other than BOS and EOS.
+    """
+    plain = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    full = tokenizer(PROBE_TEXT)["input_ids"]
+    for added in (AddedTokens(bos, eos) for bos in (False, True) for eos in (False, True)):
+        prefix, suffix = added_ids(tokenizer, added)
+        if full == prefix + plain + suffix:
+            return added
+    raise UserError(
+        f"--tokenizer {tokenizer.name_or_path}: adds tokens other than BOS and EOS to a text "
+        f"({' '.join(tokenizer.convert_ids_to_tokens(full))}); give the tokenizer of a decoder-only model"
+    )
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> tuple[list[int], list[int]]:
+    """Token ids before and after a document."""
+    return [tokenizer.bos_token_id] * added.bos, [tokenizer.eos_token_id] * added.eos
