@@ -41,7 +41,8 @@ from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, Tokeni
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set, verify
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
-from weighted_mtp.schemas.storage.files import TOKENIZER, claim_output, copy_files
+from weighted_mtp.schemas.storage.claims import claim_output
+from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
 from weighted_mtp.scoring.engines.base import EngineConfig, Request

@@ -13,7 +13,7 @@ from weighted_mtp.pipelines.reports.pages import check_page, decode, printable, 
 from weighted_mtp.schemas.configs import InspectConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest, ScoreColumn
-from weighted_mtp.schemas.shard_set.shard_set import FOOTERS, ShardSet
+from weighted_mtp.schemas.shard_set.shard_set import SAMPLED_FOOTERS, ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
@@ -100,7 +100,7 @@ def columns_table(shard_set: ShardSet) -> Table:
     table.add_column("origin", overflow="fold")
     for name in ("B/token", "missing", "mean", "std", "1 %", "50 %", "99 %"):
         table.add_column(name, justify="right")
-    about = "~" * (len(manifest.shards) > FOOTERS)
+    about = "~" * (len(manifest.shards) > SAMPLED_FOOTERS)
     cost = {name: f"{about}{size:.2f}" for name, size in shard_set.bytes_per_token().items()}
     table.add_row("input_ids", "the corpus", cost["input_ids"])
     for name, kind in manifest.corpus.sequence_columns.items():

@@ -21,7 +21,8 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Manifest, Quantity, ScoreColumn, ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, find_finished, finish_shard_set
-from weighted_mtp.schemas.storage.files import TOKENIZER, check_claim, claim_output, copy_files, write_text
+from weighted_mtp.schemas.storage.claims import check_claim, claim_output
+from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files, write_text
 from weighted_mtp.schemas.storage.locations import Location, remove_tree, resolve
 from weighted_mtp.schemas.storage.locks import exclusive
 from weighted_mtp.scoring.conditions.models import ScoringModel, check_length, check_model

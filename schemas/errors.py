@@ -1,19 +1,19 @@
-"""The one exception that means "the user can fix this", and what others say."""
+"""`UserError`, for problems that users can fix, and one-line messages of other exceptions."""
 
 from pydantic import ValidationError
 
 
 class UserError(Exception):
-    """A mistake or circumstance the user can put right.
+    """A problem that the user can fix.
 
-    The message is one line that names the file or flag and the remedy; the command line prints it as it is and
-    exits with status 1.
+    The message is one line that names the file or flag and the remedy. The command line prints it unchanged and exits
+    with status 1.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says in one line; of pydantic's findings, the first and what it is about."""
+    """The message of an exception in one line. For a pydantic error: the first problem and its field."""
     if isinstance(error, ValidationError):
-        finding = error.errors()[0]
-        return ": ".join(filter(None, [".".join(map(str, finding["loc"])), finding["msg"]]))
+        problem = error.errors()[0]
+        return ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from weighted_mtp.schemas.shard_set.shard_set import FOOTERS, REJECTS, ShardSet
+from weighted_mtp.schemas.shard_set.shard_set import SAMPLED_FOOTERS, REJECTS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.plan import ScoringPlan
 from weighted_mtp.scoring.job.units import read_records
@@ -36,7 +36,7 @@ class Scored:
 def print_summary(shards: ShardSet, scored: Scored) -> None:
     """Print what the columns hold, how fast it went, and the next command."""
     manifest = shards.manifest
-    sizes, about = shards.bytes_per_token(), "~" * (len(manifest.shards) > FOOTERS)
+    sizes, about = shards.bytes_per_token(), "~" * (len(manifest.shards) > SAMPLED_FOOTERS)
     table = Table("column", *[f"{name:>6}" for name in ("mean", "std", "1%", "50%", "99%", "B/token")])
     for name, column in manifest.columns.items():
         of = column.statistics

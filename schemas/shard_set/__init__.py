@@ -1,1 +1,1 @@
-"""The shard set: Parquet shards, the manifest that describes them, and exact counts of their values."""
+"""The shard set: Parquet shards, their manifest, and exact counts of their values."""

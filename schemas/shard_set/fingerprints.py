@@ -1,4 +1,4 @@
-"""Names for content: two things with one fingerprint are interchangeable."""
+"""Fingerprints: two tokenizers or models with the same fingerprint are interchangeable."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and without spaces."""
+    """JSON with sorted keys and no spaces."""
     return CANONICAL.encode(value).encode()
 
 
@@ -26,16 +26,16 @@ def digest_json(value: Any) -> str:
 
 
 def directory_digest(directory: Location) -> str:
-    """Digest of the names and contents of all files directly in `directory`; of an absent one that of no file."""
+    """Digest of the names and contents of all files directly in `directory`, which may be missing."""
     return digest_json({name: sha256_file(directory / name) for name in sorted(list_files(directory))})
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Fingerprint of how a Hugging Face tokenizer maps text to ids.
+    """Fingerprint of the mapping from text to ids of a Hugging Face tokenizer.
 
-    Covers vocabulary, merges, normaliser, pre-tokeniser and added tokens. Left out is what changes no id of plain
-    text: padding, truncation, chat template, and the post-processor that adds BOS or EOS (the manifest records
-    those itself).
+    Covers vocabulary, merges, normaliser, pre-tokeniser and added tokens. Excludes settings that do not change the ids
+    of plain text: padding, truncation, chat template, and the post-processor that adds BOS or EOS, which the manifest
+    records separately.
     """
     if not tokenizer.is_fast:
         return digest_json({"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()})
@@ -47,8 +47,8 @@ def model_fingerprint(directory: Path, source: Location | None = None) -> str:
     """Fingerprint of a Hugging Face checkpoint directory: its config and its weight files.
 
     Args:
-        directory: its files.
-        source: where they were copied from, if they were.
+        directory: local directory.
+        source: original location of a copy, for messages.
 
     Raises:
         UserError: the directory has no `config.json` or no weight files.

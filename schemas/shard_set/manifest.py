@@ -1,4 +1,4 @@
-"""`manifest.json`: what the columns of a shard set are and can be trusted for."""
+"""`manifest.json`: the content of a shard set, and the origin and statistics of its columns."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ FORMAT_VERSION: Final = 3
 Quantity = Literal["loss", "entropy", "gradient"]
 SequenceKind = Literal["number", "label"]
 PROMPT_SHOWN = 40
-"""Characters of a prompt in the line that describes a condition."""
+"""Longest prompt, in characters, that the description of a condition shows in full."""
 
 
 class ManifestRecord(BaseModel):
-    """Base of everything written to the manifest: immutable, unknown keys are errors."""
+    """Base of all records in the manifest: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,12 +36,22 @@ class ShortContext(ManifestRecord):
 
 
 class Condition(ManifestRecord):
-    """A model and the context it may see; every token has one loss, and further quantities, under a condition.
+    """A model and the context it sees. Under a condition every token has one loss, and optional further quantities.
 
-    `fingerprint` identifies the weights and the config of the model, wherever they lie; `revision` is the commit of a
-    model from the hub. `device` is what it ran on, `engine_method` how vLLM returned the numbers, `engine_args` what it
-    was told beyond the defaults. `window` is None for the full context, `prompt` a text before every sequence, None
-    where there is none. `quantity` says which number of a token the column holds.
+    Attributes:
+        model: name given by the user.
+        revision: commit of a model from the hub.
+        fingerprint: identity of weights and config, independent of their location.
+        device: device of the engine.
+        dtype: compute type of the model.
+        engine: name of the engine.
+        engine_version: version of its package.
+        engine_method: how vLLM returned the numbers.
+        engine_args: vLLM arguments that differ from the defaults.
+        tensor_parallel_size: GPUs, or processes on a CPU, that shared the model.
+        window: short context; None for the full context.
+        prompt: text before every sequence, or None.
+        quantity: which number of a token the column holds.
     """
 
     model: str
@@ -70,7 +80,7 @@ class Condition(ManifestRecord):
 
 
 def quote(text: str) -> str:
-    """The beginning of a text in quotation marks, on one line."""
+    """The beginning of a text, quoted, on one line."""
     shown = text if len(text) <= PROMPT_SHOWN else text[:PROMPT_SHOWN] + "..."
     return json.dumps(shown, ensure_ascii=False)
 
@@ -87,21 +97,21 @@ class Contrast(ManifestRecord):
 
 
 def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
-    """Whether two origins give the same numbers: what a model is called and where it was found does not matter."""
+    """Whether two origins give the same numbers. Name and revision of a model do not matter."""
     if isinstance(one, Condition) and isinstance(other, Condition):
         return one.model_copy(update={"model": other.model, "revision": other.revision}) == other
     return one == other
 
 
 class ScoreColumn(ManifestRecord):
-    """A float16 score column: where it comes from and what its values look like."""
+    """A float16 score column: its origin and the statistics of its values."""
 
     origin: Condition | Contrast
     statistics: ColumnStatistics
 
 
 class TokenizerInfo(ManifestRecord):
-    """The tokenizer of a corpus. Its files lie in `tokenizer/` inside the shard set; `files_sha256` is their digest."""
+    """The tokenizer of a corpus. `files_sha256` is the digest of its files in `tokenizer/` inside the shard set."""
 
     name: str
     fingerprint: str
@@ -116,10 +126,9 @@ class TokenizerInfo(ManifestRecord):
 
 
 class CorpusInfo(ManifestRecord):
-    """How the corpus became token ids.
+    """The corpus, and the settings that turned it into token ids.
 
-    `sequence_columns` are the fields of the documents that every sequence of theirs carries: a `number` is a float32
-    column, a `label` one of strings.
+    `sequence_columns` maps document fields that became columns to their kinds: `number` is float32, `label` is string.
     """
 
     input: str
@@ -138,9 +147,9 @@ class CorpusInfo(ManifestRecord):
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class ShardEntry:
-    """One Parquet file of the set; of these a set may have a hundred thousand.
+    """One Parquet file of the set. A slotted dataclass because a set may have 100,000 of them.
 
-    `longest` is the length of its longest sequence in tokens, `rejects` how many of its sequences could not be scored.
+    `longest` is the length of its longest sequence in tokens; `rejects` counts sequences that could not be scored.
     """
 
     name: str
@@ -156,11 +165,11 @@ class ShardEntry:
 SHARD_ENTRY = TypeAdapter(ShardEntry)
 SHARD_ENTRIES = TypeAdapter(list[ShardEntry])
 SHARDS_AT_ONCE = 1000
-"""Shards turned into JSON at once: all of them together would take several times the memory of the manifest."""
+"""Shards converted to JSON at once; converting all of them would take several times the memory of the manifest."""
 
 
 class Timings(ManifestRecord):
-    """How long scoring took: for each shard, in order, the seconds spent reading, in the engines, and writing."""
+    """Duration of scoring: seconds per shard, in order, for reading, scoring and writing."""
 
     read_seconds: list[float] = []
     score_seconds: list[float] = []
@@ -168,11 +177,10 @@ class Timings(ManifestRecord):
 
 
 class Manifest(ManifestRecord):
-    """Everything a reader must know about a shard set.
+    """Description of a shard set.
 
-    `columns` is empty for a corpus that was not scored yet. `request` holds the command's settings and the digests of
-    its inputs, so that repeating a finished command is recognised; `derived_from` is the digest of the set that was
-    scored.
+    `columns` is empty for an unscored corpus. `request` holds the command's settings and the digests of its inputs, to
+    recognise a repeated command. `derived_from` is the digest of the set that was scored.
     """
 
     format_version: Literal[3] = FORMAT_VERSION
@@ -188,7 +196,7 @@ class Manifest(ManifestRecord):
 
     @property
     def digest(self) -> str:
-        """Identity of the shard set: SHA-256 over the canonical JSON of the manifest, timings left out."""
+        """Identity of the shard set: SHA-256 of the canonical JSON of the manifest without timings."""
         sha256 = hashlib.sha256()
         for piece in canonical_pieces(self):
             sha256.update(piece)
@@ -216,7 +224,7 @@ class Manifest(ManifestRecord):
 
 
 def canonical_pieces(manifest: Manifest) -> Iterator[bytes]:
-    """The canonical JSON of a manifest, timings left out, piece by piece."""
+    """The canonical JSON of a manifest without timings, in pieces."""
     content = manifest.model_dump(mode="json", exclude={"timings", "shards"})
     before = canonical_json({name: value for name, value in content.items() if name < "shards"})
     after = canonical_json({name: value for name, value in content.items() if name > "shards"})
@@ -228,9 +236,9 @@ def canonical_pieces(manifest: Manifest) -> Iterator[bytes]:
 
 
 def write_manifest(directory: Location, manifest: Manifest) -> None:
-    """Write `manifest.json` with its digest, atomically, a line for each shard.
+    """Write `manifest.json` with its digest, atomically, one line per shard.
 
-    This is what turns a directory into a shard set.
+    With the manifest a directory becomes a shard set.
     """
     content = manifest.model_dump(mode="json", exclude={"shards", "timings"}) | {"digest": manifest.digest}
     timings = manifest.timings.model_dump_json() if manifest.timings else "null"
@@ -247,7 +255,7 @@ def read_manifest(directory: Location) -> Manifest:
     """Read and check `manifest.json`.
 
     Raises:
-        UserError: missing, not JSON, of another format, or edited since it was written.
+        UserError: the file is missing, not JSON, of another format version, or was edited.
     """
     path = directory / MANIFEST
     if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""A shard set on disk: opening one that can be trusted, verifying it, and finishing one that was just written."""
+"""Opening, verifying and finishing shard sets."""
 
 import json
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Manifest, read_manifest, write_manifest
 from weighted_mtp.schemas.shard_set.shards import read_footer, read_shard, shard_schema
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts, from_table, to_table
+from weighted_mtp.schemas.storage.claims import release_output
 from weighted_mtp.schemas.storage.files import (
     MANIFEST,
     TOKENIZER,
     atomic_write,
     differences,
     fsync_tree,
-    release_output,
     sha256_file,
 )
 from weighted_mtp.schemas.storage.locations import Location, list_files, locate
 
 STATISTICS = "statistics.parquet"
 REJECTS = "rejects.jsonl"
-FOOTERS = 256
-"""Of larger sets, sizes of columns come from this many shards, evenly spaced: each costs requests to a store."""
+SAMPLED_FOOTERS = 256
+"""Most footers read to measure column sizes, from evenly spaced shards: each footer costs requests to a store."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: str | Location) -> "ShardSet":
-        """Open a shard set after checking the manifest, the tokenizer, and that every shard is there in its full size.
+        """Open a shard set. Checks the manifest, the tokenizer, and the size of every shard.
 
         Raises:
             UserError: not a finished shard set, an edited manifest, another tokenizer, a missing or truncated shard.
@@ -70,10 +70,10 @@ class ShardSet:
         return read_shard(self.path / self.manifest.shards[shard].name, columns, row_group)
 
     def bytes_per_token(self) -> dict[str, float]:
-        """Compressed bytes of each column per token, from the Parquet footers of at most `FOOTERS` shards."""
+        """Compressed bytes of each column per token, from the Parquet footers of at most `SAMPLED_FOOTERS` shards."""
         sizes = dict.fromkeys(manifest_schema(self.manifest).names, 0)
         shards = self.manifest.shards
-        sample = shards[:: max(1, -(-len(shards) // FOOTERS))]
+        sample = shards[:: max(1, -(-len(shards) // SAMPLED_FOOTERS))]
         for shard in sample:
             metadata = read_footer(self.path / shard.name)
             for group in range(metadata.num_row_groups):
@@ -93,7 +93,7 @@ class ShardSet:
         """Exact value counts of every score column, from `statistics.parquet`.
 
         Raises:
-            UserError: the file is missing or not the one the manifest was written for.
+            UserError: the file is missing, or differs from the one in the manifest.
         """
         if self.manifest.statistics_sha256 is None:
             return {}
@@ -105,7 +105,7 @@ class ShardSet:
 
 
 class FileCheck(NamedTuple):
-    """What `verify` found about one file: its size in the manifest, and in one line what is wrong with it."""
+    """Result of `verify` for one file: its size in the manifest, and one line about its fault, if any."""
 
     name: str
     bytes: int
@@ -113,7 +113,7 @@ class FileCheck(NamedTuple):
 
 
 def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
-    """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte; go on after a fault."""
+    """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte. Continues after a fault."""
     schema = manifest_schema(manifest)
     for shard in manifest.shards:
         fault = check_content(path / shard.name, shard.sha256)
@@ -131,13 +131,13 @@ def manifest_schema(manifest: Manifest) -> pa.Schema:
 
 
 def check_tokenizer(path: Location, manifest: Manifest) -> str | None:
-    """What is wrong with the tokenizer's files, None when they are the ones the corpus was written with."""
+    """The fault of the tokenizer's files; None if they match the manifest."""
     same = directory_digest(path / TOKENIZER) == manifest.tokenizer.files_sha256
     return None if same else f"{path / TOKENIZER}: missing, or not the tokenizer of the corpus"
 
 
 def check_content(file: Location, sha256: str) -> str | None:
-    """What is wrong with `file`, None when its SHA-256 is the one given."""
+    """The fault of `file`; None if its SHA-256 matches."""
     try:
         return None if sha256_file(file) == sha256 else f"{file}: content differs from the manifest (sha256)"
     except FileNotFoundError:
@@ -147,7 +147,7 @@ def check_content(file: Location, sha256: str) -> str | None:
 
 
 def finish_shard_set(output: Location, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:
-    """Write statistics and manifest into a directory whose shards are in place, and end the run in progress."""
+    """Write statistics and manifest into a directory with complete shards, and release its claim."""
     if value_counts:
         with atomic_write(output / STATISTICS) as file:
             pq.write_table(to_table(value_counts), file, compression="zstd")
@@ -159,10 +159,10 @@ def finish_shard_set(output: Location, manifest: Manifest, value_counts: dict[st
 
 
 def find_finished(output: Location, request: str) -> ShardSet | None:
-    """The finished shard set in `output` if there is one and it answers the JSON text `request`.
+    """The finished shard set in `output`, if it exists, for the JSON text `request`.
 
     Raises:
-        UserError: it is damaged, or answers another request.
+        UserError: the set is damaged, or belongs to another request.
     """
     if not (output / MANIFEST).exists():
         return None

@@ -1,9 +1,8 @@
-"""One Parquet shard: its Arrow schema, its encoding, how it is written and how it is read.
+"""Reading and writing one Parquet shard: Arrow schema, encoding, row groups.
 
-A row is one sequence: a contiguous span of one document. Sequence columns hold one value for each, which came with the
-document. Score columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT puts
-the high bytes of all values together, which is where floats repeat, and zstd does the rest; dictionaries and statistics
-would only add bytes.
+A row is one sequence: a contiguous span of one document. Sequence columns hold one value of the document per row. Score
+columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT groups the high bytes of
+all values, which repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
 """
 
 import hashlib
@@ -38,14 +37,14 @@ NO_COLUMNS: Mapping[str, SequenceKind] = {}
 def shard_schema(
     score_columns: tuple[str, ...] = (), sequence_columns: Mapping[str, SequenceKind] = NO_COLUMNS
 ) -> pa.Schema:
-    """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then sequence and score columns as given."""
-    of_sequences = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
-    further = of_sequences | dict.fromkeys(score_columns, SCORE_TYPE)
+    """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then sequence columns, then score columns."""
+    sequence_types = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
+    further = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
     return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in further.items())])
 
 
 def table_schema(table: pa.Table) -> pa.Schema:
-    """The schema of the shard that a table with the columns of one becomes."""
+    """The shard schema of a table with the columns of a shard."""
     further = list(table.schema)[len(TOKEN_FIELDS) :]
     scores = tuple(field.name for field in further if pa.types.is_list(field.type))
     kinds: dict[str, SequenceKind] = {
@@ -57,31 +56,31 @@ def table_schema(table: pa.Table) -> pa.Schema:
 
 
 def shard_name(index: int, total: int) -> str:
-    """File name of shard `index` of `total`, both counted as in `shard-00007-of-00032.parquet`."""
+    """File name of shard `index`, counted from 0, of `total`: `shard-00007-of-00032.parquet`."""
     return f"shard-{index:05d}-of-{total:05d}.parquet"
 
 
 def flat_values(column: pa.ChunkedArray) -> np.ndarray:
-    """All entries of a list column, one after the other, as a numpy array."""
+    """All entries of a list column, concatenated, as a numpy array [tokens]."""
     values = column.combine_chunks().flatten()
     return values.to_numpy(zero_copy_only=False)
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Length of every list of a list column, int64."""
+    """Length of every list of a list column, int64 [rows]."""
     lists = column.combine_chunks()
     return np.diff(lists.offsets.to_numpy()).astype(np.int64)
 
 
 def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """A list column from its entries and the length of every list; inverse of the two functions above."""
+    """A list column from its entries [tokens] and list lengths [rows]; inverse of `flat_values` and `list_lengths`."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def split_by_tokens(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int]]:
-    """Split rows into consecutive groups `(first row, end row)` that close as soon as they hold `tokens` tokens."""
+    """Split rows into consecutive groups `(first row, end row)`. A group ends as soon as it holds `tokens` tokens."""
     first, held = 0, 0
     for row, length in enumerate(lengths.tolist()):
         held += length
@@ -93,7 +92,7 @@ def split_by_tokens(lengths: np.ndarray, tokens: int) -> Iterator[tuple[int, int
 
 
 class HashingFile(io.RawIOBase):
-    """A write-only file that knows the size and the SHA-256 of what went through it."""
+    """A write-only file that computes the size and the SHA-256 of the written data."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -117,7 +116,7 @@ class HashingFile(io.RawIOBase):
 
 
 def write_shard(path: Location, table: pa.Table) -> ShardEntry:
-    """Write one shard atomically in row groups of about 2**18 tokens and describe it.
+    """Write one shard atomically, in row groups of about 2**18 tokens, and return its manifest entry.
 
     Args:
         table: columns as in `shard_schema`, in that order.
@@ -171,7 +170,7 @@ def read_footer(path: Location) -> pq.FileMetaData:
 
 
 def _open(path: Location) -> Any:
-    # Arrow asks for the ranges that it needs: reading ahead would fetch much more from a store.
+    # Arrow requests the ranges it needs; reading ahead would fetch much more from a store.
     return pa.OSFile(str(path)) if isinstance(path, Path) else path.open("rb", cache_type="none")
 
 
@@ -182,6 +181,6 @@ def _damage_reported(path: Location) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, PermissionError) or error.__cause__:  # a store's own: the shard may be as it should
+        if isinstance(error, PermissionError) or error.__cause__:  # an error of the store: the shard may be intact
             raise
         raise UserError(f"{path}: shard is damaged ({first_line(error)}); restore it or rewrite the set") from error

@@ -1,8 +1,8 @@
 """Exact statistics of a float16 column in bounded memory.
 
-A float16 has 65,536 bit patterns, so counting how often each occurs describes a column of any length completely.
-Counts of shards add up to the counts of the set, and from them follow the exact mean, any quantile, and both for
-any function applied to the values: a corpus-wide threshold never needs a pass over the data.
+A float16 has 65,536 bit patterns, so their counts describe the values of a column of any length completely. The counts
+of a set are the sums of the counts of its shards. They give the exact mean and any quantile of the values, or of any
+function of them, so corpus-wide thresholds need no pass over the data.
 """
 
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 1.0)
 ADDED_AT_ONCE = 1 << 20
-"""Values counted at once: counting takes several times the memory of its values."""
+"""Values counted at once. Counting takes several times the memory of the values."""
 TABLE_SCHEMA = pa.schema({"column": pa.string(), "value": pa.float16(), "count": pa.int64()})
 
 
 class ColumnStatistics(BaseModel):
-    """Summary of one score column over a whole shard set. Tokens without a score (NaN) are counted apart."""
+    """Summary of one score column over a shard set. `missing` counts tokens without a finite score."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,12 +32,12 @@ class ColumnStatistics(BaseModel):
 
 @dataclass
 class ValueCounts:
-    """How often each float16 value occurs. `counts[b]` belongs to the value with bit pattern `b`."""
+    """Counts of float16 values, int64 [65536]: `counts[b]` is the count of the value with bit pattern `b`."""
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, dtype=np.int64))
 
     def add(self, values: np.ndarray) -> None:
-        """Count a float16 array of any length; -0 counts as 0, and all NaN as one."""
+        """Count the values of a float16 array [any length]. -0 counts as 0, and all NaN as one value."""
         assert values.dtype == np.float16
         for first in range(0, len(values), ADDED_AT_ONCE):
             some = values[first : first + ADDED_AT_ONCE]
@@ -45,11 +45,11 @@ class ValueCounts:
             self.counts += np.bincount(bits, minlength=1 << 16)
 
     def merge(self, other: "ValueCounts") -> None:
-        """Add the counts of another part of the same column."""
+        """Add the counts of another part of the column."""
         self.counts += other.counts
 
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct finite values, ascending float64, and how often each occurs, int64."""
+        """Distinct finite values, ascending float64, and their counts, int64."""
         bits = np.flatnonzero(self.counts)
         values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
         finite = np.isfinite(values)
@@ -75,7 +75,7 @@ class ValueCounts:
 
 
 def to_table(columns: dict[str, ValueCounts]) -> pa.Table:
-    """All counts as one Arrow table (column, value, count), zeros left out."""
+    """All nonzero counts as one Arrow table (column, value, count)."""
     tables = []
     for name, column in columns.items():
         bits = np.flatnonzero(column.counts).astype(np.uint16)

@@ -1,7 +1,7 @@
-"""Several shard sets of one corpus read as one: the same rows, with the score columns of all of them.
+"""Several shard sets of one corpus, read as one set with the score columns of all of them.
 
-That the rows are the same is checked twice: when the sets are opened, what their manifests say about tokenizer and
-shards; when a row group is read, the token ids themselves.
+Two checks ensure that the sets have the same rows: opening compares tokenizer and shards in the manifests, and reading
+a row group compares the token ids.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,10 +22,10 @@ REMEDY = "give sets that were scored from the same token shards"
 
 @dataclass(frozen=True)
 class ZippedSets:
-    """One shard set or several of the same rows.
+    """One or more shard sets with the same rows.
 
     Raises:
-        UserError: two sets differ in tokenizer or shards, or hold different columns under one name.
+        UserError: two sets differ in tokenizer or shards, or have different columns of the same name.
     """
 
     sets: tuple[ShardSet, ...]
@@ -41,25 +41,25 @@ class ZippedSets:
         """Open the sets in `paths`.
 
         Raises:
-            UserError: one cannot be opened, or two do not fit together.
+            UserError: a set cannot be opened, or two sets do not match.
         """
         return cls(tuple(ShardSet.open(path) for path in paths))
 
     @property
     def first(self) -> ShardSet:
-        """The set that stands for all in what they share: tokenizer, shards and their row groups, token ids."""
+        """The first set, for everything that all sets share: tokenizer, shards, row groups, token ids."""
         return self.sets[0]
 
     @property
     def digest(self) -> str:
-        """Identity of the sets: their digests, in order, separated by commas."""
+        """Identity of the sets: their digests in order, separated by commas."""
         return ",".join(shards.manifest.digest for shards in self.sets)
 
     def holder(self, column: str) -> ShardSet:
-        """The first set that has `column`, a score or what came with the corpus.
+        """The first set that has the score or sequence column `column`.
 
         Raises:
-            UserError: none has it.
+            UserError: no set has it.
         """
         for shards in self.sets:
             if column in shards.manifest.columns or column in shards.manifest.corpus.sequence_columns:
@@ -72,7 +72,7 @@ class ZippedSets:
         )
 
     def kind(self, column: str) -> Literal["score", "number", "label"]:
-        """What a column holds: a score of each token, or a number or a label of each sequence.
+        """Kind of a column: a score per token, or a number or a label per sequence.
 
         Raises:
             UserError: no set has it.
@@ -81,7 +81,7 @@ class ZippedSets:
         return "score" if column in manifest.columns else manifest.corpus.sequence_columns[column]
 
     def value_counts(self, column: str) -> ValueCounts:
-        """Exact value counts of a score column; those of a set are read once.
+        """Exact value counts of a score column, cached per set.
 
         Raises:
             UserError: no set has it, or its statistics are missing.
@@ -92,13 +92,13 @@ class ZippedSets:
         return self._counts[holder.path][column]
 
     def files(self, shard: int, columns: Iterable[str]) -> list[Location]:
-        """The files that `read` reads for shard `shard` and these columns."""
+        """Files that `read` opens for shard `shard` and these columns."""
         return [shards.path / shards.manifest.shards[shard].name for shards, _ in self._holders(columns)]
 
     def read(self, shard: int, columns: Sequence[str], row_group: int) -> pa.Table:
-        """Read `input_ids` of one row group, and these columns.
+        """Read `input_ids` and these columns of one row group.
 
-        Only the first set and those that hold the columns are read.
+        Reads only the first set and the sets that hold the columns.
 
         Raises:
             UserError: no set has a column, a shard is damaged, or two sets differ in token ids.
@@ -118,7 +118,7 @@ class ZippedSets:
         return table
 
     def read_sequences(self, shard: int, columns: Sequence[str]) -> pa.Table:
-        """Read columns of sequences, `document_id` and `start` among them, of a whole shard.
+        """Read sequence columns, or `document_id` and `start`, of a whole shard.
 
         Raises:
             UserError: no set has a column, or a shard is damaged.
@@ -126,7 +126,7 @@ class ZippedSets:
         return self.first.read(shard, list(columns))
 
     def _holders(self, columns: Iterable[str]) -> list[tuple[ShardSet, list[str]]]:
-        """The first set, and after it those that hold a column, each with its columns."""
+        """The first set and all sets that hold a column, each with its columns."""
         columns = list(columns)
         held = [[name for name in columns if self.holder(name) is shards] for shards in self.sets]
         pairs = zip(self.sets, held, strict=True)
@@ -134,13 +134,13 @@ class ZippedSets:
 
 
 def check_same_corpus(one: ShardSet, other: ShardSet) -> None:
-    """Raise UserError unless the manifests of two sets agree in tokenizer, shards, and how much each shard holds."""
+    """Raise UserError unless the manifests of two sets agree in tokenizer, shards, and the size of each shard."""
     if difference := corpus_difference(one.manifest, other.manifest):
         raise UserError(f"{other.path}: not the same corpus as {one.path} ({difference}); {REMEDY}")
 
 
 def corpus_difference(one: Manifest, other: Manifest) -> str | None:
-    """How `other` differs from `one` in tokenizer, sequence columns or the size of a shard, None where they agree."""
+    """The first difference of `other` from `one` in tokenizer, sequence columns or shard sizes; None if there is none."""
     if one.tokenizer.fingerprint != other.tokenizer.fingerprint:
         return f"another tokenizer: {other.tokenizer.name}, not {one.tokenizer.name}"
     if len(one.shards) != len(other.shards):
@@ -156,9 +156,9 @@ def corpus_difference(one: Manifest, other: Manifest) -> str | None:
 
 
 def check_columns(one: ShardSet, other: ShardSet) -> None:
-    """Raise UserError where columns of one name hold different numbers.
+    """Raise UserError if two columns of the same name have different origins.
 
-    A contrast says only which columns were subtracted; they lie in the same set, under names that are compared too.
+    A contrast stores only the names of its two columns. They are in the same set, so this compares them, too.
     """
     for name, column in one.manifest.columns.items():
         if name in other.manifest.columns and not same_origin(column.origin, other.manifest.columns[name].origin):

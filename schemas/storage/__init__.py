@@ -1,1 +1,1 @@
-"""Paths and object stores, files that appear complete or not at all, and one writer for each output."""
+"""Paths and object stores, atomic file writes, and one writer per output directory."""

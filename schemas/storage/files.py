@@ -1,4 +1,4 @@
-"""Files that are either complete under their final name or not there at all."""
+"""Atomic writes: a file is either complete under its final name or absent. Checksums and JSON of such files."""
 
 import hashlib
 import json
@@ -13,30 +13,27 @@ from uuid import uuid4
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.storage.locations import Location, list_files, remove_tree
+from weighted_mtp.schemas.storage.locations import Location, list_files
 
 MANIFEST = "manifest.json"
 """The file that makes a directory a shard set."""
 
 TOKENIZER = "tokenizer"
-"""Folder of a shard set that holds the corpus's tokenizer."""
+"""Directory of the corpus's tokenizer inside a shard set."""
 
 PROGRESS = ".progress"
-"""Folder inside an output directory that holds a run in progress; it is gone once the manifest is written."""
-
-CLAIM = "request.json"
-"""File in there that says what the run was asked for."""
+"""Directory of an unfinished run inside its output. It is removed once the manifest is written."""
 
 LOCK = ".lock"
-"""Keeps a second run out of an output: a locked file on a disk, an object in a store (see `schemas.storage.locks`)."""
+"""File that keeps a second run out of an output: locked on a disk, renewed in a store (see `schemas.storage.locks`)."""
 
 
 @contextmanager
 def atomic_write(path: Location) -> Iterator[BinaryIO]:
-    """Yield a binary file that takes the name `path` only if the block ends without an exception.
+    """Yield a binary file that gets the name `path` only if the block ends without an exception.
 
     On a disk the data is fsynced before the rename, and the directory after it, so a crash leaves the old file or the
-    new one. An object store gets the finished file in one upload, which appears complete or not at all.
+    new one. An object store receives the finished file in one upload, which is atomic.
     """
     try:
         if not isinstance(path, Path):
@@ -45,7 +42,7 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
                 file.flush()
                 path.fs.put_file(file.name, path.path)
             return
-        # Of two machines that share a disk, processes may have the same number.
+        # Not the process id: two machines that share a disk may use the same one.
         temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
@@ -57,31 +54,31 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
     except OSError as error:
-        if error.errno is not None:  # a full disk does not say which file it was
+        if error.errno is not None:  # the error of a full disk does not name the file
             error.filename = error.filename or str(path)
         raise
 
 
 def move(source: Location, target: Location) -> None:
-    """Give a complete file another name in the same file system, in place of what had it; durable on return."""
+    """Rename a complete file within its file system, replacing any file of that name. Durable on return."""
     if isinstance(source, Path) and isinstance(target, Path):
         source.replace(target)
         fsync(target.parent)
     else:
         assert isinstance(source, UPath)
         assert isinstance(target, UPath)
-        source.fs.cp_file(source.path, target.path)  # `mv` would look for folders of these names, with more requests
+        source.fs.cp_file(source.path, target.path)  # `mv` would look for directories, with more requests
         source.fs.rm_file(source.path)
 
 
 def write_text(path: Location, text: str) -> None:
-    """Write `text` as UTF-8 under `path`, atomically."""
+    """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def copy_files(source: Location, target: Location) -> None:
-    """Copy the files directly in `source`, which are small, into the directory `target`, made if need be."""
+    """Copy the small files directly in `source` into the directory `target`, which is created if missing."""
     target.mkdir(parents=True, exist_ok=True)
     for name in list_files(source):
         with atomic_write(target / name) as file:
@@ -89,7 +86,7 @@ def copy_files(source: Location, target: Location) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Make the content of a file durable, or the names in a directory."""
+    """Flush the content of a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,7 +95,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(directory: Location) -> None:
-    """Make all files below `directory`, and their names, durable; what an object store has is durable."""
+    """Flush all files below `directory`, and their names, to disk. Object stores need no flush."""
     if not isinstance(directory, Path):
         return
     for path in sorted(directory.rglob("*"), reverse=True):
@@ -109,7 +106,7 @@ def fsync_tree(directory: Location) -> None:
 def sha256_file(path: Location) -> str:
     """Hexadecimal SHA-256 of the file's bytes."""
     with path.open("rb") as file:
-        # Files of stores have the `readinto` that is needed, and no type that says so.
+        # Remote files have the required `readinto`, but their type does not declare it.
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
@@ -126,57 +123,9 @@ def read_json(path: Location) -> Any:
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """Dotted names, sorted, of the leaves in which two JSON values differ."""
+    """Sorted dotted names of the leaves that differ between two JSON values."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = before.keys() | after.keys()
         leaves = [leaf for key in keys for leaf in differences(before.get(key), after.get(key), f"{name}.{key}")]
         return sorted(leaves)
     return [] if before == after else [name.removeprefix(".") or "everything"]
-
-
-def claim_output(output: Location, request: str) -> bool:
-    """Claim `output` for the run described by the JSON text `request`; return True if an earlier start is continued.
-
-    An empty directory is claimed by writing `.progress/request.json`. A claim under which nothing was done gives way.
-
-    Raises:
-        UserError: `output` holds anything else, or a run with another request; what differs is named.
-    """
-    if check_claim(output, request):
-        return True
-    (output / PROGRESS).mkdir(exist_ok=True)
-    write_text(output / PROGRESS / CLAIM, request)
-    return False
-
-
-def check_claim(output: Location, request: str) -> bool:
-    """What `claim_output` does before it writes anything."""
-    progress = output / PROGRESS
-    if (progress / CLAIM).exists():
-        changed = differences(read_json(progress / CLAIM), json.loads(request))
-        if not changed:
-            return True
-        if any(progress.glob("*.parquet")):
-            raise UserError(
-                f"{output}: holds an unfinished run with other settings ({', '.join(changed)}); "
-                "repeat that command, remove the directory, or choose another --output"
-            )
-    elif output.exists() and any(path.name not in (PROGRESS, LOCK) for path in output.iterdir()):
-        raise UserError(f"{output}: already holds something else; choose another --output or remove it")
-    return False
-
-
-def clear_directory(directory: Location) -> None:
-    """Remove everything in `directory` but a lock, and not itself; an absent one is no error."""
-    for path in directory.iterdir() if directory.exists() else ():
-        if path.is_dir() and not path.is_symlink():
-            remove_tree(path)
-        elif path.name != LOCK:
-            path.unlink(missing_ok=True)
-
-
-def release_output(output: Location) -> None:
-    """Remove the traces of a run that has written its manifest, and files that killed runs left half-written."""
-    remove_tree(output / PROGRESS)
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Where data lies: local paths, and object stores through fsspec (`s3://`, `gs://`, `hf://`, ...).
+"""Locations of data: local paths, and object stores through fsspec (`s3://`, `gs://`, `hf://`, ...).
 
-Everything that reads or writes data takes a `Location`. This folder deals with the differences between a store and a
-disk: object stores have no rename, no directories and no locks, but an object appears complete or not at all.
+All code that reads or writes data takes a `Location`. This package handles the differences between a disk and an object
+store, which has no rename, no directories and no locks, but writes objects atomically.
 """
 
 import fcntl
@@ -21,14 +21,14 @@ from weighted_mtp.schemas.errors import UserError
 
 Location = Path | UPath
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extra of this distribution that brings the file system of a protocol."""
+"""Extra of this distribution that installs the file system of a protocol."""
 
 
 def locate(name: Any) -> UPath:
-    """The location that a string or path names; local ones are also `pathlib.Path`s.
+    """The location of a path or address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        ValueError: a protocol that is unknown or whose package is not installed.
+        ValueError: the protocol is unknown, or its package is not installed.
     """
     try:
         location = UPath(name)
@@ -37,7 +37,7 @@ def locate(name: Any) -> UPath:
     if location.protocol in ("file", "local"):
         return UPath(location.path)
     if location.protocol:
-        # What other processes wrote must be seen at once.
+        # Writes of other processes must be visible immediately.
         location = UPath(location, use_listings_cache=False)
         try:
             fsspec.get_filesystem_class(location.protocol)
@@ -49,11 +49,11 @@ def locate(name: Any) -> UPath:
 
 
 LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, return_type=str)]
-"""A location as the field of a config."""
+"""Config field type of a location."""
 
 
 def is_address(name: str) -> bool:
-    """Whether a name that may also be a path, or an id on the Hugging Face hub, is an address such as `s3://...`."""
+    """Whether a name is an address such as `s3://...`, not a local path or a Hugging Face id."""
     return "://" in name
 
 
@@ -64,11 +64,11 @@ def _check_name(name: str) -> str:
 
 
 NameSetting = Annotated[str, AfterValidator(_check_name)]
-"""A path, an address, or an id on the Hugging Face hub as the field of a config."""
+"""Config field type of a path, an address, or a Hugging Face id."""
 
 
 def kind_of(location: Location) -> Literal["file", "directory"] | None:
-    """What lies there, None if nothing does; unlike `is_file`, a store that does not answer is an error."""
+    """Whether a location is a file or a directory; None if missing. Raises if a store does not answer."""
     if isinstance(location, Path):
         return "file" if location.is_file() else "directory" if location.is_dir() else None
     try:
@@ -78,7 +78,7 @@ def kind_of(location: Location) -> Literal["file", "directory"] | None:
 
 
 def walk(directory: Location) -> dict[str, int]:
-    """Relative name and size in bytes of every file below a directory."""
+    """Relative name and size in bytes of every file below a directory, recursively."""
     if isinstance(directory, Path):
         return {
             path.relative_to(directory).as_posix(): path.stat().st_size
@@ -91,26 +91,26 @@ def walk(directory: Location) -> dict[str, int]:
 
 
 def list_files(directory: Location) -> dict[str, int]:
-    """Name and size in bytes of every file directly in a directory, from one listing; an absent one holds none."""
+    """Name and size in bytes of every file directly in a directory, from one listing; empty if it is missing."""
     try:
         if isinstance(directory, Path):
             with os.scandir(directory) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        directory.fs.invalidate_cache()  # of file systems that keep listings in any case
+        directory.fs.invalidate_cache()  # some file systems always cache listings
         found = directory.fs.ls(directory.path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     files = {info["name"].rpartition("/")[2]: info["size"] for info in found if info["type"] == "file"}
-    return {name: size for name, size in files.items() if name}  # some tools keep an empty object as the directory
+    return {name: size for name, size in files.items() if name}  # some tools create an empty object for a directory
 
 
 def resolve(location: Location) -> Location:
-    """The location independent of the working directory, for processes that have another one."""
+    """The absolute location, for processes with another working directory."""
     return location.resolve() if isinstance(location, Path) else location
 
 
 def remove_tree(directory: Location) -> None:
-    """Remove a directory and everything in it; an absent one is no error."""
+    """Remove a directory and everything in it. It may be missing."""
     if isinstance(directory, Path):
         shutil.rmtree(directory, ignore_errors=True)
         return
@@ -120,15 +120,15 @@ def remove_tree(directory: Location) -> None:
 
 
 def cache_directory() -> Path:
-    """Where this machine keeps what it can get again from a store."""
+    """Directory of this machine for copies of remote data."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
 
 
 def local_copy(directory: Location) -> Path:
-    """The directory itself if it is local, else a copy of its files in the user's cache, made once for each content.
+    """A local directory with the files of `directory`: itself, or a copy in the user's cache, made once per content.
 
     Raises:
-        UserError: it holds no files.
+        UserError: the directory is missing or empty.
     """
     if isinstance(directory, Path):
         return directory
@@ -141,13 +141,13 @@ def local_copy(directory: Location) -> Path:
     copy = cache / hashlib.sha256("\n".join(content).encode()).hexdigest()
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{copy.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process per machine downloads, the others wait
         if not copy.exists():
             partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
             try:
                 for name in names:
                     fs.get_file((directory / name).path, str(partial / name))
-                with suppress(OSError):  # another machine that shares the cache may have been faster
+                with suppress(OSError):  # a machine that shares the cache may have been faster
                     partial.rename(copy)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -155,5 +155,5 @@ def local_copy(directory: Location) -> Path:
 
 
 def local_name(name: str) -> str:
-    """What to give to libraries that know only disks and the hub: a copy of a remote directory, else `name` itself."""
+    """A name for libraries without support for stores: a local copy of a remote directory, else `name` itself."""
     return str(local_copy(locate(name))) if is_address(name) else name

@@ -1,4 +1,4 @@
-"""One writer for each output directory."""
+"""Locks: one writer per output directory."""
 
 import fcntl
 import os
@@ -19,18 +19,18 @@ from weighted_mtp.schemas.storage.files import LOCK, MANIFEST, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location
 
 RENEWAL_SECONDS = 10.0
-"""A lock in an object store that did not change for three of these belongs to a run that was killed."""
+"""Interval of lock renewals in an object store. A lock not renewed for three intervals belongs to a killed run."""
 
 
 @contextmanager
 def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
-    """Hold the directory `output`, made if need be, for this process alone; an empty one that it made is removed again.
+    """Lock the directory `output` for this process. It is created if missing, and removed again if it stays empty.
 
-    On a disk the kernel keeps a lock on a file, so it goes with the process. In an object store it is an object that
-    the process renews. Yields a function that says whether the lock is still held, which on a disk it always is.
+    On a disk the kernel locks a file and releases it when the process ends. In an object store the lock is an object
+    that the process renews. Yields a function that returns whether the lock is still held; on a disk it always is.
 
     Raises:
-        UserError: another process holds it, it is a file, or it lies inside a shard set.
+        UserError: another process holds the lock, `output` is a file, or it lies inside a shard set.
     """
     parents = output.resolve().parents if isinstance(output, Path) else output.parents
     if inside := next(filter(is_shard_set, parents), None):
@@ -40,7 +40,7 @@ def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
 
 
 def is_shard_set(path: Location) -> bool:
-    """Whether a directory holds a shard set, trustworthy or not."""
+    """Whether a directory looks like a shard set. Its content is not checked."""
     return (path / MANIFEST).exists() and (path / TOKENIZER).is_dir()
 
 
@@ -55,7 +55,7 @@ def _locked_file(output: Path) -> Iterator[Callable[[], bool]]:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
-    lock = output / LOCK  # a file: locks on directories do not reach the other machines of a network file system
+    lock = output / LOCK  # not the directory: network file systems do not share directory locks between machines
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         try:
@@ -63,7 +63,7 @@ def _locked_file(output: Path) -> Iterator[Callable[[], bool]]:
         except BlockingIOError as error:
             raise _refusal(output, "another process") from error
         if not os.fstat(descriptor).st_nlink:
-            raise _refusal(output, "another process")  # just now; it has removed its lock since
+            raise _refusal(output, "another process")  # it finished and removed its lock in this moment
         try:
             yield lambda: True
         finally:
@@ -87,17 +87,17 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
         if _content(lock) == found:
             lock.unlink(missing_ok=True)
         created = _create(lock, name)
-        time.sleep(RENEWAL_SECONDS / 10)  # another that looked too may have removed this lock for the old one
+        time.sleep(RENEWAL_SECONDS / 10)  # another process may have mistaken this lock for the old one and removed it
         if not created or not _content(lock).startswith(name):
             raise _refusal(output, " ".join(_content(lock).split()[:4]))
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(RENEWAL_SECONDS):
-            with suppress(Exception):  # the store may be away for a while, and each has exceptions of its own
+            with suppress(Exception):  # stores may be unavailable for a while, and have different exceptions
                 if not _content(lock).startswith(name):
                     print(f"{output}: the lock of this run is gone, or another's by now; it stops", file=sys.stderr)
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends a wait, too
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also interrupts a wait
                     return
                 lock.write_bytes(f"{name} {time.time()}".encode())
 
@@ -108,13 +108,13 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
     finally:
         done.set()
         renewal.join()
-        with suppress(Exception):  # what is left of it will look dead
+        with suppress(Exception):  # a leftover lock expires
             if _content(lock).startswith(name):
                 lock.unlink(missing_ok=True)
 
 
 def _create(lock: UPath, content: str) -> bool:
-    """Create the lock; False if there is one. Of several that try at once, one succeeds."""
+    """Create the lock; False if it exists. If several processes try at once, one succeeds."""
     try:
         lock.fs.pipe_file(lock.path, content.encode(), mode="create")
     except FileExistsError:
@@ -124,6 +124,6 @@ def _create(lock: UPath, content: str) -> bool:
 
 def _content(lock: UPath) -> str:
     try:
-        return lock.fs.cat_file(lock.path).decode()  # in one request: it may change between two, which is an error
+        return lock.fs.cat_file(lock.path).decode()  # in one request: a change between two is an error
     except FileNotFoundError:
         return ""

@@ -1,1 +1,1 @@
-"""What is measured: models, prompts and short contexts, and the columns they give."""
+"""Conditions: models, prompts and short contexts, and the columns to compute."""

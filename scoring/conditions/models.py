@@ -1,4 +1,4 @@
-"""Finding a scoring model and checking, before any work starts, that it can score a corpus."""
+"""Scoring models: finding a checkpoint, and checking before any work starts that it fits the corpus."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,16 @@ CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """A checkpoint that passed the checks.
+    """A checkpoint that passed all checks.
 
     Attributes:
-        name: what the user called it.
-        source: where its files lie, as an address or an absolute path.
+        name: name given by the user.
+        source: address or absolute path of its files.
         fingerprint: identity of weights and config.
-        max_length: longest sequence the model can read, None where it has no limit.
+        max_length: longest sequence the model can read; None if unlimited.
         revision: commit of a model from the hub.
-        recurrent: whether the model keeps a state of its own besides the key-value cache.
-        parameters: how many there are, 0 if they cannot be counted.
+        recurrent: whether the model has a recurrent state in addition to the key-value cache.
+        parameters: number of parameters; 0 if unknown.
     """
 
     name: str
@@ -43,19 +43,20 @@ class ScoringModel:
 
     @property
     def directory(self) -> Path:
-        """Its files on the machine that asks, which downloads them from a store if it does not have them yet."""
+        """Local directory of the files, downloaded from a store if necessary."""
         return local_copy(self.source)
 
 
 def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
-    """Find a model and check it against the corpus's tokenizer; downloads if need be.
+    """Find a model, download it if necessary, and check it against the corpus's tokenizer.
 
     Args:
-        name: directory, address or id, `id@revision` for a branch, tag or commit.
-        flag: the command line's flag for this model, for messages.
+        name: directory, address or id; `id@revision` for a branch, tag or commit.
+        flag: command line flag of this model, for messages.
+        tokenizer: the corpus's tokenizer.
 
     Raises:
-        UserError: not found, not a causal language model, no weights, or another tokenizer than the corpus.
+        UserError: not found, not a causal language model, no weights, or a tokenizer other than the corpus's.
     """
     logging.set_verbosity_error()
     location = locate(name)
@@ -84,7 +85,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
 
 
 def download(name: str, flag: str) -> Path:
-    """Directory of a snapshot in the Hugging Face cache, named by its commit; from the hub where it is missing."""
+    """Directory of a snapshot in the Hugging Face cache, named by its commit. Downloaded if missing."""
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES)).resolve()
@@ -96,7 +97,7 @@ def download(name: str, flag: str) -> Path:
 
 
 def load_config(directory: Path, name: str) -> Any:
-    """Config of a checkpoint that holds a causal language model."""
+    """Config of a checkpoint; raise UserError unless it is a causal language model."""
     try:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
@@ -107,7 +108,7 @@ def load_config(directory: Path, name: str) -> Any:
 
 
 def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
-    """Raise UserError unless the checkpoint's tokenizer is the corpus's."""
+    """Raise UserError unless the checkpoint has the corpus's tokenizer."""
     tokenizer = load_tokenizer(directory, f"{name}: has no usable tokenizer", "save the tokenizer with it")
     if not corpus.matches(tokenizer):
         raise UserError(
@@ -117,10 +118,10 @@ def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
 
 
 def check_weights(directory: Path, name: str) -> int:
-    """Check, by the names alone, that the checkpoint has every weight of its architecture; return how many there are.
+    """Check that the checkpoint has every weight of its architecture, by name; return the number of parameters.
 
-    Engines fill in what is missing with random numbers, or with whatever is in memory. Quantised checkpoints are left
-    to the engine: naming their weights takes the packages that made them. Of these the number is 0.
+    Engines fill missing weights with random numbers or uninitialised memory. Quantised checkpoints are not checked,
+    because listing their weights requires the packages that made them; 0 is returned.
 
     Raises:
         UserError: a weight is missing, or the files cannot be read.
@@ -130,7 +131,7 @@ def check_weights(directory: Path, name: str) -> int:
     logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
-    except Exception as error:  # whatever the libraries have to say about a damaged file
+    except Exception as error:  # libraries raise various exceptions for damaged files
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
     if missing := sorted(report["missing_keys"]):

@@ -1,7 +1,7 @@
-"""What a scoring run computes: a column for each measurement under a condition, and the contrasts between them.
+"""The columns of a scoring run: measurements under conditions, and contrasts between columns.
 
-A condition is a model and the context it may see, before which a prompt may stand. Every token has one loss under a
-condition; a contrast is the difference of two losses of the same token.
+A condition is a model, the context it sees and an optional prompt. Every token has one loss under a condition. A
+contrast is the difference of two losses of the same token.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,13 +20,13 @@ from weighted_mtp.schemas.storage.files import differences
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.prompts import Prompt
 
-NO_ENGINE = {"model", "revision", "fingerprint", "window", "prompt", "quantity"}
-"""Fields of a condition that say what is measured; the others say with which engine, and how it runs."""
+MEASUREMENT_FIELDS = {"model", "revision", "fingerprint", "window", "prompt", "quantity"}
+"""Fields of a condition that define what is measured. All others describe the engine."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a column holds: a quantity under a condition. `window` is None for the full context."""
+    """A column to compute: a quantity of every token under a condition. `window` is None for the full context."""
 
     model: ScoringModel
     window: ShortContext | None = None
@@ -39,9 +39,9 @@ class ScoringPlan:
     """Columns of a scoring run by name.
 
     Attributes:
-        measurements: what is computed.
-        contrasts: what is subtracted; each refers to two columns that are stored, measured, or contrasts before it.
-        stored: measurements that the input has already.
+        measurements: columns to compute.
+        contrasts: columns to subtract. Each refers to stored columns, measurements or earlier contrasts.
+        stored: measurements that the input already has.
     """
 
     measurements: dict[str, Measurement]
@@ -55,45 +55,47 @@ class ScoringPlan:
 
     @property
     def quantities(self) -> set[Quantity]:
-        """What is measured, of whatever condition."""
-        return {of.quantity for of in self.measurements.values()}
+        """Quantities to compute, over all conditions."""
+        return {measurement.quantity for measurement in self.measurements.values()}
 
     def computed_tokens(self, tokens: int, sequences: int) -> float:
-        """How many tokens the engines compute, at most, for so many tokens in so many sequences."""
+        """Upper bound of the tokens that engines compute for a corpus of `tokens` tokens in `sequences` sequences."""
         return sum(self.computed_by(model, tokens, sequences) for model in self.models)
 
     def computed_by(self, model: ScoringModel, tokens: int, sequences: int) -> float:
-        """The same for one model.
+        """The part of `computed_tokens` for one model.
 
-        The full context takes one pass unless its losses are stored, each prompt another one, longer by its tokens, and
-        each short context size / stride.
+        The full context takes one pass unless its losses are stored. Each prompt takes one pass, longer by its tokens.
+        Each short context takes size / stride passes.
         """
         wanted = self.measured_by(model).values()
-        windows = {of.window for of in wanted if of.window}
-        prompts = {of.prompt for of in wanted if not of.window}
+        windows = {measurement.window for measurement in wanted if measurement.window}
+        prompts = {measurement.prompt for measurement in wanted if not measurement.window}
         if windows and not self.stored_losses(model):
             prompts.add(None)
         passes = len(prompts) + sum(window.size / window.stride for window in windows)
         return tokens * passes + sequences * sum(len(prompt.input_ids) for prompt in prompts if prompt)
 
     def measured_by(self, model: ScoringModel) -> dict[str, Measurement]:
-        """The columns that a model measures, in order."""
-        return {name: of for name, of in self.measurements.items() if of.model.fingerprint == model.fingerprint}
+        """Measurements by one model, in order."""
+        fingerprint = model.fingerprint
+        return {name: wanted for name, wanted in self.measurements.items() if wanted.model.fingerprint == fingerprint}
 
     def longest_prompt(self, model: ScoringModel) -> int:
-        """Tokens of the longest prompt of a model."""
-        return max(len(of.prompt.input_ids) if of.prompt else 0 for of in self.measured_by(model).values())
+        """Length of a model's longest prompt, in tokens."""
+        prompts = [measurement.prompt for measurement in self.measured_by(model).values()]
+        return max(len(prompt.input_ids) if prompt else 0 for prompt in prompts)
 
     def stored_losses(self, model: ScoringModel) -> str | None:
-        """Name of the column that has the losses under a model's full context, if the input has one."""
-        for name, of in self.stored.items():
-            if of == Measurement(of.model) and of.model.fingerprint == model.fingerprint:
+        """Name of the input's column with the losses under a model's full context, if there is one."""
+        for name, stored in self.stored.items():
+            if stored == Measurement(stored.model) and stored.model.fingerprint == model.fingerprint:
                 return name
         return None
 
     @property
     def models(self) -> list[ScoringModel]:
-        """The distinct models that compute anything; those with the same weights and config are one model."""
+        """Distinct models of the measurements. Models with the same weights and config count as one."""
         distinct: dict[str, ScoringModel] = {}
         for measurement in self.measurements.values():
             distinct.setdefault(measurement.model.fingerprint, measurement.model)
@@ -103,7 +105,7 @@ class ScoringPlan:
 def measure_condition(
     name: str, model: ScoringModel, prompt: Prompt | None, further: Collection[Quantity] = ()
 ) -> dict[str, Measurement]:
-    """The columns of a condition of this name with the full context: its loss, and further quantities."""
+    """Measurements of the condition `name` under the full context: the loss and further quantities."""
     quantities: tuple[Quantity, ...] = ("loss", *further)
     return {f"{quantity}_{name}": Measurement(model, None, quantity, prompt) for quantity in quantities}
 
@@ -114,11 +116,11 @@ def plan_columns(
     window: ShortContext | None,
     further: Collection[Quantity] = (),
 ) -> ScoringPlan:
-    """The columns that a reference model, a base model, a short context and further quantities of the reference give.
+    """Plan the columns of a reference model, a base model, a short context and further quantities of the reference.
 
-    `excess_loss` is Rho-1's score (arXiv 2404.07965): large where a token is learnable and not yet learnt.
+    `excess_loss` is Rho-1's score (arXiv 2404.07965): large for tokens that are learnable and not yet learnt.
     `entropy_reference` is for self-reference selection (Rho-1, appendix H).
-    `long_short` is large where the long context is what makes a token predictable (LongCE, arXiv 2410.23771).
+    `long_short` is large for tokens that only the long context makes predictable (LongCE, arXiv 2410.23771).
     """
     if reference is None:
         return ScoringPlan({}, {})
@@ -134,7 +136,7 @@ def plan_columns(
 
 
 def parse_contrast(difference: str) -> Contrast:
-    """The contrast that is written `minuend - subtrahend`."""
+    """Parse a contrast written as `minuend - subtrahend`."""
     minuend, subtrahend = difference.split("-")
     return Contrast(minuend=minuend.strip(), subtrahend=subtrahend.strip())
 
@@ -142,24 +144,24 @@ def parse_contrast(difference: str) -> Contrast:
 def reuse_columns(
     plan: ScoringPlan, conditions: Mapping[str, Condition], held: Mapping[str, ScoreColumn], suffix: str
 ) -> ScoringPlan:
-    """What is left to do where the input holds columns already.
+    """Reduce a plan to the columns that the input does not have yet.
 
-    A measurement whose condition has a column, whatever its name, is not computed again, nor is such a contrast.
+    A column of the input with the same condition or contrast is reused, regardless of its name.
 
     Args:
-        plan: everything that is asked for.
+        plan: all requested columns.
         conditions: the condition of each measurement.
         held: columns of the input.
         suffix: added to the names of new columns.
 
     Raises:
-        UserError: a new column has the name of another one, a contrast is of a column that is not there or of columns
-            that cannot be compared, or there are no new columns.
+        UserError: the name of a new column is taken, a contrast refers to a missing column or to columns that cannot be
+            compared, or there are no new columns.
     """
     names: dict[str, str] = {}
     left = ScoringPlan({}, {})
     for name, measurement in plan.measurements.items():
-        same = (column for column, of in held.items() if same_origin(of.origin, conditions[name]))
+        same = (held_name for held_name, column in held.items() if same_origin(column.origin, conditions[name]))
         if stored := next(same, None):
             left.stored[stored] = measurement
         else:
@@ -173,7 +175,7 @@ def reuse_columns(
             minuend=names.get(contrast.minuend, contrast.minuend),
             subtrahend=names.get(contrast.subtrahend, contrast.subtrahend),
         )
-        stored = next((column for column, of in held.items() if of.origin == renamed), None)
+        stored = next((held_name for held_name, column in held.items() if column.origin == renamed), None)
         if stored is None:
             check_name(name + suffix, held, renamed)
             left.contrasts[name + suffix] = renamed
@@ -189,16 +191,16 @@ def check_sides(
     """Check the two columns of a contrast.
 
     Args:
-        name: of the contrast.
-        contrast: which columns it is of.
-        sources: columns that this run has by then, each with a condition that it comes from.
+        name: name of the contrast.
+        contrast: names of its two columns.
+        sources: columns of this run before the contrast, each with a condition it derives from.
         held: columns of the input.
 
     Returns:
-        A condition that the contrast comes from: all of one column have the same engine.
+        A condition that the contrast derives from. All conditions of a column share one engine.
 
     Raises:
-        UserError: a column is not there, or the two come from different engines, or from one run in different ways.
+        UserError: a column is missing, or the two columns come from different engines or engine settings.
     """
     origins: list[Condition] = []
     for side in (contrast.minuend, contrast.subtrahend):
@@ -208,10 +210,10 @@ def check_sides(
                 f"--contrasts.{name}: no column '{side}' is computed before it or in --input (there are {there})"
             )
         origin = sources[side] if side in sources else held[side].origin
-        while isinstance(origin, Contrast):  # whose own two columns agree
+        while isinstance(origin, Contrast):  # both of its columns share one engine
             origin = held[origin.minuend].origin
         origins.append(origin)
-    one, other = (origin.model_dump(mode="json", exclude=NO_ENGINE) for origin in origins)
+    one, other = (origin.model_dump(mode="json", exclude=MEASUREMENT_FIELDS) for origin in origins)
     if changed := differences(one, other):
         raise UserError(
             f"--contrasts.{name}: {contrast.describe()} would mix engines ({', '.join(changed)} differ), whose results "
@@ -221,7 +223,7 @@ def check_sides(
 
 
 def check_name(name: str, held: Mapping[str, ScoreColumn], origin: Condition | Contrast) -> None:
-    """Raise UserError if a column of the input has this name; `origin` is what would be written under it."""
+    """Raise UserError if the input has a column of this name. `origin` is the origin of the new column."""
     if name in held:
         before, after = (one.model_dump(mode="json") for one in (held[name].origin, origin))
         raise UserError(

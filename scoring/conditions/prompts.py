@@ -1,4 +1,4 @@
-"""Prompts: a fixed text before every sequence, which the model sees and which is not scored itself."""
+"""Prompts: a fixed text that the model sees before every sequence. It is not scored."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,20 @@ from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and its token ids under the tokenizer of the corpus."""
+    """A text and its token ids in the tokenizer of the corpus."""
 
     text: str
     input_ids: tuple[int, ...]
 
     def before(self, ids: np.ndarray, bos_token_id: int | None) -> tuple[np.ndarray, int]:
-        """Put the prompt before a sequence, or after BOS where the sequence starts with it.
+        """Insert the prompt before a sequence, after its BOS if it starts with one.
 
         Args:
             ids: token ids of the sequence, int32, at least one.
-            bos_token_id: the id of BOS.
+            bos_token_id: id of BOS, if the tokenizer has one.
 
         Returns:
-            Token ids, int32, and the position of the first token of the sequence that something comes before.
+            Token ids, int32, and the position in them of the first token of the sequence that has context.
         """
         starts = int(ids[0] == bos_token_id)
         prompted = np.concatenate([ids[:starts], np.asarray(self.input_ids, np.int32), ids[starts:]])
@@ -32,7 +32,7 @@ class Prompt:
 
 
 def make_prompt(text: str, flag: str, source: ShardSet) -> Prompt | None:
-    """Tokenise a prompt with the tokenizer of the corpus, without special tokens; None where there is no text.
+    """Tokenise a prompt with the tokenizer of the corpus, without special tokens. None for an empty text.
 
     Raises:
         UserError: the text has no tokens.

@@ -1,6 +1,6 @@
-"""Short contexts: which windows give every token a loss under a limited context.
+"""Short-context windows: overlapping windows of a sequence that give every token a loss under a limited context.
 
-A long sequence is cut into overlapping windows; a window's first tokens are context only, its last tokens are scored.
+The first tokens of a window are context only; its last tokens are scored.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from weighted_mtp.schemas.shard_set.manifest import ShortContext
 
 @dataclass(frozen=True)
 class ContextWindow:
-    """One window: tokens `[start, end)` of the sequence, of which `[first_scored, end)` get their loss from it."""
+    """One window: tokens `[start, end)` of the sequence. Tokens `[first_scored, end)` are scored in it."""
 
     start: int
     end: int
@@ -21,11 +21,11 @@ class ContextWindow:
 
 
 def plan_windows(length: int, size: int, stride: int) -> Iterator[ContextWindow]:
-    """Windows that score the tokens from position `size` on, each exactly once.
+    """Windows that score each token from position `size` on exactly once.
 
-    Window k starts at `k * stride` and scores its last `stride` positions, so every token it scores has between
-    `size - stride` and `size - 1` tokens of context. The last window may be shorter. Window 0 is left out: all its
-    tokens see the start of the sequence, which makes their loss under the full context the same loss.
+    Window k starts at `k * stride` and scores its last `stride` positions, so each scored token has between
+    `size - stride` and `size - 1` tokens of context. The last window may be shorter. Window 0 is omitted: its tokens see
+    the start of the sequence, so their loss is the loss under the full context.
 
     Args:
         length: tokens in the sequence.
@@ -36,15 +36,15 @@ def plan_windows(length: int, size: int, stride: int) -> Iterator[ContextWindow]
         yield ContextWindow(start, min(start + size, length), start + size - stride)
 
 
-def window_ids(ids: np.ndarray, span: ContextWindow, bos_token_id: int | None) -> np.ndarray:
-    """Token ids of a window; where the sequence starts with BOS, BOS takes the place of the window's first token."""
-    window = ids[span.start : span.end]
+def window_ids(ids: np.ndarray, window: ContextWindow, bos_token_id: int | None) -> np.ndarray:
+    """Token ids of a window. If the sequence starts with BOS, BOS replaces the window's first token."""
+    cut = ids[window.start : window.end]
     if bos_token_id is not None and ids[0] == bos_token_id:
-        window = window.copy()
-        window[0] = bos_token_id
-    return window
+        cut = cut.copy()
+        cut[0] = bos_token_id
+    return cut
 
 
 def make_short_context(size: int, stride: int | None) -> ShortContext:
-    """A window with the default stride of three quarters of its size."""
+    """A short context; the default stride is three quarters of its size."""
     return ShortContext(size=size, stride=stride or max(1, size * 3 // 4))

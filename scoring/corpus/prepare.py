@@ -16,7 +16,8 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished, finish_shard_set
-from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER, claim_output, clear_directory
+from weighted_mtp.schemas.storage.claims import claim_output, clear_directory
+from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location, kind_of, local_name, locate, resolve
 from weighted_mtp.schemas.storage.locks import exclusive
 from weighted_mtp.scoring.corpus.documents import Fields

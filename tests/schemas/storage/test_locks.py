@@ -1,5 +1,7 @@
-"""The lock of an output in an object store."""
+"""The lock of an output on a disk and in an object store."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 import s3fs
@@ -183,4 +186,37 @@ def test_nothing_is_written_into_a_shard_set(s3: UPath) -> None:
     write_text(s3 / MANIFEST, "{}")
     write_text(s3 / TOKENIZER / "tokenizer.json", "{}")
     with pytest.raises(UserError, match="lies inside the shard set"), exclusive(s3 / "a" / "b"):
+        pass
+
+
+def test_an_output_has_one_writer(tmp_path: Path) -> None:
+    """A second process is refused while the first runs, and the lock goes with the process."""
+    output = tmp_path / "out"
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom weighted_mtp.schemas.storage.locks import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing it"), exclusive(output):
+            pass
+        holder.kill()
+    with exclusive(output):
+        pass
+
+
+def test_an_empty_directory_is_left_as_it_was_found(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there", "not-there"):
+        with pytest.raises(RuntimeError), exclusive(tmp_path / name):
+            raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_nothing_is_written_into_a_shard_set_on_a_disk(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).touch()
+    (tmp_path / TOKENIZER).mkdir()
+    with pytest.raises(UserError, match="lies inside the shard set"), exclusive(tmp_path / "a" / "b"):
         pass

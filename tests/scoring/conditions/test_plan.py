@@ -14,7 +14,6 @@ from weighted_mtp.pipelines.list import catalogue, read
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Condition
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.scoring.conditions.models import ScoringModel
@@ -296,14 +295,6 @@ def test_what_cannot_be_is_said_before_any_work(config, tokens, make_model, toke
             )
         )
     assert make_prompt("", "--conditions.plain.prompt", tokens) is None
-
-
-def test_long_prompts_are_shortened_where_they_are_shown():
-    condition = Condition(
-        model="m", fingerprint="f", dtype="float32", engine="e", engine_version="1", prompt="x\n" * 99
-    )
-    shown = condition.describe()
-    assert shown == 'm, after "' + "x\\n" * 20 + '...", full context, float32, e 1'
 
 
 def test_a_model_with_several_prompts_is_one_model():

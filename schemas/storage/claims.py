@@ -1,0 +1,58 @@
+"""Claims on output directories: a run writes its request first, so that only the same command continues it."""
+
+import json
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage.files import LOCK, PROGRESS, differences, read_json, write_text
+from weighted_mtp.schemas.storage.locations import Location, remove_tree
+
+CLAIM = "request.json"
+"""File in `PROGRESS` with the request of the run."""
+
+
+def claim_output(output: Location, request: str) -> bool:
+    """Claim `output` for the run with the JSON text `request`; return True if an earlier run is continued.
+
+    Writes `.progress/request.json` into an empty directory. A claim without any finished work is replaced.
+
+    Raises:
+        UserError: `output` holds other files, or a run with another request; the message names the differences.
+    """
+    if check_claim(output, request):
+        return True
+    (output / PROGRESS).mkdir(exist_ok=True)
+    write_text(output / PROGRESS / CLAIM, request)
+    return False
+
+
+def check_claim(output: Location, request: str) -> bool:
+    """The checks of `claim_output`, without writing anything."""
+    progress = output / PROGRESS
+    if (progress / CLAIM).exists():
+        changed = differences(read_json(progress / CLAIM), json.loads(request))
+        if not changed:
+            return True
+        if any(progress.glob("*.parquet")):
+            raise UserError(
+                f"{output}: holds an unfinished run with other settings ({', '.join(changed)}); "
+                "repeat that command, remove the directory, or choose another --output"
+            )
+    elif output.exists() and any(path.name not in (PROGRESS, LOCK) for path in output.iterdir()):
+        raise UserError(f"{output}: already holds something else; choose another --output or remove it")
+    return False
+
+
+def clear_directory(directory: Location) -> None:
+    """Remove everything in `directory` except a lock, but not the directory itself. It may be missing."""
+    for path in directory.iterdir() if directory.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
+
+
+def release_output(output: Location) -> None:
+    """Remove the claim of a run that has written its manifest, and temporary files of killed runs."""
+    remove_tree(output / PROGRESS)
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import digest_json
+from weighted_mtp.schemas.shard_set.manifest import Condition, Timings, read_manifest
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import MANIFEST
+
+SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 4, 4]]
+MakeShardSet = Callable[..., ShardSet]
+
+
+@pytest.fixture
+def scored(make_shard_set: MakeShardSet) -> ShardSet:
+    return make_shard_set(SEQUENCES, {"loss_reference": LOSSES})
+
+
+def edit_manifest(path: Path, edit: Callable[[dict], None]) -> None:
+    content = json.loads((path / MANIFEST).read_text())
+    edit(content)
+    (path / MANIFEST).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda m: m["shards"][0].update(tokens=6), "was changed after it was written"),
+        (lambda m: m.pop("digest"), "was changed after it was written"),
+        (lambda m: m.update(format_version=2), "format version 2 is not 3; install the wmtp that wrote it"),
+        (lambda m: m.pop("format_version"), "format version None"),
+        (lambda m: m.update(surprise=1), "not a valid manifest"),
+        (lambda m: m.pop("shards"), "not a valid manifest"),
+    ],
+)
+def test_an_edited_manifest_is_refused(scored: ShardSet, edit: Callable[[dict], None], complaint: str) -> None:
+    edit_manifest(scored.path, edit)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_manifest(scored.path)
+    assert str(scored.path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '"text"'])
+def test_a_manifest_that_is_none_is_refused(scored: ShardSet, text: str) -> None:
+    (scored.path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: not a valid manifest"):
+        read_manifest(scored.path)
+
+
+def test_what_is_no_shard_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such shard set"):
+        ShardSet.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"not a finished shard set \(manifest\.json is missing\)"):
+        ShardSet.open(tmp_path)
+
+
+def test_the_digest_is_that_of_the_manifest_without_it(scored: ShardSet) -> None:
+    content = json.loads((scored.path / MANIFEST).read_text())
+    digest = content.pop("digest")
+    content.pop("timings")
+    assert digest == digest_json(content) == scored.manifest.digest
+    changed = scored.manifest.model_copy(update={"derived_from": "elsewhere"})
+    assert changed.digest != scored.manifest.digest
+    timed = scored.manifest.model_copy(update={"timings": Timings(score_seconds=[1.0])})
+    assert timed.digest == scored.manifest.digest
+
+
+def test_long_prompts_are_shortened_where_they_are_shown():
+    condition = Condition(
+        model="m", fingerprint="f", dtype="float32", engine="e", engine_version="1", prompt="x\n" * 99
+    )
+    shown = condition.describe()
+    assert shown == 'm, after "' + "x\\n" * 20 + '...", full context, float32, e 1'
