@@ -126,7 +126,7 @@ def measure(shards: ZippedSets, rounds: int) -> Table:
 def weigh_tables(weighting: Weighting, groups: list[pa.Table]) -> list[np.ndarray]:
     """This project's weights of row groups."""
     rng = np.random.default_rng(0)
-    return [weighting.of_table(group, rng) for group in groups]
+    return [weighting.weigh(group, rng) for group in groups]
 
 
 def weigh_frames(weights: pl.Expr, frames: list[pl.DataFrame]) -> list[pl.Series]:

@@ -22,7 +22,7 @@ from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.schemas.weights.language import columns_of
+from weighted_mtp.schemas.weights.nodes import columns_of
 from weighted_mtp.training.run.directory import without_nan
 
 SUMMARY = "summary.json"

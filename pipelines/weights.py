@@ -101,9 +101,9 @@ def look_at(
         table = shards.read(group.shard, weighting.columns, group.number)
         ids, lengths = flat_values(table["input_ids"]), list_lengths(table["input_ids"])
         rng_of_group = np.random.default_rng([config.seed, group.shard, group.number])  # as in training
-        weights = weighting.of_table(table, rng_of_group)
+        weights = weighting.weigh(table, rng_of_group)
         if weighting.waits:
-            weights = of_batch.of_parts(weights, positions(lengths), rng_of_group)
+            weights = of_batch.weigh_tokens(weights, positions(lengths), rng_of_group)
         statistics.add(ids, weights, scored_tokens(table, weighting.columns).mask, lengths)
         if index in excerpts_of:
             names = shards.first.read(group.shard, ["document_id", "start"], group.number)

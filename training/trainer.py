@@ -113,9 +113,9 @@ class TrainingLoop:
 
     def _train_step(self, batch: Rows) -> None:
         share = self._risen(self.config.weights.warmup_ratio)
-        batch = self.weighting.of_rows(batch, share, np.random.default_rng([self.config.seed, self.step]))
+        batch = self.weighting.weigh_rows(batch, share, np.random.default_rng([self.config.seed, self.step]))
         own = np.random.default_rng([self.config.seed, self.step, self.accelerator.process_index])
-        live = self.weighting.live_weights(share, own)
+        live = self.weighting.live_weighting(share, own)
         rows = self.config.batch_size // self.accelerator.num_processes
         first = rows * self.accelerator.process_index
         size = self.config.micro_batch_size
@@ -139,7 +139,7 @@ class TrainingLoop:
         """Targets of the first offset in the whole step, and the sum of their weights."""
         ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
         targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
-        return float(targets), self.weighting.sum_of(float(weight_sum), share)
+        return float(targets), self.weighting.weight_sum(float(weight_sum), share)
 
     def _run_part(
         self, part: Rows, denominator: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool

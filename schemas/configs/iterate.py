@@ -8,7 +8,7 @@ from weighted_mtp.schemas.configs.common import Config, Positive
 from weighted_mtp.schemas.configs.score import ScoreConfig
 from weighted_mtp.schemas.configs.train import TrainConfig
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
-from weighted_mtp.schemas.weights.language import Number
+from weighted_mtp.schemas.weights.nodes import Constant
 
 
 class IterateConfig(Config):
@@ -52,7 +52,7 @@ class IterateConfig(Config):
             unknown = finding["type"] == "extra_forbidden"
             reason = "no such setting" if unknown else finding["msg"].removeprefix("Value error, ")
             raise ValueError(f"--{key}: {reason}; see 'wmtp {name} --help'") from error
-        if isinstance(training.weights.node, Number):
+        if isinstance(training.weights.node, Constant):
             raise ValueError("--train.weights.preset: choose a scheme, or nothing of the scoring would be used")
         return self
 

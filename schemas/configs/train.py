@@ -19,7 +19,7 @@ from weighted_mtp.schemas.configs.common import (
 from weighted_mtp.schemas.configs.heads import HeadsConfig
 from weighted_mtp.schemas.configs.weights import WeightsConfig
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, locate
-from weighted_mtp.schemas.weights.language import mean_of
+from weighted_mtp.schemas.weights.analysis import mean_of
 
 
 class ObjectiveConfig(Config):

@@ -1,22 +1,25 @@
 """The settings under `weights` of `wmtp train` and `wmtp weights`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from weighted_mtp.schemas.configs.common import Config, Fraction
-from weighted_mtp.schemas.weights.language import FormulaError, Node, Number, is_live, is_signed, parse, rename
-from weighted_mtp.schemas.weights.presets import PRESETS
+from weighted_mtp.schemas.weights.language import parse, rename
+from weighted_mtp.schemas.weights.nodes import Constant, FormulaError, Node, is_live, is_signed
+from weighted_mtp.schemas.weights.presets import PRESETS, SETTINGS
+
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]  # choices of the command line
 
 
 class WeightsConfig(Config):
     """How score columns become one weight per target token: a preset, or a formula in the weight language."""
 
-    preset: Literal[
-        "uniform", "rho1", "rho1-static", "self-reference-loss", "self-reference-entropy", "self-reference", "dense",
-        "sparse", "longce", "ppmi", "npmi", "soft-threshold", "reward", "advantage",
-    ] = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")  # fmt: skip
+    preset: PresetName = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")
     formula: str | None = Field(
         None,
         description="scheme in the weight language instead of a preset, as 'normalise(top(excess_loss, 0.6))'; "
@@ -52,14 +55,15 @@ class WeightsConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "WeightsConfig":
-        used = PRESETS[self.preset].settings if self.formula is None else set()
+        preset = PRESETS[self.preset] if self.formula is None else None
         own = f"--weights.preset {self.preset}" if self.formula is None else "--weights.formula"
         if self.formula is not None and self.preset != "uniform":
             raise ValueError("--weights.preset and --weights.formula exclude each other")
-        for name in ("column", "fraction", "lam", "gamma", "tau", "s", "silent", "group"):
+        used = preset.settings if preset else []
+        for name in SETTINGS:
             if getattr(self, name) is not None and name not in used:
                 raise ValueError(f"--weights.{name} does nothing with {own}; leave it out")
-        if self.live and "live" not in used:
+        if self.live and (preset is None or preset.live_column is None):
             raise ValueError(f"--weights.live is not for {own}")
         if "group" in used and not (self.group or "").isidentifier():
             raise ValueError(f"{own} needs --weights.group, the name of a column of labels")
@@ -71,26 +75,26 @@ class WeightsConfig(Config):
         node = self.node
         if is_signed(node) and self.control == "random":
             raise ValueError("--weights.control random draws no negative weights; use shuffled")
-        if isinstance(node, Number) and self.control != "none":
+        if isinstance(node, Constant) and self.control != "none":
             raise ValueError(f"--weights.control needs other weights than those of {own}")
         return self
 
     @property
     def text(self) -> str:
-        """The formula, with all settings in it."""
+        """The formula with all settings substituted."""
         if self.formula is not None:
             return self.formula.strip()
         preset = PRESETS[self.preset]
         column = self.column or (preset.live_column if self.live else preset.column) or ""
         score = column if column.isidentifier() else f"({column})"
         settings: dict[str, Any] = preset.defaults | {
-            name: value for name in preset.settings - {"column", "live"} if (value := getattr(self, name)) is not None
+            name: value for name in preset.settings if (value := getattr(self, name)) is not None
         }
         return preset.formula.format(score=f"({score} - live)" if self.live else score, **settings)
 
     @property
     def node(self) -> Node:
-        """The formula as a tree."""
+        """The parsed formula."""
         return parse(self.text)
 
     @property
@@ -99,6 +103,6 @@ class WeightsConfig(Config):
         return is_live(self.node)
 
     def with_columns(self, names: Mapping[str, str]) -> "WeightsConfig":
-        """The same scheme, as a formula, with other names for some columns."""
+        """The same scheme as a formula, with some columns renamed."""
         formula = rename(self.text, names)
         return WeightsConfig(formula=formula, warmup_ratio=self.warmup_ratio, control=self.control)

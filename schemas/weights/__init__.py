@@ -1,1 +1,1 @@
-"""The weight language, and the published weighting schemes written in it."""
+"""The weight language, and published weighting schemes written in it."""

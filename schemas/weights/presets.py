@@ -1,4 +1,4 @@
-"""Published weighting schemes, each a line of the weight language (`schemas.weights.language`)."""
+"""Published weighting schemes, each one formula of the weight language (`schemas.weights.language`)."""
 
 import string
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Preset:
-    """A scheme.
+    """A weighting scheme.
 
     Attributes:
         formula: in the weight language, with settings of `schemas.configs.WeightsConfig` in braces. `{score}` is the
-            setting `column`, or with `live` the same with the loss of the model in training in place of a reference's.
-        source: where it comes from.
+            setting `column`; with the setting `live` it is that column minus the live loss.
+        source: where the scheme was published.
         column: default of the setting `column`.
-        live_column: the same with the setting `live`, None where there is no such variant.
-        defaults: of the other settings; one without a default must be given.
+        live_column: its default with the setting `live`, None if the preset has no live variant.
+        defaults: of the other settings; a setting without a default is required.
     """
 
     formula: str
@@ -24,12 +24,10 @@ class Preset:
     defaults: dict[str, float] = field(default_factory=dict)
 
     @property
-    def settings(self) -> set[str]:
-        """Names of the settings that it uses."""
-        names = {name for _, name, _, _ in string.Formatter().parse(self.formula) if name}
-        return (
-            names - {"score"} | ({"column"} if "score" in names else set()) | ({"live"} if self.live_column else set())
-        )
+    def settings(self) -> list[str]:
+        """Names of the settings that the formula uses."""
+        names = [name for _, name, _, _ in string.Formatter().parse(self.formula) if name]
+        return ["column" if name == "score" else name for name in dict.fromkeys(names)]
 
 
 PRESETS = {
@@ -111,3 +109,5 @@ PRESETS = {
         column="reward",
     ),
 }
+SETTINGS = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.settings))
+"""Names of the settings that some preset uses."""

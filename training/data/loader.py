@@ -161,6 +161,6 @@ class RowLoader:
         row_group = group - int(self.group_ends[shard]) + self.shards.first.manifest.shards[shard].row_groups
         table = self.shards.read(shard, self.weighting.columns, row_group)
         lengths = list_lengths(table["input_ids"])
-        weights = self.weighting.of_table(table, np.random.default_rng([self.seed, shard, row_group]))
+        weights = self.weighting.weigh(table, np.random.default_rng([self.seed, shard, row_group]))
         numbers = np.full(len(lengths), self.first_shard + shard)
         return flat_values(table["input_ids"]), weights, lengths, numbers

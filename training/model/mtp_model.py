@@ -96,7 +96,7 @@ class MTPModel(nn.Module):
             coefficients[:offsets],
             bias=unembedding.bias,
             softcap=softcap(self.trunk),
-            live=live.of_batch(position_ids) if live else None,
+            live=live.for_batch(position_ids) if live else None,
             objective=objective,
         )
         counts = [len(task.rows) for task in tasks]

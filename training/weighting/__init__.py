@@ -1,7 +1,7 @@
 """From a formula in the weight language (`schemas.weights.language`) to one weight for each target token.
 
-`make_weighting` finds out about the corpus what the formula needs, and the loader applies it to one row group at a
-time. What is known only when the batch is (`by=batch`, `live`) follows in the training step, by
+`make_weighting` computes the corpus statistics that a formula needs; the loader then applies it to each row group. The
+parts of a formula that need the whole batch (`by=batch`, `live`) are evaluated in the training step, by
 `training.weighting.batch`.
 """
 

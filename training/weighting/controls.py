@@ -1,4 +1,4 @@
-"""Weights that a claim about a score must beat: as uneven as those of the score, but not by it."""
+"""Control weights: as uneven as the weights of a scheme, but independent of the scores."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ Control = Literal["none", "shuffled", "random"]
 
 
 def apply_control(control: Control, weights: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The weights (N,) of sequences of so many tokens, `counts` (S,), or their control."""
+    """The weights (N,) of S sequences with `counts` (S,) tokens each, or their control (N,)."""
     if control == "shuffled":
         return shuffle_within(weights, counts, rng)
     if control == "random":
@@ -17,26 +17,28 @@ def apply_control(control: Control, weights: np.ndarray, counts: np.ndarray, rng
 
 
 def shuffle_within(weights: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same weights in random order inside each sequence."""
-    # Sequence, random bits and place in one integer: sorting these is several times faster than sorting indices.
-    place_bits = len(weights).bit_length()
-    random_bits = 64 - place_bits - len(counts).bit_length()
-    keys = np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(64 - len(counts).bit_length()), counts)
-    keys |= rng.integers(1 << random_bits, size=len(weights), dtype=np.uint64) << np.uint64(place_bits)
+    """The weights (N,) in random order within each sequence of `counts` (S,) tokens."""
+    # One uint64 key per token: sequence, random bits, position. Sorting keys is several times faster than argsort.
+    position_bits = len(weights).bit_length()
+    sequence_bits = len(counts).bit_length()
+    random_bits = 64 - position_bits - sequence_bits
+    sequences = np.arange(len(counts), dtype=np.uint64) << np.uint64(64 - sequence_bits)  # (S,)
+    keys = np.repeat(sequences, counts)  # (N,)
+    keys |= rng.integers(1 << random_bits, size=len(weights), dtype=np.uint64) << np.uint64(position_bits)
     keys |= np.arange(len(weights), dtype=np.uint64)
     keys.sort()
-    return weights[(keys & np.uint64((1 << place_bits) - 1)).astype(np.int64)]
+    return weights[(keys & np.uint64((1 << position_bits) - 1)).astype(np.int64)]
 
 
 def shuffle_between(weights: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Weights that are the same for all tokens of a sequence, those of the sequences in random order."""
-    held = counts > 0
-    firsts = (np.cumsum(counts) - counts)[held]
-    return np.repeat(rng.permutation(weights[firsts]), counts[held])
+    """Weights (N,) that are constant within each sequence of `counts` (S,) tokens, shuffled between the sequences."""
+    nonempty = counts > 0
+    firsts = (np.cumsum(counts) - counts)[nonempty]
+    return np.repeat(rng.permutation(weights[firsts]), counts[nonempty])
 
 
 def lognormal_like(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Independent LogNormal weights with the mean and the variance of `weights`, which are not negative."""
+    """Independent LogNormal weights (N,) with the mean and variance of `weights` (N,), which are not negative."""
     if not len(weights):
         return weights
     mean, variance = float(weights.mean(dtype=np.float64)), float(weights.var(dtype=np.float64))

@@ -1,13 +1,12 @@
-"""What a formula has to know about the whole corpus: thresholds, means, ranks, and statistics of labelled documents.
+"""Corpus statistics that a formula needs: thresholds, means, ranks, and the moments of labelled documents.
 
-What depends on one score column alone follows exactly from the set's value counts, without a look at the data. What
-combines several is counted in a pass of its own, rounded to float16: what it would be if it were a score column.
-Numbers of documents, and labels, take an exact pass over the columns of sequences.
+Statistics of a single score column follow exactly from the value counts in the shard set. An expression of several
+columns is counted in a pass over the corpus, rounded to float16 as a stored score column would be. Statistics of
+document numbers and labels take an exact pass over the columns of sequences.
 """
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -18,60 +17,26 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
-from weighted_mtp.schemas.weights.language import LIVE, Call, Column, Node, Number
+from weighted_mtp.schemas.weights.distribution import Distribution
+from weighted_mtp.schemas.weights.functions import FUNCTIONS
+from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Constant, FormulaError, Node
 from weighted_mtp.training.weighting.expressions import (
-    HALVES,
-    ByLabel,
+    FLOAT16_VALUES,
     Expression,
-    Lookup,
-    Ranked,
+    StandardiseByLabel,
+    TableLookup,
     Tokens,
     columns_read,
     evaluate,
     fold,
+    map_values,
 )
-from weighted_mtp.training.weighting.segments import half_bits
+from weighted_mtp.training.weighting.segments import float16_bits
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """Distinct finite values, ascending (D,) float64, and how often each occurs in the corpus (D,) int64."""
-
-    values: np.ndarray
-    counts: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray, counts: np.ndarray) -> "Distribution":
-        """From values (N,) in any order, with repetitions, and how often each occurs (N,)."""
-        distinct, index = np.unique(values.astype(np.float64), return_inverse=True)
-        total = np.zeros(len(distinct), dtype=np.int64)
-        np.add.at(total, index, counts)
-        return cls(distinct, total)
-
-    @property
-    def mean(self) -> float:
-        """Mean over all tokens."""
-        return float(self.values @ self.counts / self.counts.sum())
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over all tokens."""
-        return float(np.sqrt((self.values - self.mean) ** 2 @ self.counts / self.counts.sum()))
-
-    def threshold(self, fraction: float) -> float:
-        """The largest value that at least a `fraction` of all values reach."""
-        reach = np.cumsum(self.counts[::-1])[::-1]
-        return float(self.values[np.flatnonzero(reach >= np.ceil(fraction * self.counts.sum() - 1e-9))[-1]])
-
-    @property
-    def ranks(self) -> np.ndarray:
-        """Share of all values that are not larger than each of `values`."""
-        return np.cumsum(self.counts) / self.counts.sum()
-
-
-class Corpus:
-    """Finds out about zipped shard sets what formulas need to know, each thing once."""
+class CorpusResolver:
+    """Substitutes the statistics of zipped shard sets into formulas. Each statistic is computed once."""
 
     def __init__(self, shards: ZippedSets) -> None:
         self.shards = shards
@@ -79,114 +44,95 @@ class Corpus:
         self.counted: dict[Expression, ValueCounts] = {}
 
     def resolve(self, node: Node) -> Expression:
-        """The formula with numbers and tables in place of everything that is done over the corpus or by label.
+        """The formula with constants and tables in place of all functions over the corpus or by label.
 
         Raises:
-            UserError: a column is missing or has no score, or something without a positive value is normalised.
+            UserError: a column is missing or has no score, or the argument of normalise() is never positive.
         """
         if node not in self.resolved:
             self.resolved[node] = self._resolve(node)
         return self.resolved[node]
 
     def _resolve(self, node: Node) -> Expression:
-        if isinstance(node, Number) or node == Column(LIVE):
+        if isinstance(node, Constant) or node == ColumnRef(LIVE):
             return node
-        if isinstance(node, Column):
-            return Lookup(node, HALVES) if self.shards.kind(node.name) == "score" else node
+        if isinstance(node, ColumnRef):
+            return TableLookup(node, FLOAT16_VALUES) if self.shards.kind(node.name) == "score" else node
         arguments = tuple(self.resolve(argument) for argument in node.arguments)
         call = Call(node.function, arguments, node.numbers, node.by)
         if node.by is None:
             return fold(call)
         if node.by == "corpus":
             return self._over_corpus(call)
-        if node.by in ("sequence", "batch"):
-            [x] = arguments
-            if node.function in ("top", "rank") and isinstance(x, Lookup):  # ranked as float16, so looked up as such
-                halves = Lookup(x.of, half_bits(x.table).view(np.float16))
-                return Call(node.function, (halves,), node.numbers, node.by)
-            return call
-        return self._by_label(call, node.by)
+        if node.by not in ("sequence", "batch"):
+            return self._by_label(call, node.by)
+        [x] = arguments
+        if FUNCTIONS[node.function].ranks and isinstance(x, TableLookup):  # ranks are those of float16 values
+            float16_table = float16_bits(x.table).view(np.float16)
+            return Call(node.function, (TableLookup(x.argument, float16_table),), node.numbers, node.by)
+        return call
 
     def _over_corpus(self, call: Call) -> Expression:
         [x] = call.arguments
-        if self._is_of_sequences(x):
-            seen = self._of_sequences(x)
+        if self._is_per_sequence(x):
+            distribution = self._sequence_distribution(x)
         else:
-            x = x if isinstance(x, Lookup) else Lookup(x, HALVES)
-            seen = self.distribution(x)
-        match call.function:
-            case "top":
-                fraction, of_magnitudes = call.numbers
-                threshold = seen.threshold(fraction)
-                comparison = ">" if of_magnitudes and threshold == 0 and fraction < 1 else ">="
-                return arithmetic(comparison, x, threshold)
-            case "rank":
-                shares = seen.ranks.astype(np.float32)
-                ranked = Ranked(x, seen.values.astype(np.float32), shares)
-                if isinstance(x, Lookup):
-                    index = np.searchsorted(ranked.values, x.table).clip(max=len(shares) - 1)
-                    return Lookup(x.of, shares[index])
-                return ranked
-            case "standardise":
-                return arithmetic("*", arithmetic("-", x, seen.mean), 1 / seen.deviation if seen.deviation else 0.0)
-            case "softmax":
-                largest = float(seen.values[-1])
-                mean = Distribution(np.exp(seen.values - largest), seen.counts).mean
-                shifted = arithmetic("-", x, largest)
-                return arithmetic("*", fold(Call("exp", (shifted,))), 1 / mean)
-        assert call.function == "normalise"
-        if seen.mean == 0:
+            x = x if isinstance(x, TableLookup) else TableLookup(x, FLOAT16_VALUES)
+            distribution = self.distribution(x)
+        over_corpus = FUNCTIONS[call.function].over_corpus
+        assert over_corpus is not None
+        try:
+            return map_values(x, over_corpus(distribution, *call.numbers))
+        except FormulaError as error:
             raise UserError(
-                f"{self.shards.first.path}: --weights are 0 for every token, as nothing of {_names(x)} is positive; "
-                "choose another column or formula"
-            )
-        return arithmetic("*", x, 1 / seen.mean)
+                f"{self.shards.first.path}: {_names(x)} {error}; choose another column or formula"
+            ) from None
 
-    def distribution(self, x: Lookup) -> Distribution:
-        """The values of a function of one value over all tokens that have the scores it is made of.
+    def distribution(self, x: TableLookup) -> Distribution:
+        """Distribution of a tabulated function over all tokens that have the scores it is computed from.
 
         Raises:
             UserError: no token has them.
         """
-        counts = self.counts(x.of).counts
+        counts = self.counts(x.argument).counts  # (65536,)
         bits = np.flatnonzero(counts)
-        bits = bits[np.isfinite(HALVES[bits])]
+        bits = bits[np.isfinite(FLOAT16_VALUES[bits])]
         if not len(bits):
             raise UserError(f"{self.shards.first.path}: no token has a score in {_names(x)}; choose another column")
-        return Distribution.of(x.table[bits], counts[bits])
+        return Distribution.from_values(x.table[bits], counts[bits])
 
-    def _is_of_sequences(self, x: Expression) -> bool:
+    def _is_per_sequence(self, x: Expression) -> bool:
         """Whether all tokens of a sequence have the same value."""
         return all(self.shards.kind(name) != "score" for name in columns_read(x))
 
-    def _of_sequences(self, x: Expression) -> Distribution:
-        """The values of an expression of numbers of sequences, not rounded."""
-        names = list(dict.fromkeys(columns_read(x)))
+    def _sequence_distribution(self, x: Expression) -> Distribution:
+        """Distribution over all tokens of an expression of sequence numbers, not rounded."""
+        names = columns_read(x)
         found = []
         for shard in range(len(self.shards.first.manifest.shards)):
             table = self.shards.read_sequences(shard, ["input_ids", *names])
             scored = scored_tokens(table, names)
             values = np.broadcast_to(evaluate(x, scored.tokens), scored.mask.sum())
-            found.append(Distribution.of(values, np.ones(len(values), dtype=np.int64)))
+            found.append(Distribution.from_values(values, np.ones(len(values), dtype=np.int64)))
         values, counts = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "counts"))
-        return Distribution.of(values, counts)
+        return Distribution.from_values(values, counts)
 
     def counts(self, x: Expression) -> ValueCounts:
-        """How often each float16 occurs: as the set says for a score column, else by a pass over the corpus."""
+        """Count of each float16 value: stored in the set for a score column, otherwise from a pass over the corpus."""
         if x not in self.counted:
-            if isinstance(x, Column) and self.shards.kind(x.name) == "score":
+            if isinstance(x, ColumnRef) and self.shards.kind(x.name) == "score":
                 self.counted[x] = self.shards.value_counts(x.name)
             else:
                 self.counted[x] = self._count(x)
         return self.counted[x]
 
     def _count(self, x: Expression) -> ValueCounts:
-        names = list(dict.fromkeys(columns_read(x)))
+        names = columns_read(x)
         counts = ValueCounts()
         for table in self._row_groups(names):
             scored = scored_tokens(table, names)
             values = np.asarray(evaluate(x, scored.tokens), dtype=np.float32)
-            counts.add(half_bits(values).view(np.float16))
+            counts.add(float16_bits(values).view(np.float16))
         return counts
 
     def _row_groups(self, names: list[str]) -> Iterator[pa.Table]:
@@ -203,31 +149,26 @@ class Corpus:
                     bar.update(len(table["input_ids"].combine_chunks().flatten()))
 
     def _by_label(self, call: Call, label: str) -> Expression:
-        """Standardise over the documents of each label; one that is several sequences counts once."""
+        """Standardise over the documents of each label. A document of several sequences counts once."""
         [x] = call.arguments
-        names = list(dict.fromkeys(columns_read(x)))
-        parts = []
+        names = columns_read(x)
+        sums = []
         for shard in range(len(self.shards.first.manifest.shards)):
             table = self.shards.read_sequences(shard, ["start", label, *names])
             table = table.filter(pa.compute.equal(table["start"], 0))
-            columns = {read: table[read].to_numpy() for read in names}
+            columns = {name: table[name].to_numpy() for name in names}
             values = pl.Series(np.asarray(evaluate(x, Tokens(columns, {})), dtype=np.float64))
             documents = pl.DataFrame({"label": pl.Series(pl.from_arrow(table[label])), "x": values})
-            parts.append(documents.group_by("label").agg(n=pl.len(), s=pl.sum("x"), q=pl.col("x").pow(2).sum()))
-        found = pl.concat(parts).group_by("label").agg(pl.sum("n", "s", "q"))
-        count, total, squares = (found[name].to_numpy() for name in "nsq")
-        mean = total / count
+            sums.append(documents.group_by("label").agg(n=pl.len(), s=pl.sum("x"), q=pl.col("x").pow(2).sum()))
+        total = pl.concat(sums).group_by("label").agg(pl.sum("n", "s", "q"))
+        count, value_sum, squares = (total[name].to_numpy() for name in "nsq")  # (labels,)
+        mean = value_sum / count
         deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        deviation[deviation < 1e-6 * np.abs(mean)] = 0  # what rounding leaves of equal values
-        scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
-        numbers = {name: number for number, name in enumerate(found["label"].to_list())}
-        return ByLabel(x, label, numbers, mean.astype(np.float32), scale.astype(np.float32))
-
-
-def arithmetic(operator: str, x: Expression, number: float) -> Expression:
-    """An operation on an expression and a number."""
-    return fold(Call(operator, (x, Number(number))))
+        deviation[deviation < 1e-6 * np.abs(mean)] = 0  # rounding error of equal values
+        inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+        index = {name: number for number, name in enumerate(total["label"].to_list())}
+        return StandardiseByLabel(x, label, index, mean.astype(np.float32), inverse.astype(np.float32))
 
 
 def _names(x: Expression) -> str:
-    return " and ".join(f"'{name}'" for name in dict.fromkeys(columns_read(x)))
+    return " and ".join(f"'{name}'" for name in columns_read(x))

@@ -1,78 +1,73 @@
-"""Formulas with numbers in place of what had to be found out about the corpus, and their values for some tokens."""
+"""Formulas with the corpus statistics substituted, and their evaluation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from weighted_mtp.schemas.weights.language import COMPARISONS, MAX_EXPONENT, Call, Column, Node, Number
-from weighted_mtp.training.weighting.segments import Segments, half_bits
+from weighted_mtp.schemas.weights.function_record import Segments
+from weighted_mtp.schemas.weights.functions import FUNCTIONS
+from weighted_mtp.schemas.weights.nodes import Call, ColumnRef, Constant, Node
+from weighted_mtp.training.weighting.segments import float16_bits
 
-HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-"""The value of each bit pattern of float16, (65536,) float32."""
+FLOAT16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""The value of each float16 bit pattern, (65536,) float32."""
 
 
 @dataclass(frozen=True, eq=False)
-class Lookup:
-    """A function of one value: `table[bits]`, with the bits of the value as float16 stores it.
+class TableLookup:
+    """A function of one value, tabulated over float16: `table[bits of the argument]`.
 
     Attributes:
-        of: what it is a function of, a column as a rule.
+        argument: usually a column.
         table: (65536,) float32.
     """
 
-    of: "Expression"
+    argument: "Expression"
     table: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class ByLabel:
-    """`(x - shift) * scale`, with shift and scale of the label of the token's document.
+class ElementwiseMap:
+    """A function of one value that contains corpus statistics."""
 
-    Attributes:
-        of: x.
-        label: column of labels.
-        numbers: number of each label.
-        shift: (labels,) float32.
-        scale: (labels,) float32.
-    """
-
-    of: "Expression"
-    label: str
-    numbers: Mapping[str, int]
-    shift: np.ndarray
-    scale: np.ndarray
+    argument: "Expression"
+    function: Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Ranked:
-    """The rank of a value among those of the corpus.
+class StandardiseByLabel:
+    """`(argument - mean) * inverse`, with the statistics of the label of the token's document.
 
     Attributes:
-        of: the value.
-        values: (D,) all values there are, ascending float32.
-        shares: (D,) float32, share of the tokens whose value is not larger.
+        argument: a number per document.
+        label: the label column.
+        index: index of each label in the statistics.
+        mean: (labels,) float32.
+        inverse: (labels,) float32, 1 / standard deviation, 0 where that is 0.
     """
 
-    of: "Expression"
-    values: np.ndarray
-    shares: np.ndarray
+    argument: "Expression"
+    label: str
+    index: Mapping[str, int]
+    mean: np.ndarray
+    inverse: np.ndarray
 
 
-Expression = Node | Lookup | ByLabel | Ranked
+Expression = Node | TableLookup | ElementwiseMap | StandardiseByLabel
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What expressions are made of, for some tokens.
+    """The tokens on which expressions are evaluated: N tokens in S sequences.
 
     Attributes:
-        columns: (N,) values of each column by name, numpy float16 or float32, or tensors.
+        columns: (N,) values of each column, by name: numpy float16 or float32, or tensors.
         segments: of the tokens, by scope.
         labels: (S,) label of each sequence, by label column.
-        library: `numpy` or `torch`, where the values are from.
+        library: `numpy` or `torch`, the library of the values.
     """
 
     columns: Mapping[str, Any]
@@ -81,127 +76,73 @@ class Tokens:
     library: ModuleType = np
 
 
-def columns_read(expression: Expression) -> Iterator[str]:
-    """Names of the columns that an expression is made of, those of labels too; some more than once."""
+def columns_read(expression: Expression) -> list[str]:
+    """Names of the columns that an expression reads, label columns included, in order of first use."""
+    return list(dict.fromkeys(_columns_read(expression)))
+
+
+def _columns_read(expression: Expression) -> Iterator[str]:
     match expression:
-        case Column(name):
+        case ColumnRef(name):
             yield name
-        case Lookup(of) | Ranked(of):
-            yield from columns_read(of)
-        case ByLabel(of, label):
-            yield from columns_read(of)
+        case TableLookup(argument) | ElementwiseMap(argument):
+            yield from _columns_read(argument)
+        case StandardiseByLabel(argument, label):
+            yield from _columns_read(argument)
             yield label
         case Call(_, arguments):
             for argument in arguments:
-                yield from columns_read(argument)
+                yield from _columns_read(argument)
 
 
 def fold(call: Call) -> Expression:
-    """The same with a table in place of what depends on one value alone."""
-    values = [a.table if isinstance(a, Lookup) else a.value if isinstance(a, Number) else None for a in call.arguments]
-    bases = {argument.of for argument in call.arguments if isinstance(argument, Lookup)}
-    if any(value is None for value in values) or len(bases) > 1:
+    """The same as a table or constant, if it is elementwise in one tabulated value and constants."""
+    values = [
+        a.table if isinstance(a, TableLookup) else a.value if isinstance(a, Constant) else None for a in call.arguments
+    ]
+    tabulated = {argument.argument for argument in call.arguments if isinstance(argument, TableLookup)}
+    if any(value is None for value in values) or len(tabulated) > 1:
         return call
-    with np.errstate(all="ignore"):  # of NaN and infinity, which no scored token has
+    with np.errstate(all="ignore"):  # NaN and infinity, which no scored token has
         result = _elementwise(call, values, np)
-    return Lookup(bases.pop(), result.astype(np.float32)) if bases else Number(float(result))
+    return TableLookup(tabulated.pop(), result.astype(np.float32)) if tabulated else Constant(float(result))
+
+
+def map_values(x: Expression, function: Callable[[np.ndarray], np.ndarray]) -> Expression:
+    """An elementwise function of an expression; of a table, a table."""
+    if not isinstance(x, TableLookup):
+        return ElementwiseMap(x, function)
+    with np.errstate(all="ignore"):
+        return TableLookup(x.argument, function(x.table).astype(np.float32))
 
 
 def evaluate(expression: Expression, tokens: Tokens) -> Any:
-    """Values (N,) float32 of an expression; a float where it is a number."""
+    """Values (N,) float32 of an expression; a float if it is constant."""
     match expression:
-        case Number(value):
+        case Constant(value):
             return value
-        case Column(name):
+        case ColumnRef(name):
             values = tokens.columns[name]
             return values.astype(np.float32) if values.dtype == np.float16 else values
-        case Lookup(of, table):
-            values = tokens.columns[of.name] if isinstance(of, Column) else evaluate(of, tokens)
-            return table[half_bits(values)]
-        case Ranked(of, values, shares):
-            return shares[np.searchsorted(values, evaluate(of, tokens))]
-        case ByLabel():
-            numbers = np.fromiter(map(expression.numbers.__getitem__, tokens.labels[expression.label]), np.int64)
-            spread = tokens.segments["sequence"].spread
-            centred = evaluate(expression.of, tokens) - spread(expression.shift[numbers])
-            return centred * spread(expression.scale[numbers])
+        case TableLookup(argument, table):
+            values = tokens.columns[argument.name] if isinstance(argument, ColumnRef) else evaluate(argument, tokens)
+            return table[float16_bits(values)]
+        case ElementwiseMap(argument, function):
+            return function(evaluate(argument, tokens))
+        case StandardiseByLabel():
+            index = np.fromiter(map(expression.index.__getitem__, tokens.labels[expression.label]), np.int64)  # (S,)
+            broadcast = tokens.segments["sequence"].broadcast
+            centred = evaluate(expression.argument, tokens) - broadcast(expression.mean[index])
+            return centred * broadcast(expression.inverse[index])
     arguments = [evaluate(argument, tokens) for argument in expression.arguments]
-    if expression.by is not None:
-        return _in_segments(expression, arguments[0], tokens.segments[expression.by], tokens.library)
-    return _elementwise(expression, arguments, tokens.library)
+    if expression.by is None:
+        return _elementwise(expression, arguments, tokens.library)
+    in_segments = FUNCTIONS[expression.function].in_segments
+    assert in_segments is not None
+    return in_segments(tokens.library, tokens.segments[expression.by], *arguments, *expression.numbers)
 
 
 def _elementwise(call: Call, arguments: list[Any], library: ModuleType) -> Any:
-    first, *others = arguments
-    match call.function:
-        case "+":
-            return first + others[0]
-        case "-":
-            return first - others[0]
-        case "*":
-            return first * others[0]
-        case "/":
-            return _quotient(first, others[0], library)
-        case "abs":
-            return abs(first)
-        case "exp":
-            return library.exp(library.clip(first, None, MAX_EXPONENT))
-        case "sigmoid":
-            return (library.tanh(first * 0.5) + 1) * 0.5
-        case "clip":
-            return library.clip(first, *call.numbers)
-        case "signed":
-            return first
-    assert call.function in COMPARISONS
-    match call.function:
-        case ">=":
-            return _floats(first >= others[0])
-        case ">":
-            return _floats(first > others[0])
-        case "<=":
-            return _floats(first <= others[0])
-    return _floats(first < others[0])
-
-
-def _quotient(one: Any, other: Any, library: ModuleType) -> Any:
-    """`one / other`, and 0 where `other` is."""
-    if isinstance(other, float):
-        return one / other
-    zero = other == 0
-    return library.where(zero, 0, one / library.where(zero, 1, other))
-
-
-def _floats(condition: Any) -> Any:
-    return condition.astype(np.float32) if isinstance(condition, np.ndarray) else condition.float()
-
-
-def _in_segments(call: Call, values: Any, segments: Segments, library: ModuleType) -> Any:
-    match call.function:
-        case "top":
-            return _floats(segments.top(values, *call.numbers))
-        case "rank":
-            return segments.rank(values)
-        case "softmax":
-            values = library.exp(values - segments.spread(segments.maxima(values)))
-            silent = 0.0
-        case "normalise":
-            [silent] = call.numbers
-        case "standardise":
-            counts = _at_least_one(segments.counts)
-            values = values - segments.spread(segments.sums(values) / counts)
-            deviations = library.sqrt(segments.sums(values * values) / counts)
-            return values * segments.spread(_inverse(deviations, library))
-    sums = segments.sums(values)
-    values = values * segments.spread(segments.counts * _inverse(sums, library))
-    if silent:
-        values = values + segments.spread(library.where(sums == 0, silent, 0.0))
-    return values
-
-
-def _at_least_one(counts: Any) -> Any:
-    return counts.clip(min=1)
-
-
-def _inverse(values: Any, library: ModuleType) -> Any:
-    """`1 / values`, and 0 where they are 0."""
-    return library.where(values == 0, 0, 1 / library.where(values == 0, 1, values))
+    elementwise = FUNCTIONS[call.function].elementwise
+    assert elementwise is not None
+    return elementwise(library, *arguments, *call.numbers)

@@ -1,4 +1,4 @@
-"""From stored columns to what the loader hands on: a weight for each token, or what it will be made of later."""
+"""Turns stored columns into what the loader passes on: a weight per token, or the components of later weights."""
 
 import math
 from dataclasses import dataclass
@@ -11,26 +11,25 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Contrast
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
-from weighted_mtp.schemas.weights.language import (
+from weighted_mtp.schemas.weights.analysis import bounds
+from weighted_mtp.schemas.weights.function_record import POSITIVE, UNBOUNDED, Bounds
+from weighted_mtp.schemas.weights.nodes import (
     LIVE,
-    POSITIVE,
-    UNBOUNDED,
     Call,
-    Column,
+    ColumnRef,
+    Constant,
     FormulaError,
     Node,
-    Number,
-    Stages,
-    bounds,
     columns_of,
     is_signed,
     labels_of,
-    replaced,
+    replace_column,
     waits_for_batch,
 )
+from weighted_mtp.schemas.weights.stages import StagedFormula
 from weighted_mtp.training.weighting.controls import Control, apply_control, shuffle_between
-from weighted_mtp.training.weighting.corpus import Corpus
-from weighted_mtp.training.weighting.expressions import HALVES, Expression, Lookup, evaluate
+from weighted_mtp.training.weighting.corpus import CorpusResolver
+from weighted_mtp.training.weighting.expressions import FLOAT16_VALUES, Expression, TableLookup, evaluate
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 TOO_LARGE = "--weights.formula: a weight is too large to be a number; put clip() around what grows"
@@ -38,87 +37,91 @@ TOO_LARGE = "--weights.formula: a weight is too large to be a number; put clip()
 
 @dataclass(frozen=True)
 class Weighting:
-    """A formula ready to use on a shard set.
+    """A formula ready to be applied to a shard set.
 
     Attributes:
         formula: its text.
-        columns: what it reads.
-        parts: what is computed of each token: its weight, or what that is made of where it waits for the batch.
-        waits: whether it does (see `training.weighting.batch`).
-        control: what is made of weights that do not wait.
+        columns: the columns it reads.
+        components: the weight; if it waits for the batch, the values from which it will be computed.
+        waits: whether it waits for the batch (see `training.weighting.batch`).
+        control: control applied to weights that do not wait.
         missing: weight of a token without a score.
-        of_sequences: whether all tokens of a sequence have the same weight.
+        per_sequence: whether all tokens of a sequence have the same weight.
     """
 
     formula: str
     columns: tuple[str, ...]
-    parts: tuple[Expression, ...]
+    components: tuple[Expression, ...]
     waits: bool = False
     control: Control = "none"
     missing: float = 0.0
-    of_sequences: bool = False
+    per_sequence: bool = False
 
-    def of_table(self, table: pa.Table, rng: np.random.Generator) -> np.ndarray:
-        """Weights of the tokens of a table of sequences, one after the other.
+    def weigh(self, table: pa.Table, rng: np.random.Generator) -> np.ndarray:
+        """Weights of the T tokens of a table of sequences.
 
         Args:
             table: `input_ids` and the columns.
             rng: for the controls.
 
         Returns:
-            (T,) float32, `missing` where a token has no score; where weights wait for the batch, (T, parts), NaN there.
+            (T,) float32, `missing` for tokens without a score. If the weights wait for the batch, (T, components), NaN
+            for tokens without a score.
 
         Raises:
             UserError: a weight is not finite.
         """
-        match self.parts:
-            case [Lookup(of=Column(name), table=weights)] if self.control == "none" and not self.waits:
+        match self.components:
+            case [TableLookup(ColumnRef(name), weights)] if self.control == "none" and not self.waits:
                 return weights[flat_values(table[name]).view(np.uint16)]
-            case [Number(value=value)] if not self.waits:
+            case [Constant(value)] if not self.waits:
                 return np.full(int(list_lengths(table["input_ids"]).sum()), value, dtype=np.float32)
         scored = scored_tokens(table, self.columns)
         if self.waits:
-            parts = np.empty((len(self.parts), len(scored.mask)), dtype=np.float32)
-            for values, part in zip(parts, self.parts, strict=True):
-                values[:] = scored.spread(_finite(evaluate(part, scored.tokens)), math.nan)
-            return parts.T
-        weights = _finite(evaluate(self.parts[0], scored.tokens))
-        if self.control == "shuffled" and self.of_sequences:
+            components = np.empty((len(self.components), len(scored.mask)), dtype=np.float32)
+            for values, component in zip(components, self.components, strict=True):
+                values[:] = scored.scatter(_finite(evaluate(component, scored.tokens)), math.nan)
+            return components.T
+        weights = _finite(evaluate(self.components[0], scored.tokens))
+        if self.control == "shuffled" and self.per_sequence:
             weights = shuffle_between(weights, scored.counts, rng)
         else:
             weights = apply_control(self.control, weights, scored.counts, rng)
-        return scored.spread(weights, self.missing)
+        return scored.scatter(weights, self.missing)
 
 
-def make_weighting(config: WeightsConfig, shards: ZippedSets, stand_in: str | None = None) -> Weighting:
+def make_weighting(config: WeightsConfig, shards: ZippedSets, live_column: str | None = None) -> Weighting:
     """Prepare the weights of `config` for `shards`.
 
     Args:
         config: the settings.
         shards: the sets that hold the columns.
-        stand_in: a column that takes the place of the loss of the model in training.
+        live_column: column to use instead of the loss of the model in training.
 
     Raises:
         UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
     """
-    node = replaced(config.node, LIVE, stand_in) if stand_in else config.node
+    node = replace_column(config.node, LIVE, live_column) if live_column else config.node
     check_formula(node, shards)
-    corpus = Corpus(shards)
+    corpus = CorpusResolver(shards)
     waits = waits_for_batch(node)
-    # In a warm-up the weights of scored tokens alone begin with 1: NaN tells the others apart.
+    # During a warm-up, weights of scored tokens start from 1; NaN marks the tokens that must stay at 0.
     missing = math.nan if config.warmup_ratio else 0.0
-    parts = tuple(corpus.resolve(part) for part in (Stages.of(node).stored if waits else (node,)))
+    components = tuple(corpus.resolve(part) for part in (StagedFormula.split(node).stored if waits else (node,)))
     if not waits:
-        _check_values(parts[0], corpus)
-    scored = np.isfinite(HALVES)
-    parts = tuple(Lookup(p.of, np.where(scored, p.table, missing)) if isinstance(p, Lookup) else p for p in parts)
+        _check_values(components[0], corpus)
+    finite = np.isfinite(FLOAT16_VALUES)
+    components = tuple(
+        TableLookup(c.argument, np.where(finite, c.table, missing)) if isinstance(c, TableLookup) else c
+        for c in components
+    )
     columns = (*columns_of(node), *labels_of(node))
-    of_sequences = all(shards.kind(name) != "score" for name in columns)
-    return Weighting(config.text, columns, parts, waits, config.control, missing, of_sequences)
+    per_sequence = all(shards.kind(name) != "score" for name in columns)
+    return Weighting(config.text, columns, components, waits, config.control, missing, per_sequence)
 
 
 def check_formula(node: Node, shards: ZippedSets) -> None:
-    """Check a formula against the columns that there are, without a look at the data.
+    """Check a formula against the columns of the shard sets, without reading data.
 
     Raises:
         UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
@@ -143,7 +146,7 @@ def _check_columns(node: Node, shards: ZippedSets) -> None:
 
 
 def _check_labels(node: Node, shards: ZippedSets) -> None:
-    """Raise UserError unless what is done by label is done to numbers, by labels."""
+    """Raise UserError unless functions by label take columns of numbers, and group by a column of labels."""
     if not isinstance(node, Call):
         return
     for argument in node.arguments:
@@ -166,19 +169,19 @@ def _finite(weights: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _check_values(weights: Expression, corpus: Corpus) -> None:
-    """Raise UserError if weights are known to be 0 for every token, or too large for one."""
+def _check_values(weights: Expression, corpus: CorpusResolver) -> None:
+    """Raise UserError if the weights are known to be 0 for every token, or to be too large for some token."""
     values = np.array([1.0])
-    if isinstance(weights, Number):
+    if isinstance(weights, Constant):
         values = np.array([weights.value])
-    elif isinstance(weights, Lookup) and isinstance(weights.of, Column):
+    elif isinstance(weights, TableLookup) and isinstance(weights.argument, ColumnRef):
         values = corpus.distribution(weights).values
     if not _finite(values).any():
         raise UserError("--weights: are 0 for every token, so there is nothing to learn; choose others")
 
 
 def _check_sign(node: Node, shards: ZippedSets) -> None:
-    def of_column(name: str) -> tuple[float, float]:
+    def of_column(name: str) -> Bounds:
         column = shards.holder(name).manifest.columns.get(name)
         return UNBOUNDED if column is None or isinstance(column.origin, Contrast) else POSITIVE
 

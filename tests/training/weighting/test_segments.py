@@ -72,7 +72,7 @@ def test_sums_and_maxima(compute: Callable[..., np.ndarray], lengths: list[int],
     values = values_of(lengths, seed)
     np.testing.assert_allclose(compute("sums", values, lengths), in_loop(np.sum, values, lengths))
     np.testing.assert_array_equal(compute("maxima", values, lengths), in_loop(np.max, values, lengths))
-    spread = compute("spread", np.arange(len(lengths), dtype=np.float32), lengths)
+    spread = compute("broadcast", np.arange(len(lengths), dtype=np.float32), lengths)
     np.testing.assert_array_equal(spread, np.repeat(np.arange(len(lengths)), lengths))
 
 

@@ -1,4 +1,4 @@
-"""Live contrasts: weights from what the model loses now, against the definition written down plainly."""
+"""Loss and gradients of live weights, against a plain computation from full logits."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from weighted_mtp.schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.weights.language import Column, Stages, parse
-from weighted_mtp.training.loss.multi_head import HeadRows
 from weighted_mtp.training.loss.output_layer import OutputLayer
 from weighted_mtp.training.loss.targets import count_targets, target_rows
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model
@@ -25,7 +23,7 @@ IDS = torch.arange(24).reshape(2, 12) * 11 % 256
 
 
 def live(share: float = 1.0, seed: int = 0, **settings: object) -> LiveWeighting:
-    scheme = BatchWeighting.make(WeightsConfig(**settings)).live_weights(share, np.random.default_rng(seed))
+    scheme = BatchWeighting.make(WeightsConfig(**settings)).live_weighting(share, np.random.default_rng(seed))
     assert scheme is not None
     return scheme
 
@@ -36,66 +34,6 @@ def stored_scores() -> Tensor:
     scores[POSITIONS == 0] = math.nan
     scores[0, 3] = math.nan
     return scores[..., None]
-
-
-def test_rho1_worked_by_hand() -> None:
-    """Excess losses 1, -1, 3, 2: the two largest share the weight of all four."""
-    losses, stored = torch.tensor([2.0, 1.0, 4.0, 5.0]), torch.tensor([[1.0], [2.0], [1.0], [3.0]])
-    weights = live(preset="rho1", fraction=0.5)(losses, stored, torch.ones(4, dtype=torch.int64))
-    assert weights.tolist() == [0, 0, 2, 2]
-
-
-def test_rho1_keeps_ties() -> None:
-    scheme, documents = live(preset="rho1", fraction=0.3), torch.ones(10, dtype=torch.int64)
-    losses = torch.tensor([1.0, 5, 5, 5, 5, 2, 9, 3, 4, 0])
-    expected = [0, 2, 2, 2, 2, 0, 2, 0, 0, 0]
-    assert scheme(losses, torch.zeros(10, 1), documents).tolist() == expected
-    assert scheme(losses[:0], torch.zeros(0, 1), documents[:0]).tolist() == []
-    everything = live(preset="rho1", fraction=1.0)
-    assert everything(losses, torch.zeros(10, 1), documents).tolist() == [1.0] * 10
-
-
-def test_warm_up_and_controls_of_live_weights() -> None:
-    losses, documents = torch.arange(8.0), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    arguments = losses, torch.zeros(8, 1), documents
-    weights = live(preset="rho1", fraction=0.5)(*arguments)
-    assert weights.tolist() == [0, 0, 0, 0, 2, 2, 2, 2]
-    assert live(share=0.5, preset="rho1", fraction=0.5)(*arguments).tolist() == [0.5] * 4 + [1.5] * 4
-    score = {"formula": "live", "control": "shuffled"}
-    shuffled = live(**score)(*arguments)
-    assert shuffled.tolist() == live(**score)(*arguments).tolist() != live(seed=1, **score)(*arguments).tolist()
-    assert shuffled[:4].sort().values.tolist() == [0, 1, 2, 3]
-    assert shuffled[4:].sort().values.tolist() == [4, 5, 6, 7]
-    drawn = live(formula="live", control="random")(*arguments)
-    assert drawn.min() > 0
-
-
-def test_a_formula_of_live_losses_and_stored_columns() -> None:
-    """Two parts that the loader makes, and what only the step can: top half of live - a in each document, times b."""
-    config = WeightsConfig(formula="top(live - loss_a, 0.5, by=sequence) * sigmoid(long_short)")
-    stages = Stages.of(config.node)
-    assert stages.stored == (Column("loss_a"), parse("sigmoid(long_short)"))
-    assert stages.live is not None
-    scheme = LiveWeighting(stages.live)
-    stored = torch.tensor([[1.0, 0.25], [0.0, 0.5], [0.0, 0.75]])
-    weights = scheme(torch.tensor([3.0, 1.0, 7.0]), stored, torch.tensor([0, 0, 4]))
-    assert weights.tolist() == [0.25, 0, 0.75]
-
-
-def test_dense_and_sparse_worked_by_hand() -> None:
-    """Two documents. Distances 1, 3 (mean 2) and 4, 0, 2 (mean 2)."""
-    losses, stored = torch.tensor([3.0, 1.0, 5.0, 2.0, 2.0]), torch.tensor([[2.0], [4.0], [1.0], [2.0], [4.0]])
-    documents = torch.tensor([3, 3, 8, 8, 8])
-    dense = live(preset="dense", live=True, lam=0.5)(losses, stored, documents)
-    assert dense.tolist() == pytest.approx([0.75, 1.25, 1.5, 0.5, 1.0])
-    sparse = live(preset="sparse", live=True, fraction=0.5)(losses, stored, documents)
-    assert sparse.tolist() == pytest.approx([0, 2, 1.5, 0, 1.5])
-
-
-@pytest.mark.parametrize("settings", [{"preset": "sparse", "fraction": 1.0}, {"preset": "dense", "lam": 1.0}])
-def test_the_plain_end_of_each_scheme_is_uniform(settings: dict) -> None:
-    losses, stored, documents = torch.rand(7), torch.rand(7, 1), torch.tensor([0, 0, 0, 1, 1, 2, 2])
-    assert live(live=True, **settings)(losses, stored, documents).tolist() == pytest.approx([1.0] * 7)
 
 
 def plain_live_loss(model: MTPModel, scores: Tensor, scheme: LiveWeighting) -> Tensor:
@@ -175,15 +113,6 @@ def test_only_selected_rows_pay_for_gradients(model_dir: Callable[..., Path], mo
     model(IDS, POSITIONS, scores, live=live(preset="rho1", fraction=0.25))
     candidates = [len(target_rows(IDS, POSITIONS, scores, k, scored=True).rows) for k in (1, 2)]
     assert with_gradients == [math.ceil(count / 4) for count in candidates]
-
-
-def test_thresholds_are_those_of_each_head() -> None:
-    """Losses of a far head are larger throughout; by a shared threshold it would take every place."""
-    scheme = live(preset="rho1", fraction=0.5).of_batch(POSITIONS)
-    rows = torch.tensor([0, 1, 2, 3])
-    stored = torch.tensor([[1.0], [2.0], [1.0], [2.0]])
-    for losses in (torch.tensor([2.0, 2.0, 4.0, 2.0]), torch.tensor([12.0, 12.0, 14.0, 12.0])):
-        assert scheme(losses, HeadRows(rows, rows, stored)).tolist() == [2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "weight_sum"])
