@@ -53,6 +53,10 @@ PRELOADED = [
     "pandas",
     "transformers.models.llama.modeling_llama",
 ]
+LONG_FILES = ("test_end_to_end.py", "test_run.py", "test_driver.py", "test_distributed.py")
+INTEGRATION_FIXTURES = {
+    "_running_ray", "running_ray", "cluster", "scoring", "vllm_installed", "bucket", "start_process", "launch"
+}  # fmt: skip
 OWN_ENVIRONMENT = "import os\nos.environ.clear()\nos.environ.update(environment)\n"
 
 settings.register_profile("default", deadline=None)  # a busy machine is no failure
@@ -62,9 +66,20 @@ settings.load_profile("default")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of many models in vLLM last: it rewrites classes of transformers, for good, in its process."""
-    items.sort(key=lambda item: item.path.name == "test_vllm_scorer.py")
+    """Add the markers that follow from others or from fixtures, and choose the order of the files.
+
+    Long files come first, to keep parallel processes busy until the end. `test_vllm_scorer.py` comes last: vLLM
+    permanently rewrites classes of transformers in its process.
+    """
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker("slow")
+        if not INTEGRATION_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker("integration")
+    order = {**dict.fromkeys(LONG_FILES, 0), "test_vllm_scorer.py": 2}
+    items.sort(key=lambda item: order.get(item.path.name, 1))
 
 
 @pytest.fixture(scope="session")

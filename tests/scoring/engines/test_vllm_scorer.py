@@ -44,6 +44,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-scaled": ("Granite", LLAMA | {"logits_scaling": 4.0}),
     "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
 }
+QUICK = ("llama", "qwen2-tied", "gemma2-capped", "phi-biased-head", "helium-without-a-class-in-vllm", "gpt2", "mixtral")
+"""Models that differ most from each other; the others are tested by `make test-slow`."""
 LENGTHS = (40, 2, 256, 100, 33, 1, 256)
 FIRST_SCORED = (0, 0, 200, 7, 32, 0, 1)
 
@@ -95,7 +97,9 @@ def largest_difference(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return max(float(np.nanmax(np.abs(a - b), initial=0)) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
 def test_losses_and_entropies_equal_transformers(name, engine, requests, tmp_path):
     """In chunks that are shorter than most sequences."""
     model = make_checkpoint(name, tmp_path)
