@@ -165,7 +165,7 @@ def test_finished_run_is_left_alone(config, score_here, capfd):
         run(config(short_context=SIZE))
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_killed_run_is_continued_and_gives_the_same_bytes(
     config, score_in_process, make_shard_set, reference_model, tmp_path, monkeypatch
 ):
