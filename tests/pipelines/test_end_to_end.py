@@ -15,6 +15,8 @@ from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 
+pytestmark = pytest.mark.integration
+
 DOCUMENTS = [f"Document {i} says: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1) for i in range(40)]
 
 

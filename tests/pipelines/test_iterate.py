@@ -21,6 +21,8 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.scoring.job.scorer import ScoringTask
 from weighted_mtp.training.run.directory import RunDirectory
 
+pytestmark = pytest.mark.integration
+
 TRAINING = {
     "weights": {"preset": "rho1-static"},
     "heads": {"offsets": [1, 2]},

@@ -18,6 +18,8 @@ from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.weighting import make_weighting
 
+pytestmark = pytest.mark.integration
+
 STEPS = 12
 ROWS = 4  # of an optimizer step, in two micro-batches
 

@@ -21,7 +21,7 @@ from weighted_mtp.schemas.storage.files import MANIFEST, atomic_write, copy_file
 from weighted_mtp.schemas.storage.locations import Location, list_files, local_copy, locate, remove_tree
 
 
-@pytest.fixture(params=["disk", "store"])
+@pytest.fixture(params=["disk", pytest.param("store", marks=pytest.mark.integration)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """An empty directory of each kind."""
     return locate(tmp_path) if request.param == "disk" else request.getfixturevalue("s3")

@@ -42,7 +42,10 @@ def expected(
 
 @pytest.fixture(
     scope="module",
-    params=itertools.product(ENGINES, ["small", "large"]),
+    params=[
+        pytest.param((name, size), marks=() if name == "transformers" else pytest.mark.integration)
+        for name, size in itertools.product(ENGINES, ["small", "large"])
+    ],
 )
 def engine(request: pytest.FixtureRequest, reference_model: Path) -> Engine:
     name, size = request.param

@@ -40,6 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-scaled": ("Granite", LLAMA | {"logits_scaling": 4.0}),
     "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
 }
+QUICK = ("llama", "qwen2-tied", "gemma2-capped", "phi-biased-head", "helium-without-a-class-in-vllm", "gpt2", "mixtral")
+"""Models that differ most from each other; the others are tested by `make test-slow`."""
 
 pytestmark = pytest.mark.usefixtures("vllm_installed")
 
@@ -57,7 +59,9 @@ def make_checkpoint(name: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
 def test_losses_and_entropies_equal_transformers(name, make_engine, requests, tmp_path, largest_difference):
     """In chunks that are shorter than most sequences."""
     model = make_checkpoint(name, tmp_path)

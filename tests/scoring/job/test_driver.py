@@ -198,6 +198,7 @@ def test_an_engine_that_a_sequence_breaks_is_replaced(score):
     assert reason == "workers died of it: RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_lowers_the_batch(score, log, capfd):
     assert rejected(score({6: EXHAUST, 11: EXHAUST}, batch_tokens=4000)) == {}
     batches = [int(line.split()[1]) for line in log.read_text().splitlines()]

@@ -18,7 +18,7 @@ UNITS_LOST = {"worker": 2, "node": 2, "driver": 4}
 """A worker has two units under way, and a driver two workers."""
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_twenty_kills_change_no_byte(nodes, scoring, many_tokens: Callable[[int], ShardSet]):
     rng = random.Random(0)
     tokens = many_tokens(SHARDS)

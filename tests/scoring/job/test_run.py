@@ -98,6 +98,7 @@ def short_losses(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
     return losses
 
 
+@pytest.mark.integration
 def test_scores_of_a_corpus_equal_the_definitions(
     request, config, tokens, sequences, reference_model, base_model, capfd
 ):
@@ -146,6 +147,7 @@ def test_scores_of_a_corpus_equal_the_definitions(
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.integration
 def test_no_cluster_at_the_address(config):
     with pytest.raises(UserError, match=r"--ray_address 127\.0\.0\.1:1: cannot connect") as caught:
         run(config(ray_address="127.0.0.1:1"))
@@ -163,6 +165,7 @@ def test_finished_run_is_left_alone(config, score_here, capfd):
         run(config(short_context=SIZE))
 
 
+@pytest.mark.slow
 def test_killed_run_is_continued_and_gives_the_same_bytes(
     config, score_in_process, make_shard_set, reference_model, tmp_path, monkeypatch
 ):

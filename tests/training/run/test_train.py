@@ -28,6 +28,8 @@ from weighted_mtp.training.run import directory as run_module
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.trainer import TrainingLoop
 
+pytestmark = pytest.mark.integration
+
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
 

@@ -1,4 +1,4 @@
-"""What runs and streams of rows are compared by."""
+"""Metrics, parameters and rows, for comparing runs and streams."""
 
 import json
 from typing import Any

@@ -1,0 +1,61 @@
+"""A tokenizer and tiny models."""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved byte-level BPE tokenizer without merges: 256 byte tokens, `<s>` = 256, `</s>` = 257; it adds neither.
+
+    The ids of the bytes follow the sorted byte-level alphabet, so they are a permutation of the byte values.
+    """
+    path = tmp_path_factory.mktemp("tokenizer")
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**vocab, "<s>": 256, "</s>": 257}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a Llama checkpoint with the test tokenizer and random weights, large enough to affect the losses.
+
+    Its heads have 32 dimensions, the fewest that vLLM supports on a CPU.
+    """
+
+    def make(seed: int = 0, **settings: int) -> Path:
+        path = tmp_path_factory.mktemp("model") / f"llama-{seed}"
+        torch.manual_seed(seed)
+        sizes = {
+            "vocab_size": 260,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+        }
+        LlamaForCausalLM(LlamaConfig(**sizes | settings, initializer_range=0.2)).save_pretrained(path)
+        shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Skip where vLLM is not installed, except in CI: there it must be."""
+    if find_spec("vllm") is None:
+        assert not os.environ.get("CI"), "CI must run with vLLM: install weighted-mtp[cpu]"
+        pytest.skip("vLLM is not installed")
