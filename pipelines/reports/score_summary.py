@@ -6,7 +6,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from weighted_mtp.schemas.shard_set.shard_set import SAMPLED_FOOTERS, REJECTS, ShardSet
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, SAMPLED_FOOTERS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.plan import ScoringPlan
 from weighted_mtp.scoring.job.units import read_records
