@@ -1,11 +1,11 @@
-"""What a score costs on disk: bytes per token and column of the shard format, against plain Parquet.
+"""Size of a score on disk: bytes per token and column of the shard format, compared with plain Parquet.
 
     .venv/bin/python benchmarks/storage.py [--set SCORED_SET] [--tokens 300000]
 
 Without --set the scores are real token losses in float32: a small Llama is trained on the Python standard library and
-scores it halfway and at the end. A set holds float16 values only; as float32 they repeat, and so cost less than real
-float32 scores. The last row is the entropy of the float16 values: no code that treats tokens independently of each
-other needs fewer bytes.
+scores it halfway and at the end. A set holds only float16 values; as float32 they compress better than real float32
+scores. The last row is the entropy of the float16 values, a lower bound for every code that treats tokens
+independently.
 """
 
 import argparse
@@ -36,8 +36,8 @@ STEPS = 150
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", type=Path, help="scored shard set; default: scores are computed")
-    parser.add_argument("--tokens", type=int, default=300_000, help="how many tokens to measure with")
+    parser.add_argument("--set", type=Path, help="scored shard set; default: compute scores")
+    parser.add_argument("--tokens", type=int, default=300_000, help="number of tokens to measure with")
     arguments = parser.parse_args()
     table = table_of_set(arguments.set, arguments.tokens) if arguments.set else computed_table(arguments.tokens)
     report(table)
@@ -103,7 +103,7 @@ def train_in_two_halves(model: LlamaForCausalLM, rows: np.ndarray) -> Iterator[N
 
 @torch.inference_mode()
 def token_losses(model: LlamaForCausalLM, rows: np.ndarray) -> np.ndarray:
-    """Loss of every token in nats, rows one after the other, float32; NaN at the start of each row."""
+    """Loss of every token in nats, rows concatenated, float32 [tokens]; NaN at the start of each row."""
     losses = np.full(rows.shape, np.nan, np.float32)
     for first in range(0, len(rows), BATCH):
         batch = torch.from_numpy(rows[first : first + BATCH]).long()
@@ -114,7 +114,7 @@ def token_losses(model: LlamaForCausalLM, rows: np.ndarray) -> np.ndarray:
 
 
 def with_scores_as(table: pa.Table, dtype: type[np.floating]) -> pa.Table:
-    """The same table with scores of another float type."""
+    """A copy of the table with scores of type `dtype`."""
     scores = table.column_names[len(TOKEN_FIELDS) :]
     lengths = list_lengths(table["input_ids"])
     columns = [list_column(flat_values(table[name]).astype(dtype), lengths) for name in scores]
@@ -129,18 +129,18 @@ def bits_of_entropy(values: np.ndarray) -> float:
 
 
 def report(table: pa.Table) -> None:
-    """Write and read the table in every format and print what each costs."""
+    """Write and read the table in every format, and print sizes and speeds."""
     names = table.column_names[len(TOKEN_FIELDS) :]
     tokens = len(flat_values(table["input_ids"]))
-    wide, narrow = with_scores_as(table, np.float32), with_scores_as(table, np.float16)
+    float32, float16 = with_scores_as(table, np.float32), with_scores_as(table, np.float16)
     formats: dict[str, Callable[[Path], object]] = {
-        "float32, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(wide, path),
-        "float32, zstd": lambda path: pq.write_table(wide, path, compression="zstd", use_dictionary=False),
-        "float16, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(narrow, path),
-        "float16, zstd": lambda path: pq.write_table(narrow, path, compression="zstd", use_dictionary=False),
-        "shard: float16, BYTE_STREAM_SPLIT, zstd": lambda path: write_shard(path, narrow),
+        "float32, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(float32, path),
+        "float32, zstd": lambda path: pq.write_table(float32, path, compression="zstd", use_dictionary=False),
+        "float16, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(float16, path),
+        "float16, zstd": lambda path: pq.write_table(float16, path, compression="zstd", use_dictionary=False),
+        "shard: float16, BYTE_STREAM_SPLIT, zstd": lambda path: write_shard(path, float16),
     }
-    bound = float(np.mean([bits_of_entropy(flat_values(narrow[name])) for name in names])) / 8
+    bound = float(np.mean([bits_of_entropy(flat_values(float16[name])) for name in names])) / 8
     title = f"{tokens:,} tokens, columns {', '.join(names)}"
     result = Table("format", "bytes per token and column", "of the shard", "of the bound", title=title)
     result.add_column("write Mtok/s", justify="right")

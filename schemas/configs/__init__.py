@@ -1,6 +1,6 @@
-"""The settings of every command, as frozen pydantic models.
+"""Settings of all commands, as frozen pydantic models.
 
-Field names are the command line's flags and the keys of a YAML file; descriptions are its help.
+Field names are command line flags and keys of a YAML file. Descriptions are help texts.
 """
 
 from weighted_mtp.schemas.configs.common import Config, ShardSets, exact, split_paths

@@ -1,9 +1,9 @@
-"""What the settings of all commands have in common: their base, and types of several of them."""
+"""Base class of all settings, and field types that several commands share."""
 
 import keyword
 import os.path
 import re
-from fractions import Fraction as Exact
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,10 +12,10 @@ from weighted_mtp.schemas.storage.locations import LocationSetting
 
 
 def split_paths(value: Any) -> Any:
-    """One path, or several as a list or with commas between them, as a list. A directory may have a comma in its name.
+    """One path, or several as a list or separated by commas, as a list. Names of directories may contain commas.
 
     Raises:
-        ValueError: a comma without a path before and after it.
+        ValueError: a comma without a path on both sides.
     """
     if isinstance(value, str) and "," in value and not os.path.isdir(value):
         value = [part.strip() for part in value.split(",")]
@@ -24,34 +24,34 @@ def split_paths(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def exact(share: float) -> Exact:
-    """The decimal number that was written, not the binary one nearest to it."""
-    return Exact(repr(share))
+def exact(share: float) -> Fraction:
+    """The shortest decimal number that rounds to `share`, as written by the user, not its binary value."""
+    return Fraction(repr(share))
 
 
 def check_identifier(name: str) -> None:
-    """Raise ValueError unless a name can be a part of a column's name."""
+    """Raise ValueError unless `name` can be a column name, or part of one."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"'{name}' is no name for a column; use letters, digits and underscores")
 
 
-def is_taken(name: str) -> bool:
-    """Whether every shard has a column of this name, or no formula can read one."""
+def is_reserved(name: str) -> bool:
+    """Whether `name` is reserved for shards or formulas, or is a Python keyword, which formulas cannot read."""
     return name in RESERVED or keyword.iskeyword(name)
 
 
 Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Moment = Annotated[float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeValidator(split_paths)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
 RESERVED = ("document_id", "start", "input_ids", "live", "corpus", "batch", "sequence")
-"""What a column cannot be called: columns of every shard, and words of formulas."""
+"""Reserved column names: columns of every shard, and keywords of formulas."""
 
 
 class Config(BaseModel):
@@ -60,4 +60,4 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     HELP_GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Headings of `--help` and the settings below each; the others come first."""
+    """Headings of `--help` and the settings under each. Other settings come first."""

@@ -1,11 +1,11 @@
-"""The settings of `wmtp prepare`."""
+"""Settings of `wmtp prepare`."""
 
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_taken
+from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_reserved
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
 
@@ -18,25 +18,25 @@ class PrepareConfig(Config):
     tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
     output: LocationSetting = Field(description="directory of the new shard set")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
-        "auto", description="format of the files; auto goes by the file name"
+        "auto", description="format of the files; auto infers it from the file name"
     )
-    text_field: str = Field("text", description="field that holds the text")
-    id_field: str | None = Field(None, description="field that names the document; default <file>#<row>")
+    text_field: str = Field("text", description="field with the text")
+    id_field: str | None = Field(None, description="field with the document id; default <file>#<row>")
     number_fields: tuple[str, ...] = Field(
-        (), description="fields that hold a number, as '[reward]'; become columns of the shards, one value a sequence"
+        (), description="fields with a number, as '[reward]'; stored as columns with one value per sequence"
     )
-    label_fields: tuple[str, ...] = Field((), description="the same of fields that hold a string or an integer")
+    label_fields: tuple[str, ...] = Field((), description="fields with a string or an integer, stored likewise")
     sample_by: Literal["document", "paragraph", "line"] = Field(
-        "document", description="what is one document in a text file"
+        "document", description="what forms a document in a text file"
     )
     subset: str | None = Field(None, description="configuration of a Hugging Face dataset")
     split: str = Field("train", description="split of a Hugging Face dataset")
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="longest sequence, in tokens")
     bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="put BOS before each document; auto does what the tokenizer does by itself"
+        "auto", description="put BOS before each document; auto follows the tokenizer's default"
     )
     append_eos: bool = Field(False, description="put EOS after each document")
-    shard_tokens: Positive = Field(1 << 22, description="a shard is closed once it holds this many tokens")
+    shard_tokens: Positive = Field(1 << 22, description="tokens per shard; a shard ends once it holds this many")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 is one per core")
 
     @field_validator("number_fields", "label_fields")
@@ -45,7 +45,7 @@ class PrepareConfig(Config):
         for name in names:
             check_identifier(name)
             written = re.match("loss_|entropy_|gradient_|excess_loss|long_short", name)
-            if written or is_taken(name):
+            if written or is_reserved(name):
                 raise ValueError(f"'{name}' is a name that wmtp uses itself; rename the field in the corpus")
         return names
 

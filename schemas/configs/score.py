@@ -1,33 +1,31 @@
-"""The settings of `wmtp score`."""
+"""Settings of `wmtp score`."""
 
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_taken
+from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_reserved
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
 
 class ConditionConfig(Config):
-    """A model, and a text that it sees before every sequence."""
+    """A model, and an optional text before every sequence."""
 
     model: NameSetting = Field(description="directory or Hugging Face id, id@revision to pin it")
-    prompt: str = Field("", description="text before every sequence, after BOS where the sequence starts with it")
-    entropy: bool = Field(False, description="write entropy_NAME too")
-    gradient: bool = Field(False, description="write gradient_NAME too")
+    prompt: str = Field("", description="text before every sequence, after its BOS if it starts with one")
+    entropy: bool = Field(False, description="also write entropy_NAME")
+    gradient: bool = Field(False, description="also write gradient_NAME")
 
 
 BUILT_IN = ("reference", "base", "short")
-"""Conditions that have flags of their own."""
+"""Conditions with their own flags."""
 
 
 class ScoreConfig(Config):
     """Score every token of a shard set with small frozen models."""
 
-    input: LocationSetting = Field(
-        description="shard set to score; columns that it has already are kept and not computed again"
-    )
+    input: LocationSetting = Field(description="shard set to score; its columns are kept and not computed again")
     output: LocationSetting = Field(description="directory of the new shard set")
     reference: NameSetting | None = Field(
         None, description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
@@ -35,16 +33,18 @@ class ScoreConfig(Config):
     base: NameSetting | None = Field(
         None, description="base model; writes loss_base and excess_loss = base - reference"
     )
-    entropy: bool = Field(False, description="write entropy_reference too, the entropy of the reference's predictions")
+    entropy: bool = Field(False, description="also write entropy_reference, the entropy of the reference's predictions")
     gradient: bool = Field(
         False,
-        description="write gradient_reference too: how much the reference's losses depend on each token as an input; "
-        "needs --engine transformers",
+        description="also write gradient_reference, the gradient norm of the reference's losses with respect to each "
+        "input token; needs --engine transformers",
     )
     short_context: Annotated[int, Field(ge=2)] | None = Field(
         None, description="tokens of context; writes loss_short and long_short = short - reference"
     )
-    short_stride: Positive | None = Field(None, description="tokens between short contexts; default 3/4 of them")
+    short_stride: Positive | None = Field(
+        None, description="tokens between windows of short context; default 3/4 of a window"
+    )
     conditions: dict[str, ConditionConfig] = Field(
         {},
         description="further conditions by name, as '{bad: {model: small, prompt: \"A wrong answer: \"}}'; "
@@ -52,44 +52,44 @@ class ScoreConfig(Config):
     )
     contrasts: dict[str, str] = Field(
         {},
-        description="further differences of columns, of this run or of --input, as '{mine: loss_worse - loss_better}'",
+        description="further differences of columns of this run or of --input, as '{mine: loss_worse - loss_better}'",
     )
     suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
-        "", description="added to the names of new columns, where the input has columns of these names already"
+        "", description="added to the names of new columns, for inputs that already have columns of these names"
     )
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto is vllm where it is installed, else transformers"
+        "auto", description="auto is vllm if it is installed, else transformers"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
     )
     engine_method: Literal["auto", "pooler", "prompt_logprobs"] = Field(
         "auto",
-        description="how vLLM returns losses: computed inside the engine, or through its public API, which is slower; "
-        "auto is pooler where the architecture allows it",
+        description="how vLLM returns losses: computed inside the engine (pooler), or through its public API, which is "
+        "slower; auto is pooler, except for recurrent models",
     )
     engine_args: dict[str, Any] = Field(
         {}, description="further vLLM engine arguments, as --engine_args.quantization fp8"
     )
     batch_tokens: Annotated[int, Field(gt=0, le=1 << 20)] = Field(
-        8192, description="tokens an engine computes at once; lower it when memory is short"
+        8192, description="tokens an engine computes at once; lower it if memory runs out"
     )
     tensor_parallel_size: Positive = Field(1, description="GPUs, or processes on a CPU, that share one model (vLLM)")
     workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="engines; 0 is as many as the GPUs hold, or one on a CPU; more than GPUs share them"
+        0, description="engines; 0 is as many as the GPUs hold, or one on a CPU; more engines than GPUs share them"
     )
     min_workers: Positive | None = Field(
-        None, description="start when this many fit and use up to --workers as nodes come and go; default all"
+        None, description="start once this many workers fit, and use up to --workers as nodes come and go; default all"
     )
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="CPUs that Ray reserves for a worker and its engine uses; default: reserve 1, use its share",
+        description="CPUs that Ray reserves per worker and its engine uses; default: reserve 1, use its share of all",
     )
     gpus_per_worker: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="GPUs of a worker, or a share of one; default follows from --workers"
+        None, description="GPUs per worker, or a fraction of one; default follows from --workers"
     )
-    ray_address: str | None = Field(None, description="Ray cluster to use; default starts Ray on this machine")
-    dry_run: bool = Field(False, description="only say what would be computed, what it would cost, and what is there")
+    ray_address: str | None = Field(None, description="address of a Ray cluster; default starts Ray on this machine")
+    dry_run: bool = Field(False, description="only print what would be computed, its cost, and what is already done")
 
     @field_validator("conditions")
     @classmethod
@@ -105,7 +105,7 @@ class ScoreConfig(Config):
     def _check_contrasts(cls, contrasts: dict[str, str]) -> dict[str, str]:
         for name, difference in contrasts.items():
             check_identifier(name)
-            if is_taken(name):
+            if is_reserved(name):
                 raise ValueError(f"'{name}' is a name that wmtp uses itself; choose another one")
             if not re.fullmatch(r"\s*\w+\s*-\s*\w+\s*", difference):
                 raise ValueError(

@@ -6,12 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from weighted_mtp.schemas.configs.common import (
     Config,
-    Moment,
+    FractionBelowOne,
     Positive,
+    ProperFraction,
     RowLength,
     Seed,
     ShardSets,
-    Share,
     Tracker,
     exact,
     split_paths,
@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
-    betas: tuple[Moment, Moment] = Field((0.9, 0.95), description="AdamW's moments")
+    betas: tuple[FractionBelowOne, FractionBelowOne] = Field((0.9, 0.95), description="AdamW's moments")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps spent warming up")
@@ -65,7 +65,7 @@ class LoRAConfig(Config):
 
     rank: Positive = Field(16, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="adapters are scaled by alpha / rank")
-    dropout: Moment = Field(0.0, description="dropout of the adapters' input")
+    dropout: FractionBelowOne = Field(0.0, description="dropout of the adapters' input")
     targets: tuple[str, ...] = Field(
         ("all-linear",), description="modules that get one, as [q_proj,v_proj]; default all linear layers"
     )
@@ -87,7 +87,7 @@ class TrainConfig(Config):
     input: ShardSets = Field(
         description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
     )
-    mix: dict[str, Share] = Field(
+    mix: dict[str, ProperFraction] = Field(
         {},
         description="further shard sets and their shares of the rows, as '{scored/code: 0.3}'; --input gives the rest",
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Fraction
+from weighted_mtp.schemas.configs.common import Config, PositiveFraction
 from weighted_mtp.schemas.weights.language import parse, rename
 from weighted_mtp.schemas.weights.nodes import Constant, FormulaError, Node, is_live, is_signed
 from weighted_mtp.schemas.weights.presets import PRESETS, SETTINGS
@@ -31,7 +31,7 @@ class WeightsConfig(Config):
     live: bool = Field(
         False, description="contrast loss_short (or --weights.column) with what the model in training loses"
     )
-    fraction: Fraction | None = Field(None, description="share of the tokens that is kept; default 0.6")
+    fraction: PositiveFraction | None = Field(None, description="share of the tokens that is kept; default 0.6")
     lam: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="dense: share of plain cross-entropy; default 0.75"
     )

@@ -113,7 +113,7 @@ class FileCheck(NamedTuple):
 
 
 def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
-    """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte. Continues after a fault."""
+    """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte; continue after a fault."""
     schema = manifest_schema(manifest)
     for shard in manifest.shards:
         fault = check_content(path / shard.name, shard.sha256)

@@ -1,8 +1,8 @@
 """Reading and writing one Parquet shard: Arrow schema, encoding, row groups.
 
-A row is one sequence: a contiguous span of one document. Sequence columns hold one value of the document per row. Score
-columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT groups the high bytes of
-all values, which repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
+A row is one sequence: a contiguous span of one document. Sequence columns hold one value of the document per row.
+Score columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT groups the high
+bytes of all values, which repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
 """
 
 import hashlib

@@ -140,7 +140,7 @@ def check_same_corpus(one: ShardSet, other: ShardSet) -> None:
 
 
 def corpus_difference(one: Manifest, other: Manifest) -> str | None:
-    """The first difference of `other` from `one` in tokenizer, sequence columns or shard sizes; None if there is none."""
+    """The first difference of `other` from `one` in tokenizer, sequence columns or shard sizes, or None."""
     if one.tokenizer.fingerprint != other.tokenizer.fingerprint:
         return f"another tokenizer: {other.tokenizer.name}, not {one.tokenizer.name}"
     if len(one.shards) != len(other.shards):

@@ -1,1 +1,1 @@
-"""From a corpus to token shards: find the files, read and check documents, tokenise, write."""
+"""Corpora to token shards: find files, read and check documents, tokenise, write shards."""

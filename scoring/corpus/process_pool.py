@@ -1,4 +1,4 @@
-"""A process pool that keeps the order and never holds more than a few batches."""
+"""A process pool that preserves order and bounds the number of batches in flight."""
 
 import os
 import signal
@@ -24,11 +24,13 @@ def map_in_order(
 ) -> Iterator[Result]:
     """Apply `function` to every item in `workers` processes and yield the results in the order of the items.
 
-    With one worker everything happens in this process. At most `2 * workers + 1` items are under way.
+    With one worker, everything runs in this process. At most `2 * workers + 1` items are in flight.
 
     Args:
         function: picklable; sent to each process once.
-        preload: module that is imported once, by the server that the processes are forked from.
+        items: read lazily.
+        workers: number of processes.
+        preload: module to import once, in the server that forks the processes.
 
     Raises:
         UserError: a process died.
@@ -38,7 +40,7 @@ def map_in_order(
         return
     context = get_context("forkserver")
     context.set_forkserver_preload([preload])
-    # A terminal sends Ctrl-C to every process. The server ignores it from its first moment, and so do those it forks.
+    # A terminal sends Ctrl-C to every process. The server ignores it from its start, and so do the processes it forks.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, previous)
@@ -60,7 +62,7 @@ def map_in_order(
 
 
 def _initialize(function: Callable[[Any], Any]) -> None:
-    """Set up a process: it leaves Ctrl-C to the parent, ends with it, and uses one core."""
+    """Set up a process: it ignores Ctrl-C, exits with its parent, and uses one core."""
     global _function
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, ScoreColumn, ShortContext
+from weighted_mtp.schemas.shard_set.manifest import ShortContext
 from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
-from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns, reuse_columns
+from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns
 from weighted_mtp.scoring.conditions.short_context import plan_windows
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, round_contrast, write_unit
@@ -187,58 +187,6 @@ def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_
         gather(output, [name])
     shard.write_bytes(content)
     assert find_done(output, units) == set(), "it will be scored again"
-
-
-def test_models_with_the_same_weights_are_loaded_once(models):
-    reference, base = models
-    copy = ScoringModel("copy of ref", Path("elsewhere"), reference.fingerprint, 64)
-    assert plan_columns(reference, copy, None).models == [reference]
-    assert plan_columns(reference, base, ShortContext(size=8, stride=6)).models == [reference, base]
-
-
-def test_columns_follow_from_what_is_asked_for(models):
-    reference, base = models
-    window = ShortContext(size=8, stride=6)
-    assert plan_columns(reference, None, None).columns == ("loss_reference",)
-    assert plan_columns(reference, base, None).columns == ("loss_reference", "loss_base", "excess_loss")
-    assert plan_columns(reference, None, window).columns == ("loss_reference", "loss_short", "long_short")
-
-
-def test_columns_that_are_there_are_not_computed_again(models):
-    reference, base = models
-    plan = plan_columns(reference, base, ShortContext(size=8, stride=6))
-
-    def condition(measurement: Measurement, model: str = "elsewhere") -> Condition:
-        settings = {"dtype": "float32", "engine": "transformers", "engine_version": "5"}
-        fingerprint, window = measurement.model.fingerprint, measurement.window
-        return Condition(model=model, fingerprint=fingerprint, window=window, **settings)
-
-    conditions = {name: condition(measurement) for name, measurement in plan.measurements.items()}
-    held = {"mine": held_column(condition(Measurement(reference), "the same by another name"))}
-    left = reuse_columns(plan, conditions, held, "")
-    assert left.columns == ("loss_base", "loss_short", "excess_loss", "long_short")
-    assert left.stored == {"mine": Measurement(reference)}
-    assert left.contrasts["long_short"] == Contrast(minuend="loss_short", subtrahend="mine")
-
-    held["loss_base"] = held_column(conditions["loss_short"])
-    with pytest.raises(
-        UserError, match=r"a column loss_base of another origin \(fingerprint, window differ\); .* --suffix"
-    ):
-        reuse_columns(plan, conditions, held, "")
-    left = reuse_columns(plan, conditions, held, "_2")
-    assert left.columns == ("loss_base_2", "excess_loss_2", "long_short_2")
-    assert left.contrasts["long_short_2"] == Contrast(minuend="loss_base", subtrahend="mine")
-
-    held |= {name: held_column(condition(measurement)) for name, measurement in left.measurements.items()}
-    held |= {name: held_column(contrast) for name, contrast in left.contrasts.items()}
-    with pytest.raises(
-        UserError, match=r"has all of these columns already \(mine, loss_base_2, loss_base, excess_.*_2\)"
-    ):
-        reuse_columns(plan, conditions, held, "_3")
-
-
-def held_column(origin: Condition | Contrast) -> ScoreColumn:
-    return ScoreColumn(origin=origin, statistics=ValueCounts().statistics())
 
 
 def test_list_columns_keep_sequences_apart(scorer, sequences):
