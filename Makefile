@@ -1,7 +1,7 @@
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest
-# A file of tests stays in one process, so that the fixtures of its module are made once.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+# Two processes with one thread each. All tests of a file run in one process, to create the fixtures of a module once.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-fast test-slow soak lint format bench clean
 
@@ -11,25 +11,22 @@ help: ## list the targets
 demo: .venv/.ready ## run the whole job on text that every machine has
 	$(BIN)/wmtp demo
 
-test: .venv/.ready ## check style, types and layers, then run all tests but the slow ones
-	@.ci/passed .venv/.passed-test sh -ec '$(MAKE) --no-print-directory lint; $(PYTEST) $(PARALLEL) -m "not slow"'
+test: .venv/.ready ## check style, types and layers, then run the tests that are not slow
+	.ci/passed .venv/.passed-test sh -c '$(LINT) && $(PARALLEL) -m "not slow"'
 
-test-fast: .venv/.ready ## run the tests that need no Ray, vLLM, store or training run: under a minute
-	$(PYTEST) $(PARALLEL) -m "not integration and not slow"
+test-fast: .venv/.ready ## run the tests without Ray, vLLM, stores and whole training runs: under a minute
+	$(PARALLEL) -m "not integration and not slow"
 
 test-slow: .venv/.ready ## run the slow tests: up to 25 minutes
-	@.ci/passed .venv/.passed-test-slow $(PYTEST) -m "slow and not soak"
+	.ci/passed .venv/.passed-test-slow $(BIN)/pytest -m "slow and not soak"
 
-soak: .venv/.ready ## run the tests that take longer still
-	$(PYTEST) -m soak
+soak: .venv/.ready ## run the tests that take minutes each
+	$(BIN)/pytest -m soak
 
 lint: .venv/.ready ## check style, types and layers
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(LINT)
 
-format: .venv/.ready ## put the sources into shape
+format: .venv/.ready ## format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
