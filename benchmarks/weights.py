@@ -1,9 +1,9 @@
-"""Tokens per CPU second and core that the loader turns into weights, for every scheme that is known before training.
+"""Tokens weighted by the loader per CPU second and core, for every scheme that uses stored columns alone.
 
     .venv/bin/python benchmarks/weights.py [--rounds 9]
 
-Each scheme is applied to row groups of a shard set, in memory, with one thread; beside it are the same weights written
-as polars expressions on flat columns, which must be equal. Both take turns; figures are medians over the rounds.
+Each scheme is applied to row groups of a shard set, in memory, with one thread. The same weights, written as polars
+expressions on flat columns, must be equal. Both alternate; figures are medians over the rounds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SEQUENCE = "sequence"
 
 
 def corpus_top(column: str, fraction: float) -> Callable[[pl.DataFrame], pl.Expr]:
-    """Whether a score is in the top of the whole frame; the threshold is found once, as ours is."""
+    """Whether a score is in the top of the whole frame; the threshold is computed once, as in this project."""
 
     def make(frame: pl.DataFrame) -> pl.Expr:
         kept = int(np.ceil(fraction * len(frame) - 1e-9))
@@ -45,7 +45,7 @@ def corpus_top(column: str, fraction: float) -> Callable[[pl.DataFrame], pl.Expr
 
 
 def mean_one(make: Callable[[pl.DataFrame], pl.Expr]) -> Callable[[pl.DataFrame], pl.Expr]:
-    """The same divided by its mean over the whole frame, found once."""
+    """The same divided by its mean over the whole frame, which is computed once."""
     return lambda frame: make(frame) / frame.select(make(frame).cast(pl.Float64).mean()).item()
 
 
@@ -55,7 +55,7 @@ def of_sequence(weights: pl.Expr) -> Callable[[pl.DataFrame], pl.Expr]:
 
 
 def sparse(frame: pl.DataFrame) -> pl.Expr:
-    """The 60 % of largest size in each sequence, of mean 1 there."""
+    """The 60 % largest absolute scores of each sequence, normalised to mean 1."""
     size = pl.col("long_short").abs()
     kept = (0.6 * size.count().over(SEQUENCE) - 1e-9).ceil()
     top = (size.rank("max").over(SEQUENCE) > size.count().over(SEQUENCE) - kept).cast(pl.Float32)
@@ -130,12 +130,12 @@ def weigh_tables(weighting: Weighting, groups: list[pa.Table]) -> list[np.ndarra
 
 
 def weigh_frames(weights: pl.Expr, frames: list[pl.DataFrame]) -> list[pl.Series]:
-    """Those of polars."""
+    """The weights by polars."""
     return [frame.select(weights).to_series() for frame in frames]
 
 
 def to_frame(table: pa.Table) -> pl.DataFrame:
-    """The scored tokens of a row group as flat float32 columns, and the number of their sequence."""
+    """The scored tokens of a row group as flat float32 columns, and the number of each token's sequence."""
     lengths = list_lengths(table["input_ids"])
     columns = {name: flat_values(table[name]).astype(np.float32) for name in COLUMNS}
     frame = pl.DataFrame({SEQUENCE: np.repeat(np.arange(len(lengths), dtype=np.uint32), lengths), **columns})

@@ -1,4 +1,4 @@
-"""`wmtp weights`: what a weighting scheme does to a scored corpus, before training with it."""
+"""`wmtp weights`: shows the weights of a scheme on a scored corpus before training."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -26,27 +26,27 @@ EXCERPT_TOKENS = 200
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a set: the number of its shard, and its own number there."""
+    """A row group of a set: the number of its shard, and its number within that shard."""
 
     shard: int
     number: int
 
 
 def run(config: WeightsReportConfig) -> None:
-    """Print the report, and write it as HTML where asked.
+    """Print the report, and write it to `config.html` if set.
 
     Raises:
-        UserError: a set or a column is not as the weights need it, or there is nothing to predict.
+        UserError: a set or a column is unsuitable for the weights, or there are no targets.
     """
     check_page(config.html)
     shards = ZippedSets.open(config.set)
     manifest = shards.first.manifest
     if manifest.tokens == manifest.rows:
         raise UserError(f"{shards.first.path}: has no sequence of two tokens, so no target; prepare longer texts")
-    weights = config.weights.model_copy(update={"warmup_ratio": 0.0})  # those after it
+    weights = config.weights.model_copy(update={"warmup_ratio": 0.0})  # weights after the warm-up
     weighting = make_weighting(weights, shards, config.live_column)
     groups = draw_groups(manifest, config.max_tokens, config.seed)
-    statistics, excerpts = look_at(shards, weighting, groups, config)
+    statistics, excerpts = weigh_row_groups(shards, weighting, groups, config)
     tokenizer = load_corpus_tokenizer(shards.first)
     facts = describe(config, weighting, manifest, len(groups), statistics.tokens)
     show(build_report(facts, manifest, statistics, excerpts, tokenizer), config.html)
@@ -55,7 +55,7 @@ def run(config: WeightsReportConfig) -> None:
 def describe(
     config: WeightsReportConfig, weighting: Weighting, manifest: Manifest, groups: int, tokens: int
 ) -> dict[str, str]:
-    """What was looked at."""
+    """The scheme and the sample, for the head of the report."""
     total = sum(shard.row_groups for shard in manifest.shards)
     drawn = f": {groups:,} of {total:,} row groups, drawn at random with seed {config.seed}" if groups < total else ""
     facts = {
@@ -66,16 +66,16 @@ def describe(
     if config.weights.formula is None:
         facts["scheme"] = f"{config.weights.preset}: {PRESETS[config.weights.preset].source}"
     if config.live_column:
-        facts["live loss"] = f"{config.live_column} in its place"
+        facts["live loss"] = f"replaced by {config.live_column}"
     if weighting.waits:
-        facts["batch"] = "each row group in the place of one"
+        facts["batch"] = "each row group is treated as a batch"
     if config.weights.control != "none":
         facts["control"] = config.weights.control
     return facts | {"looked at": f"{tokens:,} of {manifest.tokens:,} tokens{drawn}"}
 
 
 def draw_groups(manifest: Manifest, max_tokens: int, seed: int) -> list[RowGroup]:
-    """All row groups of a set, or as many at random as hold about `max_tokens` tokens; in order."""
+    """All row groups of a set, or a random sample of about `max_tokens` tokens; in order."""
     ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
     total = int(ends[-1])
     wanted = max(1, round(total * max_tokens / manifest.tokens))
@@ -88,26 +88,26 @@ def draw_groups(manifest: Manifest, max_tokens: int, seed: int) -> list[RowGroup
     return [RowGroup(*place) for place in zip(shards.tolist(), numbers.tolist(), strict=True)]
 
 
-def look_at(
+def weigh_row_groups(
     shards: ZippedSets, weighting: Weighting, groups: list[RowGroup], config: WeightsReportConfig
 ) -> tuple[WeightStatistics, list[Excerpt]]:
-    """Weigh row groups, each as if it were a batch, and take excerpts from some of them."""
+    """Compute weight statistics, treating each row group as a batch, and excerpts from some row groups."""
     statistics = WeightStatistics(shards.first.manifest)
-    of_batch = BatchWeighting.make(config.weights, config.live_column)
+    batch_weighting = BatchWeighting.make(config.weights, config.live_column)
     excerpts: list[Excerpt] = []
     rng = np.random.default_rng(config.seed)
-    excerpts_of = Counter(np.resize(rng.permutation(len(groups)), config.samples).tolist())
+    excerpt_counts = Counter(np.resize(rng.permutation(len(groups)), config.samples).tolist())
     for index, group in enumerate(ProgressBar(groups, unit="row group", desc="weights", leave=False)):
         table = shards.read(group.shard, weighting.columns, group.number)
         ids, lengths = flat_values(table["input_ids"]), list_lengths(table["input_ids"])
-        rng_of_group = np.random.default_rng([config.seed, group.shard, group.number])  # as in training
-        weights = weighting.weigh(table, rng_of_group)
+        group_rng = np.random.default_rng([config.seed, group.shard, group.number])  # as in training
+        weights = weighting.weigh(table, group_rng)
         if weighting.waits:
-            weights = of_batch.weigh_tokens(weights, positions(lengths), rng_of_group)
+            weights = batch_weighting.weigh_tokens(weights, positions(lengths), group_rng)
         statistics.add(ids, weights, scored_tokens(table, weighting.columns).mask, lengths)
-        if index in excerpts_of:
+        if index in excerpt_counts:
             names = shards.first.read(group.shard, ["document_id", "start"], group.number)
-            for row in draw_rows(lengths, excerpts_of[index], rng):
+            for row in draw_rows(lengths, excerpt_counts[index], rng):
                 tokens = slice(int(lengths[:row].sum()), int(lengths[: row + 1].sum()))
                 name, start = names["document_id"][row].as_py(), names["start"][row].as_py()
                 excerpts.append(excerpt(name, start, ids[tokens], weights[tokens], rng))
@@ -115,7 +115,7 @@ def look_at(
 
 
 def draw_rows(lengths: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
-    """Different sequences of at least two tokens, in order; long ones more often."""
+    """Distinct sequences of at least two tokens, drawn in proportion to their lengths (S,); in order."""
     weights = np.where(lengths > 1, lengths, 0)
     count = min(count, int(np.count_nonzero(weights)))
     drawn = rng.choice(len(lengths), count, replace=False, p=weights / weights.sum()) if count else np.arange(0)
@@ -123,7 +123,7 @@ def draw_rows(lengths: np.ndarray, count: int, rng: np.random.Generator) -> list
 
 
 def excerpt(document_id: str, start: int, ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> Excerpt:
-    """At most `EXCERPT_TOKENS` tokens of a sequence, from anywhere in it."""
+    """At most `EXCERPT_TOKENS` consecutive tokens of a sequence (T,), from a random position."""
     first = int(rng.integers(max(1, len(ids) - EXCERPT_TOKENS + 1)))
     last = min(first + EXCERPT_TOKENS, len(ids))
     shown = weights[first:last].copy()

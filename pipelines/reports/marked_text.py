@@ -1,4 +1,4 @@
-"""Text with the weights of its tokens: as shades where there are colours, and as marks everywhere."""
+"""Text with marks for the weights of its tokens, and shades where the output has colours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from rich.text import Text
 from weighted_mtp.pipelines.reports.pages import decode, printable
 
 LEGEND = (
-    "‹no weight, or less than half of the mean of those that have one›  as usual  «at least twice the mean»  "
+    "‹no weight, or less than half the mean of the kept tokens›  unmarked: between  «at least twice the mean»  "
     "-‹negative›-"
 )
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Tokens that follow each other in a document.
+    """Consecutive tokens of a document.
 
     Attributes:
-        document_id: name of the document.
-        position: of the first of the tokens in the document.
+        document_id: ID of the document.
+        position: position of the first token in the document.
         ids: (T,) token ids.
-        weights: (T,) float32, NaN where a token is no target.
+        weights: (T,) float32, NaN for a token that is not a target.
         begins: whether the sequence begins here.
         ends: whether it ends here.
     """
@@ -38,63 +38,63 @@ class Excerpt:
 
 
 class Piece(NamedTuple):
-    """The text of a token, or of a few that only together are text, and their mean weight."""
+    """The text of a token, or of several tokens that form one character, and their mean weight."""
 
     text: str
     weight: float
 
 
-class Look(NamedTuple):
-    """How a weight is shown."""
+class MarkStyle(NamedTuple):
+    """Marks and style that show a weight."""
 
     opening: str
     closing: str
     style: str
 
 
-PLAIN = Look("", "", "")
-DROPPED = Look("‹", "›", "dim")
+PLAIN = MarkStyle("", "", "")
+DROPPED = MarkStyle("‹", "›", "dim")
 POSITIVE = (
-    (0.5, Look("‹", "›", "black on #e5f5e0")),
-    (1.0, Look("", "", "black on #c7e9c0")),
-    (2.0, Look("", "", "black on #a1d99b")),
-    (4.0, Look("«", "»", "black on #74c476")),
-    (np.inf, Look("«", "»", "black on #31a354")),
+    (0.5, MarkStyle("‹", "›", "black on #e5f5e0")),
+    (1.0, MarkStyle("", "", "black on #c7e9c0")),
+    (2.0, MarkStyle("", "", "black on #a1d99b")),
+    (4.0, MarkStyle("«", "»", "black on #74c476")),
+    (np.inf, MarkStyle("«", "»", "black on #31a354")),
 )
-"""Looks of weights below a multiple of the typical one."""
-NEGATIVE = ((1.0, Look("-‹", "›-", "black on #fcbba1")), (np.inf, Look("-‹", "›-", "black on #fb6a4a")))
+"""Styles of positive weights up to a multiple of the typical weight."""
+NEGATIVE = ((1.0, MarkStyle("-‹", "›-", "black on #fcbba1")), (np.inf, MarkStyle("-‹", "›-", "black on #fb6a4a")))
 
 
-def look_of(weight: float, typical: float) -> Look:
-    """How to show a weight where the mean absolute weight, of tokens that have one, is `typical`."""
+def mark_style(weight: float, typical: float) -> MarkStyle:
+    """The style for a weight; `typical` is the mean absolute weight of the kept tokens."""
     if np.isnan(weight):
         return PLAIN
     if weight == 0:
         return DROPPED
-    looks = POSITIVE if weight > 0 else NEGATIVE
-    # Weights of one value are exactly their mean, up to rounding.
-    return next(look for below, look in looks if abs(weight) < below * typical * (1 - 1e-6))
+    styles = POSITIVE if weight > 0 else NEGATIVE
+    # The margin covers rounding: equal weights must get the style of their mean.
+    return next(style for below, style in styles if abs(weight) < below * typical * (1 - 1e-6))
 
 
 def marked(excerpt: Excerpt, tokenizer: Any, typical: float) -> Text:
-    """The text of an excerpt; runs of tokens with the same mark are marked together."""
+    """The text of an excerpt. A run of tokens with the same marks is marked as one."""
     text = Text("" if excerpt.begins else "… ", overflow="fold")
-    looks = [(piece, look_of(piece.weight, typical)) for piece in pieces(tokenizer, excerpt)]
-    for (opening, closing), run in groupby(looks, key=lambda pair: pair[1][:2]):
+    styled = [(piece, mark_style(piece.weight, typical)) for piece in pieces(tokenizer, excerpt)]
+    for (opening, closing), run in groupby(styled, key=lambda pair: pair[1][:2]):
         first, *rest = run
         words = first[0].text.lstrip(" ")
         if words:  # spaces before a marked word stay outside
             text.append(first[0].text[: -len(words)], first[1].style)
         text.append(opening, "bold")
         text.append(visible(words or first[0].text), first[1].style)
-        for piece, look in rest:
-            text.append(visible(piece.text), look.style)
+        for piece, style in rest:
+            text.append(visible(piece.text), style.style)
         text.append(closing, "bold")
     return text.append("" if excerpt.ends else " …")
 
 
 def pieces(tokenizer: Any, excerpt: Excerpt) -> Iterator[Piece]:
-    """The text of the tokens one after the other; those of one character together."""
+    """The text of each token in order; tokens that form one character are one piece."""
     ids = excerpt.ids.tolist()
     shown, first = "", 0
     for end in range(1, len(ids) + 1):
@@ -107,5 +107,5 @@ def pieces(tokenizer: Any, excerpt: Excerpt) -> Iterator[Piece]:
 
 
 def visible(text: str) -> str:
-    """`text` with its line breaks, each after a sign for it, and with all other control characters escaped."""
+    """`text` with ↵ before each line break, and all other control characters escaped."""
     return "↵\n".join(map(printable, text.split("\n")))

@@ -1,4 +1,4 @@
-"""What kind of token an id is: the beginning of a word, punctuation, a digit, and so on."""
+"""Classifies token ids: start of a word, digits, punctuation, and so on."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ CLASSES = (
     "part of a character",
     "special",
 )
-"""A word starts where a space is: one at the start of a line, or after a bracket, counts as a continuation."""
+"""A word starts after a space: a word at the start of a line, or after a bracket, counts as a continuation."""
 
 
 def classify(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
-    """The index in `CLASSES` of each of the token ids (K,)."""
+    """Index in `CLASSES` of each token id, (K,) from (K,)."""
     special = set(tokenizer.all_special_ids)
     texts = token_texts(tokenizer, ids)
     pairs = zip(ids.tolist(), texts, strict=True)
@@ -28,7 +28,7 @@ def classify(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def class_of(text: str) -> str:
-    """The class of a token from its text."""
+    """The class of a token with this text."""
     word = text.strip()
     if not text or "\ufffd" in text:
         return "part of a character"
@@ -42,7 +42,7 @@ def class_of(text: str) -> str:
 def token_texts(tokenizer: Any, ids: np.ndarray) -> list[str]:
     """The text of each id, with U+FFFD for part of a character.
 
-    It is read after a letter: at the start of a text some tokenizers leave out the space before a word.
+    Each id is decoded after a letter, because some tokenizers drop the space before the first word of a text.
     """
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     lead = decode(tokenizer, before)

@@ -18,9 +18,9 @@ QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 BAR = 40
 """Width of the longest bar, in characters."""
 SHOWN_IDS = 12
-LEAST_COUNT = 20
-LEAST_SHARE = 1e-5
-"""An id is compared with others if it occurs so often, and makes up at least this share of the targets."""
+MIN_COUNT = 20
+MIN_SHARE = 1e-5
+"""An id is listed only if it occurs at least this often, and makes up at least this share of the targets."""
 NEARLY_ALL = 0.99
 FEW_KEPT = 0.1
 LOW_EFFECTIVE_SHARE = 0.01
@@ -33,16 +33,16 @@ def build_report(
     excerpts: list[Excerpt],
     tokenizer: Any,
 ) -> RenderableType:
-    """Everything about the weights that `statistics` gathered.
+    """The whole report.
 
     Args:
-        facts: what is said of them first.
+        facts: names and values to show first.
         manifest: of the set.
         statistics: the weights.
-        excerpts: text to show with its weights.
+        excerpts: texts to show with their weights.
         tokenizer: of the set.
     """
-    parts: list[RenderableType] = [
+    sections: list[RenderableType] = [
         facts_table(facts | summary(statistics)),
         quantiles_table(statistics),
         histogram_table(statistics),
@@ -51,20 +51,20 @@ def build_report(
         ids_tables(statistics, tokenizer),
     ]
     if excerpts:
-        parts.append(Text("\ntexts with their weights", style="italic"))
-        parts.append(Text(LEGEND, style="dim"))
+        sections.append(Text("\ntexts with their weights", style="italic"))
+        sections.append(Text(LEGEND, style="dim"))
     for excerpt in excerpts:
         last = excerpt.position + len(excerpt.ids) - 1
-        parts.append(Text(f"\n{excerpt.document_id}, tokens {excerpt.position:,} to {last:,}", style="bold"))
-        parts.append(Padding(marked(excerpt, tokenizer, statistics.typical), (0, 2)))
-    return Group(*parts)
+        sections.append(Text(f"\n{excerpt.document_id}, tokens {excerpt.position:,} to {last:,}", style="bold"))
+        sections.append(Padding(marked(excerpt, tokenizer, statistics.typical), (0, 2)))
+    return Group(*sections)
 
 
 def summary(statistics: WeightStatistics) -> dict[str, str]:
-    """The weights in a few numbers, and what may be wrong with them."""
+    """Summary statistics of the weights, and notes on likely problems."""
     targets, kept = statistics.targets, statistics.kept
     facts = {
-        "targets": f"{targets:,} of {statistics.tokens:,} tokens; the first of a sequence is none",
+        "targets": f"{targets:,} of {statistics.tokens:,} tokens; the first of a sequence is not a target",
         "scored": f"{statistics.scored / targets:.2%} of the targets",
         "kept": f"{kept / targets:.2%} of the targets have weight",
         "mean weight": f"{statistics.mean:.4f} over all targets; absolute, over those kept, {statistics.typical:.4f}",
@@ -85,7 +85,7 @@ def summary(statistics: WeightStatistics) -> dict[str, str]:
 
 
 def facts_table(facts: dict[str, str]) -> Table:
-    """Names and what is said of them."""
+    """Names and values."""
     table = Table(title="weights", show_header=False, title_justify="left")
     for name, value in facts.items():
         table.add_row(name, Text(value, style="bold" if name == "note" else ""))
@@ -103,7 +103,7 @@ def quantiles_table(statistics: WeightStatistics) -> Table:
 
 
 def histogram_table(statistics: WeightStatistics) -> Table:
-    """How many targets have which weight."""
+    """Histogram of the weights of all targets."""
     table = Table("weight", "targets", "", title="distribution of the weights", title_justify="left")
     table.columns[1].justify = "right"
     lines = statistics.histogram()
@@ -114,12 +114,12 @@ def histogram_table(statistics: WeightStatistics) -> Table:
 
 
 def bar(share: float) -> str:
-    """A bar of so much of the full width; something that is there at all is seen."""
+    """A bar of this share of the full width; a share above 0 is never invisible."""
     return "█" * max(round(BAR * share), int(share > 0))
 
 
 def totals_table(title: str, names: list[str], totals: Totals) -> Table:
-    """One row for each group of targets that there are any of; bars are mean absolute weights."""
+    """One row for each group that has targets. The bars show mean absolute weights."""
     table = Table(title, title=f"weights by {title}", title_justify="left")
     for column in ("of the targets", "kept", "mean weight", "of all weight"):
         table.add_column(column, justify="right")
@@ -149,27 +149,28 @@ def classes_table(statistics: WeightStatistics, tokenizer: Any) -> Table:
 
 
 def ids_tables(statistics: WeightStatistics, tokenizer: Any) -> Table:
-    """The token ids that are kept most and least often for how often they occur, side by side.
+    """The token ids with the largest and smallest kept share, side by side.
 
-    Where nearly all are kept, it is those of most and least weight.
+    If nearly all tokens are kept, the ids with the largest and smallest mean weight.
     """
     totals = statistics.by_id
     selects = statistics.kept < NEARLY_ALL * statistics.scored
-    least_count = max(LEAST_COUNT, int(np.ceil(LEAST_SHARE * statistics.targets)))
+    min_count = max(MIN_COUNT, int(np.ceil(MIN_SHARE * statistics.targets)))
     both = Table.grid(padding=(0, 4))
-    both.title, both.title_justify = f"tokens, of those that are {least_count:,} targets and more", "left"
-    titles = ("kept most often", "kept least often") if selects else ("of most weight", "of least weight")
-    pairs = zip(titles, ranked_ids(totals, least_count, selects), strict=True)
+    both.title, both.title_justify = f"token ids with at least {min_count:,} targets", "left"
+    titles = ("kept most often", "kept least often") if selects else ("most weight", "least weight")
+    pairs = zip(titles, ranked_ids(totals, min_count, selects), strict=True)
     both.add_row(*(ids_table(title, ids, totals, tokenizer) for title, ids in pairs))
     return both
 
 
-def ranked_ids(totals: Totals, least_count: int, by_kept: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The ids kept most and least often of those that are at least so many targets, at most `SHOWN_IDS` each.
+def ranked_ids(totals: Totals, min_count: int, by_kept: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ids with the largest and smallest kept share, at most `SHOWN_IDS` each.
 
-    Of those kept equally often the mean weight decides, then how often they occur. Without `by_kept` only these do.
+    Only ids with at least `min_count` targets are ranked. Ties are broken by mean weight, then by frequency. Without
+    `by_kept`, ids are ranked by these two alone.
     """
-    ids = np.flatnonzero(totals.targets >= least_count)
+    ids = np.flatnonzero(totals.targets >= min_count)
     kept, mean, count = totals.kept_share[ids] * by_kept, totals.mean[ids], totals.targets[ids]
     most = ids[np.lexsort((-count, -mean, -kept))]
     least = ids[np.lexsort((-count, mean, kept))]

@@ -1,4 +1,4 @@
-"""`wmtp weights`: that it looks at the weights which training would use, and says what it looked at."""
+"""`wmtp weights` reports the weights that training uses, and what it sampled."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from weighted_mtp.pipelines.reports.weight_report import ranked_ids
-from weighted_mtp.pipelines.reports.weight_statistics import Totals
-from weighted_mtp.pipelines.weights import EXCERPT_TOKENS, RowGroup, draw_groups, look_at, run
+from weighted_mtp.pipelines.weights import EXCERPT_TOKENS, RowGroup, draw_groups, run, weigh_row_groups
 from weighted_mtp.schemas.configs import WeightsConfig, WeightsReportConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Manifest, ShardEntry
@@ -53,7 +51,7 @@ def test_numbers_of_a_tiny_corpus_worked_out_by_hand(scored: ShardSet, capsys: p
     for line in (
         "clip(excess_loss, 0, 1)",
         "24 of 24 tokens",
-        "20 of 24 tokens; the first of a sequence is none",
+        "20 of 24 tokens; the first of a sequence is not a target",
         "85.00% of the targets",
         "30.00% of the targets have weight",
         "0.2250 over all targets; absolute, over those kept, 0.7500",
@@ -91,7 +89,7 @@ def test_weights_are_those_of_training(make_shard_set: MakeShardSet) -> None:
     report_config = WeightsReportConfig(set=shards.first.path, weights=config, seed=5)
     groups = draw_groups(shards.first.manifest, 10**6, 5)
     assert groups == [RowGroup(0, 0), RowGroup(1, 0)]
-    statistics, _ = look_at(shards, make_weighting(config, shards), groups, report_config)
+    statistics, _ = weigh_row_groups(shards, make_weighting(config, shards), groups, report_config)
     loader = RowLoader(shards, make_weighting(config, shards), 9, seed=5, shuffle=False)
     trained = np.concatenate([batch.weights[batch.position_ids > 0] for batch in loader.once(4)])
     np.testing.assert_array_equal(statistics.ascending, np.sort(trained))
@@ -119,8 +117,8 @@ def test_a_column_stands_for_the_live_loss(scored: ShardSet, capsys: pytest.Capt
     """Batches are row groups, of 8 targets with a score and of 9: the top third is 3, and those tied with them."""
     settings = {"live_column": "loss_reference", "weights": {"formula": "top(live, 0.33)"}}
     text = report(capsys, scored, **settings)
-    assert "loss_reference in its place" in text
-    assert "each row group in the place of one" in text
+    assert "replaced by loss_reference" in text
+    assert "each row group is treated as a batch" in text
     first, second = 5, 6  # losses of 3, tied at the threshold, of letters that are neither e nor space
     assert f"{(first + second) / 20:.2%} of the targets have weight" in text
     with pytest.raises(UserError, match="no column 'loss_base'"):
@@ -161,7 +159,7 @@ def test_excerpts_of_long_sequences_are_windows(make_shard_set: MakeShardSet) ->
     shards = ZippedSets((make_shard_set(rows, {"excess_loss": scores}, rows_per_shard=3),))
     config = WeightsReportConfig(set=shards.first.path, weights=WeightsConfig(formula="abs(excess_loss)"), samples=9)
     weighting = make_weighting(config.weights, shards)
-    _, excerpts = look_at(shards, weighting, draw_groups(shards.first.manifest, 10**6, 0), config)
+    _, excerpts = weigh_row_groups(shards, weighting, draw_groups(shards.first.manifest, 10**6, 0), config)
     assert [excerpt.document_id for excerpt in excerpts] == ["doc-0", "doc-2"], "each sequence once, no target no text"
     long, short = excerpts
     assert (len(long.ids), len(short.ids)) == (EXCERPT_TOKENS, 40)
@@ -172,19 +170,6 @@ def test_excerpts_of_long_sequences_are_windows(make_shard_set: MakeShardSet) ->
         assert excerpt.ids.tolist() == rows[row][shown]
         expected = np.abs(np.array(scores[row], np.float16)[shown]).astype(np.float32)
         np.testing.assert_array_equal(excerpt.weights, expected)
-
-
-def test_ids_are_ranked_by_how_often_they_are_kept() -> None:
-    totals = Totals(
-        targets=np.array([30, 20, 40, 19, 50, 60]),
-        kept=np.array([15, 20, 40, 19, 0, 6]),
-        weight=np.array([30.0, 20.0, 40.0, 19.0, 0.0, 60.0]),
-        magnitude=np.array([30.0, 20.0, 40.0, 19.0, 0.0, 60.0]),
-    )
-    most, least = ranked_ids(totals, 20, by_kept=True)
-    assert (most.tolist(), least.tolist()) == ([2, 1], [4, 5])
-    most, least = ranked_ids(totals, 20, by_kept=False)
-    assert (most.tolist(), least.tolist()) == ([5, 2], [4, 0])
 
 
 def test_notes_where_little_is_left(make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from weighted_mtp.pipelines.reports.marked_text import Excerpt, look_of, marked
+from weighted_mtp.pipelines.reports.marked_text import Excerpt, mark_style, marked
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_equal_weights_are_plain_whatever_rounding_made_of_their_mean(tokenizer:
     weight = float(np.float32(1 / 0.6))
     for typical in (weight * (1 - 1e-9), weight, weight * (1 + 1e-9)):
         assert show(tokenizer, "ab", [weight, weight], typical).plain == "ab"
-        assert look_of(weight, typical) == look_of(weight, weight)
+        assert mark_style(weight, typical) == mark_style(weight, weight)
 
 
 def test_line_breaks_are_kept_and_control_characters_are_not(tokenizer: PreTrainedTokenizerBase) -> None:
