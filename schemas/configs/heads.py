@@ -92,7 +92,7 @@ class HeadsConfig(Config):
         return self.top_coefficient > 0
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def predictions(self) -> tuple[str, ...]:
         """Names of what losses are reported for.
 
         The offsets, `top` for token order prediction, and in a cycle offset 1 by phase.

@@ -23,7 +23,7 @@ from weighted_mtp.schemas.weights.language import (
     waits_for_batch,
     walk,
 )
-from weighted_mtp.training.loss.multi_head import WeighLive
+from weighted_mtp.training.loss.multi_head import LiveWeightFunction
 from weighted_mtp.training.rows import Rows, silent_documents
 from weighted_mtp.training.weighting.controls import Control, apply_control
 from weighted_mtp.training.weighting.expressions import Tokens, evaluate
@@ -102,7 +102,7 @@ class BatchWeighting:
         return parts
 
     def sum_of(self, counted: float, share: float) -> float:
-        """Sum of the weights of a step, from what `training.loss.targets` counts: stored weights, or live targets."""
+        """Sum of the weights of a step, from what `count_targets` counts: stored weights, or live targets."""
         return counted * (1 + share * (self.mean - 1)) if self.live else counted
 
     def live_weights(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
@@ -139,7 +139,7 @@ class LiveWeighting:
     share: float = 1.0
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
-    def of_batch(self, position_ids: Tensor) -> WeighLive:
+    def of_batch(self, position_ids: Tensor) -> LiveWeightFunction:
         """What `training.loss.multi_head` calls for each head of a batch with these position ids (B, T)."""
         documents = (position_ids.flatten() == 0).cumsum(0)
         return lambda losses, task: self(losses, task.weights.to(losses.dtype), documents[task.rows])

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
-    HeadRows,
+    HeadTargets,
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
@@ -164,7 +164,7 @@ def test_heads_add_up_and_each_finds_the_memory_of_the_one_before_free() -> None
         earlier.append(weakref.ref(states))
         return [states]
 
-    task = HeadRows(torch.arange(len(targets)), targets, weights)
+    task = HeadTargets(torch.arange(len(targets)), targets, weights)
     groups = [HeadGroup([head], doubled) for head in range(3)]
     coefficients = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     result = multi_head_cross_entropy([hidden], groups, [task] * 3, matrix, coefficients)

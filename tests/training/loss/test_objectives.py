@@ -17,7 +17,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.weights.language import parse
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
-    HeadRows,
+    HeadTargets,
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
@@ -118,7 +118,7 @@ def test_ties_at_the_border_do_not_change_the_value(top_k: int) -> None:
     logits = torch.zeros(5, 5)
     chunk = DiversityOrPrecision(beta=0.0, lambda_top=1.0, top_k=top_k)(logits, torch.arange(5))
     in_top = math.log(5) - (top_k - 1) / 5, math.log(5) - top_k / 5
-    values = sorted(chunk.values.tolist())
+    values = sorted(chunk.objective_losses.tolist())
     assert values == pytest.approx(sorted([in_top[0]] * top_k + [in_top[1]] * (5 - top_k)))
     torch.testing.assert_close(chunk.gradient(torch.ones(5)).sum(-1), torch.zeros(5), rtol=0, atol=1e-6)
 
@@ -127,8 +127,8 @@ def test_ties_at_the_border_do_not_change_the_value(top_k: int) -> None:
 def test_a_target_that_is_certain_or_impossible_gives_finite_numbers(beta: float) -> None:
     logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
     chunk = DiversityOrPrecision(beta=beta, lambda_tail=-0.1, top_k=1)(logits, torch.tensor([0, 0]))
-    assert chunk.losses.tolist() == [0, 200]
-    assert chunk.values.tolist() == pytest.approx([0, 200])
+    assert chunk.token_losses.tolist() == [0, 200]
+    assert chunk.objective_losses.tolist() == pytest.approx([0, 200])
     grad = chunk.gradient(torch.ones(2))
     assert grad[0].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert grad[1].tolist() == pytest.approx([-1, 1])
@@ -192,13 +192,13 @@ def test_every_head_is_shaped_and_without_rewards_trains_as_ever(
 
     def run(objective: Objective | None) -> list[Tensor]:
         loss, sums = model(ids, positions, weights, objective=objective)
-        return [loss.detach(), sums, *torch.autograd.grad(loss, parameters)]
+        return [loss.detach(), *sums, *torch.autograd.grad(loss, parameters)]
 
     reference, plain_end, shaped = run(None), run(DiversityOrPrecision(0.0)), run(DiversityOrPrecision(-0.25))
     for own, expected in zip(plain_end, reference, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=5e-6)
-    assert (shaped[1][:, 0] > reference[1][:, 0]).all()  # what is minimised: rewards are above 1
-    torch.testing.assert_close(shaped[1][:, 1:], reference[1][:, 1:])  # what is measured
+    assert (shaped[1] > reference[1]).all()  # weighted losses: rewards are above 1
+    torch.testing.assert_close(shaped[2:7], reference[2:7])  # the other sums
 
 
 def test_live_weights_rank_by_likelihood_and_only_selected_rows_are_shaped(model_dir: Callable[..., Path]) -> None:
@@ -210,15 +210,15 @@ def test_live_weights_rank_by_likelihood_and_only_selected_rows_are_shaped(model
     loss, sums = model(
         ids, positions, stored[..., None], live=live, objective=DiversityOrPrecision(0.0, lambda_tail=-1.0)
     )
-    torch.testing.assert_close(sums[:, 1:], reference[:, 1:])
-    assert (sums[:, 0] > reference[:, 0]).all()
-    torch.testing.assert_close(loss.detach(), sums[:, 0].sum())
+    torch.testing.assert_close(sums[1:], reference[1:])
+    assert (sums.weighted_loss > reference.weighted_loss).all()
+    torch.testing.assert_close(loss.detach(), sums.weighted_loss.sum())
 
 
 def test_negative_live_weights_push_away_and_rows_of_weight_zero_are_left_out() -> None:
     hidden, matrix, _, targets, _ = inputs(rows=6)
     signs = torch.tensor([1.0, -2.0, 0.0, 0.0, -1.0, 3.0], dtype=torch.float64)
-    task = HeadRows(torch.arange(6), targets, torch.zeros(6))
+    task = HeadTargets(torch.arange(6), targets, torch.zeros(6))
     result = multi_head_cross_entropy(
         [hidden],
         [HeadGroup([0], lambda tensors, rows: [tensors[0]])],
@@ -231,8 +231,8 @@ def test_negative_live_weights_push_away_and_rows_of_weight_zero_are_left_out() 
     p = (hidden @ matrix.T).softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     values = -((1 - p).detach() ** 0.5) * p.log()
     torch.testing.assert_close(result.total, values @ signs)
-    torch.testing.assert_close(result.values, torch.where(signs == 0, 0, values.detach()))
-    torch.testing.assert_close(result.losses, -p.log().detach())
+    torch.testing.assert_close(result.objective_losses, torch.where(signs == 0, 0, values.detach()))
+    torch.testing.assert_close(result.token_losses, -p.log().detach())
     leaves = (hidden, matrix)
     for own, reference in zip(
         torch.autograd.grad(result.total, leaves), torch.autograd.grad(values @ signs, leaves), strict=True

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GraniteConfig
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.training.loss.targets import count_targets
+from weighted_mtp.training.loss.shifted_targets import count_targets
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model, load_model
 from weighted_mtp.training.model.trunk import choose_attention, decoder_parts, recorded_call
 
@@ -88,7 +88,7 @@ def test_packed_loss_and_gradients_equal_documents_alone(
     expected = plain_loss(model, ids, weights, (1.0, 0.5, 0.25))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(
-        (sums[:, 0] * torch.tensor([1.0, 0.5, 0.25])).sum(), expected.detach(), rtol=1e-5, atol=1e-4
+        (sums.weighted_loss * torch.tensor([1.0, 0.5, 0.25])).sum(), expected.detach(), rtol=1e-5, atol=1e-4
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     own, reference = (torch.autograd.grad(value, parameters) for value in (loss, expected))
@@ -132,7 +132,7 @@ def test_worked_by_hand(model_dir: Callable[..., Path]) -> None:
     weights = torch.tensor([[1.0, 2, 3, 4, 5, 10, 20, 30, 0]])
     loss, sums = model(ids, positions, weights)
     assert loss.item() == pytest.approx(85 * math.log(258), rel=1e-6)
-    assert sums[:, 2].tolist() == [6, 4]
+    assert sums.selected.tolist() == [6, 4]
     targets, weight_sum = count_targets(positions, weights, 1)
     assert (targets.item(), weight_sum.item()) == (6, 64)
 
@@ -143,7 +143,7 @@ def test_targets_without_weight_change_nothing_but_the_count(model_dir: Callable
     loss, sums = model(ids, positions, torch.zeros(positions.shape))
     loss.backward()
     assert loss.item() == 0
-    assert sums[:, 2].tolist() == [0]
+    assert sums.selected.tolist() == [0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])

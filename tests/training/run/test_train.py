@@ -22,6 +22,7 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import write_manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.training.model.head_sums import HeadSums
 from weighted_mtp.training.model.mtp_model import MTPModel
 from weighted_mtp.training.rows import Rows
 from weighted_mtp.training.run import directory as run_module
@@ -393,10 +394,10 @@ def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], m
     run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=6)
     forward, calls = MTPModel.forward, []
 
-    def spoiled(self: MTPModel, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def spoiled(self: MTPModel, *args: Any, **kwargs: Any) -> tuple[Tensor, HeadSums]:
         loss, sums = forward(self, *args, **kwargs)
         calls.append(self.training)
-        return (loss * math.inf, sums * math.nan) if sum(calls) == 7 else (loss, sums)
+        return (loss * math.inf, not_a_number(sums)) if sum(calls) == 7 else (loss, sums)
 
     monkeypatch.setattr(MTPModel, "forward", spoiled)
     summary = train(run)
@@ -410,6 +411,11 @@ def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], m
     ]
     assert torch.equal(parameters[0], parameters[1])
     assert not torch.equal(parameters[1], parameters[2])
+
+
+def not_a_number(sums: HeadSums) -> HeadSums:
+    """NaN in place of all sums."""
+    return HeadSums(*(values * math.nan for values in sums))
 
 
 def load_checkpoint(config: TrainConfig, step: int) -> dict[str, Tensor]:
@@ -426,13 +432,13 @@ def test_too_many_bad_steps_name_the_shard(
     run = config("run", max_bad_steps=allowed, log_every=1, max_steps=12, checkpoint_every=2, micro_batch_size=1)
     steps = []
 
-    def spoil(self: TrainingLoop, part: Rows, *args: Any, last: bool) -> Tensor:
-        sums = run_part(self, part, *args, last=last)
+    def spoil(self: TrainingLoop, micro_batch: Rows, *args: Any, last: bool) -> HeadSums:
+        sums = forward_backward(self, micro_batch, *args, last=last)
         steps.append(self.step)
-        return sums * math.nan if self.step >= 2 and 1 in part.sources[0] else sums
+        return not_a_number(sums) if self.step >= 2 and 1 in micro_batch.sources[0] else sums
 
-    run_part = TrainingLoop._run_part
-    monkeypatch.setattr(TrainingLoop, "_run_part", spoil)
+    forward_backward = TrainingLoop._forward_backward
+    monkeypatch.setattr(TrainingLoop, "_forward_backward", spoil)
     with pytest.raises(UserError, match=rf"for {allowed + 1} steps in a row.*shard-00001-of-00002.parquet"):
         train(run)
     assert max(steps) >= 2 + allowed
