@@ -36,11 +36,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
-    HeadRows,
+    HeadTargets,
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
-from weighted_mtp.training.model.heads import ResidualHeads, TrunkPass
+from weighted_mtp.training.model.heads import ResidualHeads, TrunkOutput
 from weighted_mtp.training.model.trunk import LayerCall
 
 CONSOLE = Console(width=120)
@@ -138,7 +138,7 @@ def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) ->
 
 
 def ours(problem: Problem) -> Tensor:
-    """Rows that carry weight, as `training.loss.targets.target_rows` finds them."""
+    """Rows that carry weight, as `training.loss.shifted_targets.select_targets` finds them."""
     [rows] = problem.weights.nonzero(as_tuple=True)
     return weighted_linear_cross_entropy(
         problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows]
@@ -194,8 +194,10 @@ def heads_memory(problem: Problem, heads: int) -> int:
     """Bytes that the loss of residual heads on one trunk output needs beyond its arguments, gradients included."""
     trunk = SimpleNamespace(config=SimpleNamespace(hidden_size=problem.hidden.shape[1]))
     residual = ResidualHeads(trunk, range(1, heads + 1)).to(problem.hidden.device, problem.hidden.dtype)
-    trunk_pass = TrunkPass((problem.hidden[None],), torch.arange(len(problem.targets))[None], LayerCall())
-    task = HeadRows(torch.arange(len(problem.targets), device=problem.targets.device), problem.targets, problem.weights)
+    trunk_pass = TrunkOutput((problem.hidden[None],), torch.arange(len(problem.targets))[None], LayerCall())
+    task = HeadTargets(
+        torch.arange(len(problem.targets), device=problem.targets.device), problem.targets, problem.weights
+    )
     groups = [HeadGroup([0], lambda inputs, rows: [inputs[0].flatten(0, 1)[rows[0]]]), *residual.groups(trunk_pass)]
     ones = torch.ones(heads, device=problem.targets.device)
 

@@ -55,14 +55,15 @@ from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import TOKENIZER
 from weighted_mtp.training.data.loader import RowLoader
-from weighted_mtp.training.loss.targets import target_rows
+from weighted_mtp.training.loss.shifted_targets import select_targets
+from weighted_mtp.training.model.decoder_layers import compile_layers
 from weighted_mtp.training.model.flops import StepFlops, peak_flops
-from weighted_mtp.training.model.layers import compile_layers
-from weighted_mtp.training.model.mtp_model import HEAD_SUMS, MTPModel, build_model
-from weighted_mtp.training.model.trainable import freeze_embeddings
+from weighted_mtp.training.model.mtp_model import MTPModel, build_model
+from weighted_mtp.training.model.trainable_parameters import freeze_embeddings
 from weighted_mtp.training.optimizer import make_optimizer
 from weighted_mtp.training.rows import Rows
 from weighted_mtp.training.run.train import make_accelerator
+from weighted_mtp.training.schedules import make_learning_rate_schedule
 from weighted_mtp.training.trainer import TrainingLoop
 from weighted_mtp.training.weighting import make_weighting
 
@@ -291,7 +292,8 @@ class Ours(Contestant):
         self.flops = mean_flops(model, job, weights)
         if arguments.compile:
             compile_layers(model)
-        optimizer, scheduler = make_optimizer(model, config.optimizer, steps=1_000_000)
+        optimizer = make_optimizer(model, config.optimizer)
+        scheduler = make_learning_rate_schedule(optimizer, config.optimizer, steps=1_000_000)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         loader = job_loader(job, weights)
         flops = StepFlops(model)
@@ -393,12 +395,10 @@ def mean_flops(model: MTPModel, job: Job, weights: WeightsConfig) -> float:
     """Operations of a step, on average over the first ones."""
     rows = job_rows(job, weights)
     ids, positions, values = (torch.from_numpy(array) for array in rows[:3])
-    sums = torch.zeros(len(model.config.parts), len(HEAD_SUMS))
-    for number, part in enumerate(model.config.parts):
-        offset = int(part) if part.isdigit() else 1
-        sums[number, HEAD_SUMS.index("selected")] = len(target_rows(ids, positions, values, offset).rows)
+    offsets = [int(prediction) if prediction.isdigit() else 1 for prediction in model.config.predictions]
+    selected = torch.tensor([float(len(select_targets(ids, positions, values, o).rows)) for o in offsets])
     pairs = float(rows.position_ids.sum(dtype="int64") + rows.tokens.sum())
-    return StepFlops(model)(float(rows.tokens.sum()), pairs, sums) * job.arguments.rows / len(rows.tokens)
+    return StepFlops(model)(float(rows.tokens.sum()), pairs, selected) * job.arguments.rows / len(rows.tokens)
 
 
 def make(job: Job, name: str) -> Contestant:

@@ -12,7 +12,7 @@ from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.locations import locate
 from weighted_mtp.training.evaluation import HeadLoss, evaluate_model
 from weighted_mtp.training.model.mtp_model import load_model
-from weighted_mtp.training.run.checks import check_model, check_tokenizer, run_record
+from weighted_mtp.training.run.compatibility import check_model, check_tokenizer, run_record
 from weighted_mtp.training.run.train import make_accelerator
 from weighted_mtp.training.sharding import sharding_requested
 
@@ -41,6 +41,8 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     for head in losses:
         perplexity = math.exp(head.loss) if head.loss < 700 else math.inf
         accuracy = f"{head.accuracy:.1%}"
-        table.add_row(part_title(head.part), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}")
+        table.add_row(
+            part_title(head.prediction), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}"
+        )
     Console(markup=False).print(table)
     return losses

@@ -1,4 +1,4 @@
-"""Held-out loss of every head."""
+"""Evaluation: held-out loss and accuracy of every prediction."""
 
 import math
 from collections.abc import Iterator
@@ -14,23 +14,24 @@ from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data.loader import RowLoader
-from weighted_mtp.training.model.mtp_model import HEAD_SUMS, MTPModel
+from weighted_mtp.training.model.head_sums import HeadSums
+from weighted_mtp.training.model.mtp_model import MTPModel
 from weighted_mtp.training.rows import Rows
 from weighted_mtp.training.sharding import reshard
 from weighted_mtp.training.weighting import make_weighting
 
 
 class HeadLoss(NamedTuple):
-    """Mean loss (nats per target) and top-1 accuracy of one of `HeadsConfig.parts` over `targets` held-out tokens."""
+    """Mean loss (nats per target) and top-1 accuracy of one of `HeadsConfig.predictions` over `targets` tokens."""
 
-    part: str
+    prediction: str
     loss: float
     accuracy: float
     targets: int
 
 
 def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`input_ids` int64, `position_ids` int64 and `weights` float32, (B, T) or (B, T, parts)."""
+    """`input_ids` (B, T) int64, `position_ids` (B, T) int64, and `weights` (B, T) or (B, T, components) float32."""
     ids, positions, weights = (torch.from_numpy(values).to(device, non_blocking=True) for values in rows[:3])
     return ids.long(), positions.long(), weights
 
@@ -45,13 +46,14 @@ def evaluate_model(
     batch_size: int,
     max_tokens: int | None = None,
 ) -> list[HeadLoss]:
-    """Plain losses of every head over a held-out set, every valid target counted once.
+    """Unweighted losses of every prediction over a held-out set; each valid target counts once.
 
     All processes share the work; `max_tokens` stops after that many tokens.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
-    sums = torch.zeros(len(unwrapped.config.parts), len(HEAD_SUMS), device=accelerator.device, dtype=torch.float64)
+    predictions = unwrapped.config.predictions
+    totals = HeadSums.zeros(len(predictions), accelerator.device, torch.float64)
     was_training = model.training
     model.eval()
     bar = ProgressBar(
@@ -64,21 +66,24 @@ def evaluate_model(
     )
     batches = _limited(loader.once(batch_size), max_tokens)
     with bar:
-        for rows, tokens in _dealt(batches, accelerator.num_processes, accelerator.process_index):
+        for rows, tokens in _distributed(batches, accelerator.num_processes, accelerator.process_index):
             with accelerator.autocast():
-                sums += unwrapped(*to_device(rows, accelerator.device))[1]
+                _, sums = unwrapped(*to_device(rows, accelerator.device))
+            for total, value in zip(totals, sums, strict=True):
+                total += value
             bar.update(tokens)
     reshard(unwrapped)
     model.train(was_training)
-    totals = accelerator.reduce(sums, "sum").tolist()
+    totals = HeadSums(*(accelerator.reduce(total, "sum") for total in totals))
+    columns = (totals.plain_loss.tolist(), totals.correct.tolist(), totals.selected.tolist())
     return [
-        HeadLoss(part, plain / count, correct / count, int(count)) if count else HeadLoss(part, math.nan, math.nan, 0)
-        for part, (_, plain, count, correct, *_) in zip(unwrapped.config.parts, totals, strict=True)
+        HeadLoss(prediction, loss / (count or math.nan), correct / (count or math.nan), int(count))
+        for prediction, loss, correct, count in zip(predictions, *columns, strict=True)
     ]
 
 
 def _limited(batches: Iterator[Rows], max_tokens: int | None) -> Iterator[Rows]:
-    """Batches until they have `max_tokens` tokens."""
+    """Yield batches until they have `max_tokens` tokens."""
     seen = 0
     for rows in batches:
         if max_tokens is not None and seen >= max_tokens:
@@ -87,11 +92,11 @@ def _limited(batches: Iterator[Rows], max_tokens: int | None) -> Iterator[Rows]:
         yield rows
 
 
-def _dealt(batches: Iterator[Rows], processes: int, index: int) -> Iterator[tuple[Rows, int]]:
-    """Deal batches out: of every round, the batch of process `index` and the tokens of all.
+def _distributed(batches: Iterator[Rows], processes: int, index: int) -> Iterator[tuple[Rows, int]]:
+    """Yield every `processes`-th batch, from number `index`, with the number of tokens in all batches of its round.
 
-    Where the last round is short, a process gets one without weight: if the model is sharded, all must run it.
+    If the last round is short, the other processes get a batch without weight, because all must run a sharded model.
     """
-    while hand := list(islice(batches, processes)):
-        mine = hand[index] if index < len(hand) else hand[0]._replace(weights=np.zeros_like(hand[0].weights))
-        yield mine, sum(int(rows.tokens.sum()) for rows in hand)
+    while group := list(islice(batches, processes)):
+        mine = group[index] if index < len(group) else group[0]._replace(weights=np.zeros_like(group[0].weights))
+        yield mine, sum(int(rows.tokens.sum()) for rows in group)

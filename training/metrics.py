@@ -1,4 +1,4 @@
-"""What is counted between two lines of the log, and the numbers made of it."""
+"""Training metrics: sums accumulated between log lines, and the numbers computed from them."""
 
 import math
 import resource
@@ -10,102 +10,110 @@ from torch import Tensor
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.training.model.flops import StepFlops
-from weighted_mtp.training.model.mtp_model import HEAD_SUMS
+from weighted_mtp.training.model.head_sums import HeadSums
 from weighted_mtp.training.rows import Rows
 
 
-class Window:
-    """Sums over the steps since the last line, and counters over the whole run.
+class MetricsAccumulator:
+    """Metrics accumulated between log lines, and counters over the whole run.
 
     Attributes:
-        head_sums: (P, 6) `HEAD_SUMS` of this process, the weighted losses divided by the denominators of their steps.
-        loss: L of these steps, this process's part.
-        steps: how many steps these are; steps without an update are not among them.
+        head_sums: sums (P,) of this process, weighted losses divided by the normalizers of their steps.
+        loss: L summed over these steps, this process's share.
+        steps: number of steps with an update.
         targets: targets of the first offset in these steps and all processes, with weight or without.
         tokens: tokens of all steps and processes.
-        pairs: tokens that these see, all together.
-        started: seconds of training before the window.
-        counters: over the whole run, steps left out because something was not finite or nothing had weight, and
-            documents of which nothing had weight.
+        pairs: pairs of a token and one that it attends to, likewise.
+        started: seconds of training before these steps.
+        counters: over the whole run, steps skipped as not finite, steps skipped for lack of weight, and documents
+            without any weight.
     """
 
-    SUMS = ("head_sums", "loss")
     COUNTS = ("steps", "targets", "tokens", "pairs", "started", "counters")
 
     def __init__(self, heads: HeadsConfig, device: torch.device) -> None:
         self.heads = heads
-        self.head_sums = torch.zeros(len(heads.parts), len(HEAD_SUMS), device=device)
+        self.head_sums = HeadSums.zeros(len(heads.predictions), device)
         self.loss = torch.zeros((), device=device)
         self.counters = {"bad_steps": 0, "no_signal_steps": 0, "no_signal_documents": 0}
-        self._begin(0.0)
+        self._reset(0.0)
 
-    def _begin(self, seconds: float) -> None:
-        self.head_sums.zero_()
-        self.loss.zero_()
+    def _reset(self, seconds: float) -> None:
+        for total in (*self.head_sums, self.loss):
+            total.zero_()
         self.steps = 0
         self.targets = self.tokens = self.pairs = 0.0
         self.started = seconds
 
-    def enter(self, batch: Rows) -> None:
+    def count_rows(self, batch: Rows) -> None:
         """Count the rows of a whole step."""
         self.counters["no_signal_documents"] += int(batch.silent.sum())
         self.tokens += float(batch.tokens.sum())
         self.pairs += float(batch.position_ids.sum(dtype="int64") + batch.tokens.sum())
 
-    def add(self, head_sums: Tensor, coefficients: Tensor, targets: float) -> None:
-        """Count this process's part of a step that was taken, with so many targets in all processes."""
+    def add_step(self, head_sums: HeadSums, coefficients: Tensor, targets: float) -> None:
+        """Add a step with an update: this process's sums (P,), coefficients (C,), and the targets of all processes."""
         self.targets += targets
-        self.head_sums += head_sums
-        self.loss += coefficients @ head_sums[: len(coefficients), 0]
+        for total, value in zip(self.head_sums, head_sums, strict=True):
+            total += value
+        self.loss += (coefficients * head_sums.weighted_loss[: len(coefficients)]).sum()
         self.steps += 1
 
-    def close(
+    def compute_and_reset(
         self, accelerator: Accelerator, flops: StepFlops, seconds: float, peak_flops: float | None
     ) -> dict[str, float]:
-        """Metrics over all processes after `seconds` of training; the next window begins here.
-
-        What is a mean over nothing is NaN.
-        """
+        """Metrics over all processes after `seconds` of training; then start anew. Means over nothing are NaN."""
         self.gather(accelerator)
         steps = self.steps or math.nan
         metrics = {"loss": self.loss.item() / steps}
-        rows = self.head_sums.double().tolist()
-        for part, (weighted, plain, selected, correct, _, _) in zip(self.heads.parts, rows, strict=True):
-            metrics[f"weighted_loss_{part}"] = weighted / steps
-            metrics[f"plain_loss_{part}"] = plain / (selected or math.nan)
-            metrics[f"accuracy_{part}"] = correct / (selected or math.nan)
-        _, _, selected, _, weight, squared = rows[0]
-        metrics["selected_share"] = selected / (self.targets or math.nan)
-        metrics["effective_share"] = weight**2 / (squared * self.targets or math.nan)
+        sums = HeadSums(*(total.double() for total in self.head_sums))
+        for prediction, of_one in zip(self.heads.predictions, zip(*sums, strict=True), strict=True):
+            one = HeadSums(*of_one)
+            selected = one.selected.item() or math.nan
+            metrics[f"weighted_loss_{prediction}"] = one.weighted_loss.item() / steps
+            metrics[f"plain_loss_{prediction}"] = one.plain_loss.item() / selected
+            metrics[f"accuracy_{prediction}"] = one.correct.item() / selected
+        first = HeadSums(*(total[0] for total in sums))
+        metrics["selected_share"] = first.selected.item() / (self.targets or math.nan)
+        squared = first.squared_weight.item() * self.targets
+        metrics["effective_share"] = first.weight.item() ** 2 / (squared or math.nan)
         elapsed = seconds - self.started
         metrics["tokens_per_second"] = self.tokens / elapsed
         if peak_flops is not None:
-            done = flops(self.tokens, self.pairs, self.head_sums) / accelerator.num_processes
+            done = flops(self.tokens, self.pairs, self.head_sums.selected) / accelerator.num_processes
             metrics["mfu"] = done / elapsed / peak_flops
         metrics["memory_gib"] = peak_memory() / (1 << 30)
-        self._begin(seconds)
+        self._reset(seconds)
         return metrics | self.counters
 
     def gather(self, accelerator: Accelerator) -> None:
-        """Bring the sums of all processes to the main process, and start from zero in the others."""
-        for name in self.SUMS:
-            total = accelerator.reduce(getattr(self, name), "sum")
-            setattr(self, name, total if accelerator.is_main_process else torch.zeros_like(total))
+        """Sum over all processes in the main process, and reset the sums of the others."""
+        sums = {name: accelerator.reduce(total, "sum") for name, total in self._sums().items()}
+        self._set_sums(sums, main_process=accelerator.is_main_process)
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint, after `gather`."""
-        return {name: getattr(self, name).cpu() for name in self.SUMS} | {n: getattr(self, n) for n in self.COUNTS}
+        return {name: total.cpu() for name, total in self._sums().items()} | {n: getattr(self, n) for n in self.COUNTS}
 
     def load_state_dict(self, state: dict[str, Any], *, main_process: bool) -> None:
         """Continue from a checkpoint, which has the sums of all processes."""
-        for name in self.SUMS:
-            getattr(self, name).copy_(state[name] if main_process else torch.zeros_like(state[name]))
+        self._set_sums(state, main_process=main_process)
         for name in self.COUNTS:
             setattr(self, name, state[name])
 
+    def _sums(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: `head_sums` (P, 6), in the order of `HeadSums`, and `loss`, a scalar."""
+        return {"head_sums": torch.stack(self.head_sums, dim=-1), "loss": self.loss}
+
+    def _set_sums(self, sums: dict[str, Tensor], *, main_process: bool) -> None:
+        """Set all sums in the main process, and 0 in the others."""
+        totals = (*self.head_sums, self.loss)
+        for total, value in zip(totals, (*sums["head_sums"].unbind(-1), sums["loss"]), strict=True):
+            total.copy_(value if main_process else torch.zeros_like(value))
+
 
 def peak_memory() -> int:
-    """Bytes: the most that PyTorch had allocated on this process's GPU, or that the process had resident."""
+    """Peak memory in bytes: allocated by PyTorch on this process's GPU, or else resident in the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

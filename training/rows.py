@@ -1,4 +1,4 @@
-"""Packed training rows: what the loader makes, weighting completes, and a training step takes."""
+"""Packed training rows, from the loader through weighting to the training step."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,12 +7,16 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Packed rows: `input_ids` (B, L) int32, `position_ids` (B, L) int32, `weights` (B, L) float32.
+    """B packed rows of L tokens.
 
-    Weights that wait for the batch are (B, L, parts): what they will be made of, NaN where a token has no score.
-    `tokens` (B,) int64 counts the tokens of each row that are not padding. `silent` (B,) int64 counts its documents of
-    at least two tokens that have no target with weight, or with all parts of it. `sources` (B,) object holds
-    for each row the ascending numbers of the shards that its sequences come from; the loader's `files` names them.
+    Attributes:
+        input_ids: (B, L) int32.
+        position_ids: (B, L) int32, restarting at 0 in every document; padding tokens are documents of one token.
+        weights: (B, L) float32; (B, L, components) if weights are computed from the batch, NaN where a token has no
+            score.
+        tokens: (B,) int64, tokens of each row without padding.
+        silent: (B,) int64, documents of at least two tokens in which no target has weight, or all its components.
+        sources: (B,) object, ascending numbers of the shards of each row's sequences; the loader's `files` names them.
     """
 
     input_ids: np.ndarray
@@ -23,17 +27,17 @@ class Rows(NamedTuple):
     sources: np.ndarray
 
     def take(self, index: np.ndarray | slice) -> "Rows":
-        """Copies of the rows at `index`, so that a few rows do not keep many in memory."""
+        """Copies of the rows at `index`; views would keep all rows in memory."""
         return Rows(*(np.array(values[index]) for values in self))
 
     @staticmethod
-    def concatenate(parts: "Sequence[Rows]") -> "Rows":
-        """The rows of all parts, in order, as copies."""
-        return Rows(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    def concatenate(batches: "Sequence[Rows]") -> "Rows":
+        """The rows of all batches, in order, as copies."""
+        return Rows(*(np.concatenate(values) for values in zip(*batches, strict=True)))
 
 
 def silent_documents(signal: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-    """How many documents of at least two tokens have no target with signal, (B,) int64.
+    """Number of documents of at least two tokens without a target with signal, (B,) int64.
 
     Args:
         signal: (B, L) bool.

@@ -1,7 +1,7 @@
-"""Several devices: every process holds the whole model (DDP), or a shard of it (FSDP2).
+"""Training on several devices: every process holds the whole model (DDP) or a shard of it (FSDP2).
 
-Under FSDP2 each decoder layer of the trunk is gathered while it runs. Everything else, that is embeddings, norms, the
-unembedding and all heads, is gathered while `MTPModel.forward` runs, which uses the unembedding for its loss.
+Under FSDP2 each decoder layer of the trunk is gathered while it runs. Embeddings, norms, the unembedding and all heads
+are gathered while `MTPModel.forward` runs, because it uses the unembedding for its loss.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.training.model.layers import trunk_layers
+from weighted_mtp.training.model.decoder_layers import trunk_layers
 from weighted_mtp.training.model.mtp_model import MTPModel
 
 UNSUPPORTED = {
@@ -35,13 +35,13 @@ UNSUPPORTED_WITH_FSDP = {
 
 @contextmanager
 def sharding_requested(fsdp: bool) -> Iterator[bool]:
-    """Whether to shard, by the setting or by `accelerate launch --use_fsdp`; inside, accelerate does not know of it.
+    """Whether to shard, by the setting or by `accelerate launch --use_fsdp`; inside, FSDP is hidden from accelerate.
 
-    Knowing it, accelerate would wrap more modules than may be wrapped, refuse CPUs, and transformers would leave the
-    weights of all processes but the first uninitialised.
+    Otherwise accelerate would wrap modules that must not be wrapped and refuse CPUs, and transformers would leave
+    weights uninitialised in all processes but the first.
 
     Raises:
-        UserError: `accelerate launch` was asked for something that training cannot do.
+        UserError: `accelerate launch` requests something unsupported.
     """
     launched = _is_set("ACCELERATE_USE_FSDP")
     for variable, sentence in UNSUPPORTED.items():
@@ -62,12 +62,12 @@ def _is_set(variable: str) -> bool:
 
 
 def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.Module:
-    """Place `model` on the devices: sharded in place if so wanted, under DDP otherwise, as it is for one process."""
+    """Place `model` on the devices: sharded in place with `shard`, else under DDP, or unwrapped in a single process."""
     if not (shard and distributed.is_initialized()):
         return accelerator.prepare(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     bfloat16 = accelerator.mixed_precision == "bf16"
-    # Matrix products run in the autocast dtype anyway: layers are sent in it. Sums of gradients are float32.
+    # Layers are gathered in the autocast dtype, in which matrix products run anyway. Gradients are summed in float32.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -78,15 +78,15 @@ def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.
 
 
 def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
-    """Under DDP, add up gradients in this process only; the next backward pass outside brings them together.
+    """Under DDP, accumulate gradients in this process only; the next backward pass outside reduces them.
 
-    Shards are brought together after each backward pass, or every process would hold all gradients meanwhile.
+    FSDP2 reduces after each backward pass, because unreduced gradients would be held whole in every process.
     """
     return nullcontext() if isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward pass without a backward pass left gathered, so that parameters are shards again."""
+    """Free parameters that a forward pass without a backward pass left gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
@@ -101,7 +101,7 @@ def all_finite(accelerator: Accelerator, model: nn.Module) -> bool:
 def full_state(accelerator: Accelerator, model: MTPModel) -> dict[str, Tensor] | None:
     """The whole state dict in CPU memory of the main process, None in the others; tied parameters stay tied.
 
-    All processes must call it: every tensor is gathered by itself.
+    All processes must call it. Tensors are gathered one at a time.
     """
     gathered: dict[int, Any] = {}
     names = model.state_dict(keep_vars=True)

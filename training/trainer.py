@@ -1,15 +1,15 @@
-"""The optimizer step and what is counted along the way.
+"""The training loop: optimizer steps with gradient accumulation.
 
-A step takes the rows of the whole optimizer step, adds up the denominator over all micro-batches and processes, and
-only then runs the micro-batches, each loss divided by that one denominator. So neither the number of devices nor the
-split into micro-batches changes what is computed, live weights excepted, which are ranked within a forward pass.
+A step first counts the normalizer Z, the denominator of the loss, over the rows of all micro-batches and processes.
+Then it runs the micro-batches and divides each loss by Z. The result therefore does not depend on the number of devices
+or the split into micro-batches. Live weights are the exception, because they are ranked within one forward pass.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +24,32 @@ from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.data.mixing import MixedLoader
 from weighted_mtp.training.evaluation import to_device
 from weighted_mtp.training.loss.objectives import make_objective
-from weighted_mtp.training.loss.targets import count_targets
-from weighted_mtp.training.metrics import Window
+from weighted_mtp.training.loss.shifted_targets import count_targets
+from weighted_mtp.training.metrics import MetricsAccumulator
 from weighted_mtp.training.model.flops import StepFlops, peak_flops
-from weighted_mtp.training.model.mtp_model import HEAD_SUMS
+from weighted_mtp.training.model.head_sums import HeadSums
 from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.schedules import linear_warmup
 from weighted_mtp.training.sharding import all_finite, no_sync
 from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 
 
+class StepTargets(NamedTuple):
+    """Targets of one optimizer step, over all micro-batches and processes.
+
+    Attributes:
+        targets: number of targets of the first offset.
+        weight_sum: sum of their absolute weights; 0 if there is nothing to learn.
+        normalizer: Z, the denominator of the loss: one of the two, as `--normalization` says.
+    """
+
+    targets: float
+    weight_sum: float
+    normalizer: float
+
+
 class TrainingLoop:
-    """Steps of one run, and their state: `state_dict` holds all that is not in model, optimizer and scheduler."""
+    """The steps of one run. `state_dict` holds all state except that of model, optimizer and scheduler."""
 
     def __init__(
         self,
@@ -61,7 +76,7 @@ class TrainingLoop:
         self.tokens = 0
         self.seconds = 0.0
         self.bad_in_a_row = 0
-        self.window = Window(config.heads, accelerator.device)
+        self.accumulator = MetricsAccumulator(config.heads, accelerator.device)
         self.grad_norm = 0.0
         self.metrics: dict[str, float] = {}  # as last logged
 
@@ -72,7 +87,7 @@ class TrainingLoop:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "bad_in_a_row": self.bad_in_a_row,
-            "window": self.window.state_dict(),
+            "window": self.accumulator.state_dict(),
             "metrics": self.metrics,
             "loader": self.loader.state.model_dump(),
         }
@@ -81,12 +96,12 @@ class TrainingLoop:
         """Continue from a checkpoint."""
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.bad_in_a_row = state["bad_in_a_row"]
-        self.window.load_state_dict(state["window"], main_process=self.accelerator.is_main_process)
+        self.accumulator.load_state_dict(state["window"], main_process=self.accelerator.is_main_process)
         self.metrics = state["metrics"]
         self.loader.state = type(self.loader.state).model_validate(state["loader"])
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train until all steps are done; after each yield its metrics, empty where nothing is logged.
+        """Train until all steps are done; yield the metrics of each step, empty where nothing is logged.
 
         Raises:
             UserError: the loss or its gradient was not finite for too many steps in a row.
@@ -104,7 +119,7 @@ class TrainingLoop:
                 self.seconds += time.perf_counter() - started
                 logged = self.step % self.config.log_every == 0 or self.step == self.steps
                 if logged:
-                    self.metrics = self.window.close(self.accelerator, self.flops, self.seconds, peak)
+                    self.metrics = self.accumulator.compute_and_reset(self.accelerator, self.flops, self.seconds, peak)
                     self.metrics |= {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": self.grad_norm}
                     self.metrics["tokens"] = self.tokens
                     bar.set_postfix_str("loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s".format(**self.metrics))
@@ -112,103 +127,126 @@ class TrainingLoop:
                 yield dict(self.metrics) if logged else {}
 
     def _train_step(self, batch: Rows) -> None:
-        share = self._risen(self.config.weights.warmup_ratio)
-        batch = self.weighting.weigh_rows(batch, share, np.random.default_rng([self.config.seed, self.step]))
+        warmup = linear_warmup(self.step, self.config.weights.warmup_ratio, self.steps)
+        batch = self.weighting.weigh_rows(batch, warmup, np.random.default_rng([self.config.seed, self.step]))
         own = np.random.default_rng([self.config.seed, self.step, self.accelerator.process_index])
-        live = self.weighting.live_weighting(share, own)
-        rows = self.config.batch_size // self.accelerator.num_processes
-        first = rows * self.accelerator.process_index
-        size = self.config.micro_batch_size
-        parts = [batch.take(slice(at, min(at + size, first + rows))) for at in range(first, first + rows, size)]
-        targets, weight_sum = self._count(batch, share)
+        live = self.weighting.live_weighting(warmup, own)
+        counted = self._count_targets(batch, warmup)
         self.tokens += int(batch.tokens.sum())
-        self.window.enter(batch)
-        if weight_sum:
-            denominator = targets if self.config.normalization == "tokens" else weight_sum
-            coefficients = self._coefficients()
-            runs = [self._run_part(p, denominator, coefficients, live, last=p is parts[-1]) for p in parts]
-            sums = torch.stack(runs)
-            if self._update(parts, sums):
-                self.window.add(sums.sum(0), coefficients, targets)
+        self.accumulator.count_rows(batch)
+        if not counted.weight_sum:
+            self.accumulator.counters["no_signal_steps"] += 1
+            self._skip_update()
         else:
-            self.window.counters["no_signal_steps"] += 1
+            coefficients = self._coefficients()
+            micro_batches = self._micro_batches(batch)
+            sums = self._accumulate_gradients(micro_batches, counted.normalizer, coefficients, live)
+            if self._should_update(micro_batches, sums):
+                self.optimizer.step()
+                of_step = HeadSums(*(values.sum(0) for values in sums))
+                self.accumulator.add_step(of_step, coefficients, counted.targets)
+            else:
+                self._skip_update()
         self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def _count(self, batch: Rows, share: float) -> tuple[float, float]:
-        """Targets of the first offset in the whole step, and the sum of their weights."""
+    def _count_targets(self, batch: Rows, warmup: float) -> StepTargets:
+        """Count the targets of the whole step, and so its normalizer."""
         ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
-        targets, weight_sum = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
-        return float(targets), self.weighting.weight_sum(float(weight_sum), share)
+        counts = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
+        targets, counted = map(float, counts)
+        weight_sum = self.weighting.weight_sum(counted, warmup)
+        return StepTargets(targets, weight_sum, targets if self.config.normalization == "tokens" else weight_sum)
 
-    def _run_part(
-        self, part: Rows, denominator: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool
-    ) -> Tensor:
-        """Forward and backward pass of a micro-batch; returns its head sums (P, 6) for the whole step's mean."""
+    def _micro_batches(self, batch: Rows) -> list[Rows]:
+        """Split this process's share of the rows."""
+        rows = self.config.batch_size // self.accelerator.num_processes
+        first = rows * self.accelerator.process_index
+        size = self.config.micro_batch_size
+        return [batch.take(slice(at, min(at + size, first + rows))) for at in range(first, first + rows, size)]
+
+    def _accumulate_gradients(
+        self, micro_batches: list[Rows], normalizer: float, coefficients: Tensor, live: LiveWeighting | None
+    ) -> HeadSums:
+        """Run forward and backward passes of all micro-batches; returns sums (micro-batches, P)."""
+        last = len(micro_batches) - 1
+        return HeadSums.stack(
+            [
+                self._forward_backward(micro_batch, normalizer, coefficients, live, last=number == last)
+                for number, micro_batch in enumerate(micro_batches)
+            ]
+        )
+
+    def _forward_backward(
+        self, micro_batch: Rows, normalizer: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool
+    ) -> HeadSums:
+        """Forward and backward pass of one micro-batch; returns sums (P,) with weighted losses over the normalizer."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
-            micro_batch = to_device(part, self.accelerator.device)
+            tensors = to_device(micro_batch, self.accelerator.device)
             with self.accelerator.autocast():
-                loss, sums = self.model(*micro_batch, coefficients=coefficients, live=live, objective=self.objective)
-            # DDP and FSDP2 average gradients over processes; this loss is to be summed.
-            self.accelerator.backward(loss * (self.accelerator.num_processes / denominator))
-        sums[:, 0] /= denominator
-        return sums
+                loss, sums = self.model(*tensors, coefficients=coefficients, live=live, objective=self.objective)
+            # DDP and FSDP2 average gradients over processes, but this loss is a sum over them.
+            self.accelerator.backward(loss * (self.accelerator.num_processes / normalizer))
+        return sums._replace(weighted_loss=sums.weighted_loss / normalizer)
 
-    def _update(self, parts: list[Rows], sums: Tensor) -> bool:
-        """Take the optimizer step, unless there is no weight or something is not finite; says whether it was taken.
+    def _should_update(self, micro_batches: list[Rows], sums: HeadSums) -> bool:
+        """Clip the gradient, and decide whether to take the optimizer step; counts steps that are not taken.
 
         Args:
-            parts: the micro-batches.
-            sums: (micro-batches, P, 6) their head sums.
+            micro_batches: those of this process.
+            sums: (micro-batches, P) their sums.
+
+        Returns:
+            False if no target has weight, or losses or gradient are not finite, in any process.
 
         Raises:
-            UserError: too many steps in a row were not taken.
+            UserError: too many steps in a row were not finite.
         """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
         self.grad_norm = float(norm)
-        finite = sums.isfinite().flatten(1).all(1)
-        weight = sums[..., HEAD_SUMS.index("weight")].sum()
+        finite = torch.stack(sums).isfinite().all(-1).all(0)  # (micro-batches,)
+        weight = sums.weight.sum()
         good, weight = self.accelerator.reduce(torch.stack([finite.all().to(weight), weight]), "sum").tolist()
-        if weight == 0:  # of live weights this is known only now
-            self.window.counters["no_signal_steps"] += 1
+        if weight == 0:  # live weights are known only now
+            self.accumulator.counters["no_signal_steps"] += 1
             return False
         if math.isfinite(self.grad_norm) and good == self.accelerator.num_processes:
-            self.optimizer.step()
             self.bad_in_a_row = 0
             return True
-        self.window.counters["bad_steps"] += 1
+        self.accumulator.counters["bad_steps"] += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row > self.config.max_bad_steps:
-            suspects = [part for part, good in zip(parts, finite.tolist(), strict=True) if not good] or parts
-            raise UserError(self._not_finite(suspects))
+            bad = [rows for rows, good in zip(micro_batches, finite.tolist(), strict=True) if not good]
+            raise UserError(self._not_finite(bad or micro_batches))
         return False
 
-    def _coefficients(self) -> Tensor:
-        """The factors of offsets and token order prediction in this step (C,)."""
-        first, *others = self.config.heads.loss_coefficients
-        share = self._risen(self.config.heads.warmup_ratio)
-        return torch.tensor([first, *(share * other for other in others)], device=self.accelerator.device)
+    def _skip_update(self) -> None:
+        """Change no parameter and no moment: a step without gradients, which tells the scheduler that one was taken."""
+        self.optimizer.zero_grad()
+        self.optimizer.step()
 
-    def _risen(self, warmup_ratio: float) -> float:
-        """How much of what rises in this share of the steps has come at this step, from 0 to 1."""
-        warmup = warmup_ratio * self.steps
-        return min(1.0, self.step / warmup) if warmup else 1.0
+    def _coefficients(self) -> Tensor:
+        """Loss coefficients of offsets and token order prediction in this step (C,)."""
+        first, *others = self.config.heads.loss_coefficients
+        warmup = linear_warmup(self.step, self.config.heads.warmup_ratio, self.steps)
+        return torch.tensor([first, *(warmup * other for other in others)], device=self.accelerator.device)
 
     def prepare_checkpoint(self) -> None:
-        """Bring the window's sums together in the main process, and make sure that the model is worth keeping.
+        """Gather accumulated metrics in the main process, and check the model.
 
         Raises:
             UserError: a parameter is NaN or infinite.
         """
-        self.window.gather(self.accelerator)
+        self.accumulator.gather(self.accelerator)
         if not all_finite(self.accelerator, self.model):
             raise UserError(
                 f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: the model is not finite at step "
                 f"{self.step}; lower it and choose another --output, or check the weights of --model"
             )
 
-    def _not_finite(self, suspects: list[Rows]) -> str:
-        own = self.loader.files(source for rows in suspects for source in rows.sources)
+    def _not_finite(self, bad: list[Rows]) -> str:
+        """Error message that names the shards of these rows, over all processes."""
+        own = self.loader.files(source for rows in bad for source in rows.sources)
         names = sorted(set(gather_object(own)))
         return (
             f"--optimizer.learning_rate {self.config.optimizer.learning_rate:g}: loss or gradient was not finite for "

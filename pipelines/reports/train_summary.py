@@ -30,7 +30,7 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
     for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:
             table.add_row(name, f"{summary[counter]:,}")
-    for part in config.heads.parts:
+    for part in config.heads.predictions:
         if f"eval_loss_{part}" in summary:
             loss, accuracy = summary[f"eval_loss_{part}"], summary[f"eval_accuracy_{part}"]
             table.add_row(f"held-out, {part_title(part)}", f"{loss:.4f} nats, {accuracy:.1%} right")

@@ -8,17 +8,17 @@ from weighted_mtp.schemas.configs.common import Config, Positive
 
 
 class DirectDecodingConfig(Config):
-    """Direct multi-token decoding: which layers read the thinking layers' output only once in a cycle."""
+    """Direct multi-token decoding: the split into layers, and how often decoding layers read the thinking layers."""
 
     cycle: Annotated[int, Field(gt=0, le=256)] = Field(
         1,
-        description="tokens that one pass of all layers is to predict, 4 at most in the paper; 1 for an ordinary model",
+        description="tokens to predict from one pass of all layers, up to 4 in the paper; 1 for an ordinary model",
     )
     encoding_layers: Annotated[int, Field(ge=0)] = Field(
-        0, description="first layers, whose output the decoding layers always read; 0 for the embeddings"
+        0, description="number of first layers, whose output the decoding layers always read; 0 for the embeddings"
     )
     decoding_layers: Annotated[int, Field(ge=0)] = Field(
-        0, description="last layers, which predict alone but at the start of a cycle; 8 of 36 in the paper"
+        0, description="number of last layers, which run alone except at the start of a cycle; 8 of 36 in the paper"
     )
 
     @model_validator(mode="after")
@@ -31,30 +31,29 @@ class DirectDecodingConfig(Config):
 
 
 class HeadsConfig(Config):
-    """Which future tokens are predicted, and by what."""
+    """The offsets to predict, and the heads that predict them."""
 
     kind: Literal["parallel", "sequential"] = Field(
-        "parallel", description="all heads read the trunk, or each reads the one before it as in DeepSeek-V3"
+        "parallel", description="all heads read the trunk, or each reads the previous one as in DeepSeek-V3"
     )
     block: Literal["residual", "decoder"] = Field(
         "residual", description="a parallel head is x + SiLU(W x), or one decoder layer as in the MTP paper"
     )
     offsets: tuple[Positive, ...] = Field(
-        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, and may leap as [1,3,5,7]"
+        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, may have gaps, as [1,3,5,7]"
     )
     coefficients: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         None, description="factor of each offset's loss; default 1; sequential heads share 0.3"
     )
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the steps in which the factors of all but the first rise from 0"
+        0.0, description="share of the steps in which all factors but the first rise from 0"
     )
     top_coefficient: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="factor of token order prediction (TOP), which one more unembedding learns; 1 in its paper, 0 for "
-        "none",
+        description="factor of token order prediction (TOP) by a second unembedding; 1 in its paper, 0 for none",
     )
     top_window: Positive | None = Field(
-        None, description="tokens ahead whose order is predicted; default the rest of the document"
+        None, description="number of next tokens whose order is predicted; default the rest of the document"
     )
 
     dmtd: DirectDecodingConfig = Field(DirectDecodingConfig(), description="direct multi-token decoding")
@@ -77,14 +76,14 @@ class HeadsConfig(Config):
 
     @property
     def loss_coefficients(self) -> tuple[float, ...]:
-        """One coefficient for each offset, and for token order prediction that of its own.
+        """One coefficient per offset, then that of token order prediction, if there is any.
 
-        Offsets have 1, those of sequential heads lambda / D with lambda 0.3 (arXiv 2412.19437).
+        The default is 1, and lambda / D with lambda 0.3 for D sequential heads (arXiv 2412.19437).
         """
         extra = len(self.offsets) - 1
         default = 0.3 / extra if self.kind == "sequential" and extra else 1.0
-        of_offsets = self.coefficients or (1.0,) + (default,) * extra
-        return of_offsets + (self.top_coefficient,) * self.predicts_order
+        per_offset = self.coefficients or (1.0,) + (default,) * extra
+        return per_offset + (self.top_coefficient,) * self.predicts_order
 
     @property
     def predicts_order(self) -> bool:
@@ -92,10 +91,10 @@ class HeadsConfig(Config):
         return self.top_coefficient > 0
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of what losses are reported for.
+    def predictions(self) -> tuple[str, ...]:
+        """Names of the predictions with a loss of their own.
 
-        The offsets, `top` for token order prediction, and in a cycle offset 1 by phase.
+        The offsets, `top` for token order prediction, and with DMTD the phases of offset 1.
         """
         phases = range(self.dmtd.cycle) if self.dmtd.cycle > 1 else ()
         return (

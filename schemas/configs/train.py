@@ -23,7 +23,7 @@ from weighted_mtp.schemas.weights.analysis import mean_of
 
 
 class ObjectiveConfig(Config):
-    """What is minimised for each target token."""
+    """The loss of each target token."""
 
     kind: Literal["cross_entropy", "diversity_or_precision"] = Field(
         "cross_entropy", description="negative log-likelihood, or shaped rewards as in arXiv 2512.22955"
@@ -35,7 +35,7 @@ class ObjectiveConfig(Config):
     )
     lambda_top: float = Field(0.0, description="reward of the other tokens among the top_k most likely")
     lambda_tail: float = Field(0.0, description="reward of all tokens but the target and the top_k most likely")
-    top_k: Positive | None = Field(None, description="how many tokens lambda_top is for; default 100")
+    top_k: Positive | None = Field(None, description="number of tokens that lambda_top applies to; default 100")
 
     @model_validator(mode="after")
     def _check_kind(self) -> "ObjectiveConfig":
@@ -50,14 +50,16 @@ class ObjectiveConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW and its schedule."""
+    """AdamW and its learning rate schedule."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
     betas: tuple[FractionBelowOne, FractionBelowOne] = Field((0.9, 0.95), description="AdamW's moments")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps spent warming up")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="share of the steps with a rising learning rate"
+    )
 
 
 class LoRAConfig(Config):
@@ -67,7 +69,7 @@ class LoRAConfig(Config):
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="adapters are scaled by alpha / rank")
     dropout: FractionBelowOne = Field(0.0, description="dropout of the adapters' input")
     targets: tuple[str, ...] = Field(
-        ("all-linear",), description="modules that get one, as [q_proj,v_proj]; default all linear layers"
+        ("all-linear",), description="modules to adapt, such as [q_proj,v_proj]; default all linear layers"
     )
 
 
@@ -95,12 +97,12 @@ class TrainConfig(Config):
         description="Hugging Face decoder-only model: directory or id; or a finished run, with its heads"
     )
     output: LocationSetting = Field(description="directory of the run")
-    from_scratch: bool = Field(False, description="use the model's config only and start from random weights")
+    from_scratch: bool = Field(False, description="start from random weights, using only the model's config")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
-    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what is minimised")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="training objective")
     trainable: Literal["all", "heads", "lora"] = Field(
-        "all", description="what learns: trunk and heads, the extra heads alone, or these and low-rank adapters"
+        "all", description="parameters that learn: all, those of the extra heads, or those of extra heads and adapters"
     )
     lora: LoRAConfig = Field(LoRAConfig(), description="low-rank adapters, with --trainable lora")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
@@ -111,12 +113,12 @@ class TrainConfig(Config):
     sequence_length: RowLength | None = Field(
         None, description="tokens in a packed training row; default is the largest max_length of the shard sets"
     )
-    batch_size: Positive = Field(32, description="rows per optimizer step, all devices together")
+    batch_size: Positive = Field(32, description="rows per optimizer step, over all devices")
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
     max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over --input when max_steps is unset")
     seed: Seed = Field(0, description="seed of initialisation and data order")
-    loader_workers: Positive = Field(1, description="threads that read and pack ahead, of each shard set")
+    loader_workers: Positive = Field(1, description="threads per shard set that read and pack ahead")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
@@ -130,22 +132,22 @@ class TrainConfig(Config):
         False, description="shard parameters, gradients and moments over the processes (FSDP2) instead of copying them"
     )
     activation_checkpointing: bool = Field(
-        False, description="compute decoder layers again in the backward pass: less memory, more time"
+        False, description="recompute decoder layers in the backward pass: less memory, more time"
     )
     compile: bool = Field(False, description="compile decoder layers with torch.compile; needs a C++ compiler")
     ray_workers: Positive | None = Field(
-        None, description="train in this many processes that Ray starts, each on a GPU where there are GPUs"
+        None, description="train in this many processes started by Ray, each on a GPU if there are GPUs"
     )
     ray_address: str | None = Field(
-        None, description="Ray cluster for --ray_workers; default starts Ray on this machine"
+        None, description="Ray cluster for --ray_workers; by default Ray is started on this machine"
     )
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
-    eval_every: Positive | None = Field(None, description="steps between evaluations; default only at the end")
+    eval_every: Positive | None = Field(None, description="steps between evaluations; by default only at the end")
     eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
     checkpoint_every: Positive | None = Field(
         None, description="steps between checkpoints; default a tenth of all steps"
     )
-    keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
+    keep_checkpoints: Positive = Field(2, description="number of checkpoints to keep")
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
 

@@ -5,11 +5,13 @@ import socket
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from comparing import LENGTHS
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -131,6 +133,47 @@ def scored_set(make_shard_set: Callable[..., ShardSet]) -> Callable[..., ShardSe
         return make_shard_set(sequences, {"excess_loss": scores, "long_short": scores}, name, rows_per_shard)
 
     return build
+
+
+@pytest.fixture
+def config(
+    tmp_path: Path, model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
+) -> Callable[..., TrainConfig]:
+    """`config(name, **changes)` are the settings of a short run of a Llama on 36 sequences."""
+    model = model_dir()
+    shards = scored_set(LENGTHS)
+    held_out = scored_set(LENGTHS[:6], name="held-out", seed=1)
+    defaults: dict[str, Any] = {
+        "input": shards.path,
+        "model": str(model),
+        "eval_input": held_out.path,
+        "weights": {"preset": "dense", "lam": 0.25},
+        "heads": {"offsets": (1, 2)},
+        "optimizer": {"learning_rate": 1e-2},
+        "sequence_length": 64,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 6,
+        "checkpoint_every": 100,
+        "log_every": 3,
+    }
+    return lambda name, **changes: TrainConfig(**(defaults | {"output": tmp_path / name} | changes))
+
+
+@pytest.fixture
+def add_column(make_shard_set: Callable[..., ShardSet]) -> Callable[..., ShardSet]:
+    """`add_column(shards, name)` writes a set of the same rows with one column: `excess_loss` with the other sign.
+
+    With `keep` it holds `excess_loss` itself, too.
+    """
+
+    def add(shards: ShardSet, name: str, column: str = "loss_b", keep: bool = False) -> ShardSet:
+        rows = [row for shard in range(len(shards.manifest.shards)) for row in shards.read(shard).to_pylist()]
+        columns = {"excess_loss": [row["excess_loss"] for row in rows]} if keep else {}
+        columns[column] = [[-score for score in row["excess_loss"]] for row in rows]
+        return make_shard_set([row["input_ids"] for row in rows], columns, name, shards.manifest.shards[0].rows)
+
+    return add
 
 
 @pytest.fixture(autouse=True)

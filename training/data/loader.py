@@ -1,8 +1,8 @@
-"""Streams a shard set as packed training rows, in an order that depends on the seed alone.
+"""Streams a shard set as packed training rows, in an order that depends only on the seed.
 
-A block is a few row groups, drawn at random from the whole set, packed and shuffled together; threads prepare the next
-ones, and no more than these and the current one are in memory. The order of rows is the same for any number of devices
-or threads and any batch size, so the position in it, `{epoch, block, row}`, is all the state there is.
+A block is a few row groups, drawn at random from the whole set, packed and shuffled together. Threads prepare the next
+blocks; only these and the current one are in memory. The order of rows is the same for any number of devices or threads
+and any batch size, so the whole state is the position in it, `{epoch, block, row}`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,7 +43,7 @@ class RowLoader:
         seed: seed of the order and of random controls.
         shuffle: False reads the set once through in its own order of row groups (evaluation).
         workers: threads that prepare blocks ahead, one each.
-        first_shard: what the set's shards are numbered from in `Rows.sources`.
+        first_shard: number of the set's first shard in `Rows.sources`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RowLoader:
         self.first_shard = first_shard
         self.state = LoaderState()
         self.group_ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
-        """Row groups of each shard and all before it: of row groups, numbered through, only the order is kept."""
+        """Cumulative number of row groups per shard. Row groups are numbered through the whole set."""
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
         self._order_lock = Lock()
         groups = int(self.group_ends[-1])
@@ -83,23 +83,23 @@ class RowLoader:
         return self.draw(repeat(rows))
 
     def draw(self, counts: Iterable[int]) -> Iterator[Rows]:
-        """Yield exactly as many rows as each of `counts` says, from `state` on; `state` follows what was yielded."""
+        """Yield exactly `count` rows for each of `counts`, from `state` on; `state` follows what was yielded."""
         with closing(prefetch(self._load, self._positions(), self.workers)) as blocks:
             at, block = next(blocks)
             row = at.row
             for count in counts:
-                parts: list[Rows] = []
+                pieces: list[Rows] = []
                 while True:
-                    missing = count - sum(len(part.tokens) for part in parts)
-                    parts.append(block.take(slice(row, row + missing)))
-                    row += len(parts[-1].tokens)
-                    if len(parts[-1].tokens) == missing:
+                    missing = count - sum(len(piece.tokens) for piece in pieces)
+                    pieces.append(block.take(slice(row, row + missing)))
+                    row += len(pieces[-1].tokens)
+                    if len(pieces[-1].tokens) == missing:
                         break
-                    del block  # before the next one comes
+                    del block  # free it before the next one
                     at, block = next(blocks)
                     row = 0
                 self.state = at.model_copy(update={"row": row})
-                yield Rows.concatenate(parts) if parts[1:] else parts[0]
+                yield Rows.concatenate(pieces) if pieces[1:] else pieces[0]
 
     def once(self, rows: int) -> Iterator[Rows]:
         """Yield the set once through in batches of at most `rows` rows."""
@@ -111,7 +111,7 @@ class RowLoader:
                 del block
 
     def rows_per_epoch(self) -> float:
-        """How many rows the set gives, extrapolated from how well its first block packs (exact for a single block)."""
+        """Number of rows of the set, extrapolated from its first block (exact for a single block)."""
         block = self._load(LoaderState(), Event())
         return len(block.tokens) / float(block.tokens.sum()) * self.shards.first.manifest.tokens
 
@@ -122,7 +122,7 @@ class RowLoader:
         return [str(path) for number in held for path in self.shards.files(number, self.weighting.columns)]
 
     def _positions(self) -> Iterator[LoaderState]:
-        """The state at which each block is entered, from `state` on."""
+        """The state at the start of each block, from `state` on."""
         at = self.state
         while True:
             yield at
@@ -132,31 +132,31 @@ class RowLoader:
     def _blocks_per_epoch(self) -> int:
         return -(-int(self.group_ends[-1]) // self.groups_per_block)
 
-    def _load(self, at: LoaderState, left: Event) -> Rows:
-        """Read, weigh, pack and shuffle one block, unless the reader has left."""
-        parts = []
+    def _load(self, at: LoaderState, closed: Event) -> Rows:
+        """Read, weigh, pack and shuffle one block, unless the iterator is closed."""
+        groups = []
         for group in self._groups(at.epoch, at.block).tolist():
-            if left.is_set():
+            if closed.is_set():
                 raise AbandonedError
-            parts.append(self._read(group))
-        ids, weights, lengths, shards = (np.concatenate(values) for values in zip(*parts, strict=True))
+            groups.append(self._read(group))
+        ids, weights, lengths, shards = (np.concatenate(values) for values in zip(*groups, strict=True))
         rng = np.random.default_rng([self.seed, at.epoch, at.block]) if self.shuffle else None
         return pack(ids, weights, lengths, shards, self.sequence_length, rng)
 
     def _groups(self, epoch: int, block: int) -> np.ndarray:
-        """The row groups of a block, numbered through the whole set."""
+        """The row group numbers of a block."""
         total = int(self.group_ends[-1])
         first = block * self.groups_per_block
         chosen = slice(first, min(first + self.groups_per_block, total))
         if not self.shuffle:
             return np.arange(chosen.start, chosen.stop)
-        with self._order_lock:  # threads may prepare blocks of two epochs
+        with self._order_lock:  # threads may prepare blocks of two epochs at once
             if self._order[0] != epoch:
                 self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(total)
             return self._order[1][chosen]
 
     def _read(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Flat ids, flat weights, sequence lengths and shard numbers of the sequences of one row group of the set."""
+        """Read a row group: ids (T,), weights (T[, components]), and lengths (S,) and shards (S,) of its sequences."""
         shard = int(np.searchsorted(self.group_ends, group, side="right"))
         row_group = group - int(self.group_ends[shard]) + self.shards.first.manifest.shards[shard].row_groups
         table = self.shards.read(shard, self.weighting.columns, row_group)

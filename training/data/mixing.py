@@ -1,8 +1,7 @@
-"""Training rows from several corpora, each with a fixed share of the rows.
+"""Mixtures: training rows from several corpora, each with a fixed share of the rows.
 
-Which set a row comes from follows from its number in the stream, and each set is a stream of its own. So the order
-does not depend on the batch size or the number of devices, and all the state is how many rows each set gave, and where
-it is.
+The number of a row in the stream determines its set, and each set is a stream of its own. The order therefore does not
+depend on the batch size or the number of devices. The state is the number of rows drawn from each set and its position.
 """
 
 import math
@@ -21,18 +20,18 @@ from weighted_mtp.training.weighting import make_weighting
 
 
 class MixState(BaseModel):
-    """How many rows each set gave, and its position."""
+    """Number of rows drawn from each set, and its position."""
 
     drawn: tuple[int, ...]
     sets: tuple[LoaderState, ...]
 
 
 class MixedLoader:
-    """Rows of several sets, each with its share of them, wrapping around by itself; otherwise as `RowLoader`.
+    """Rows of several sets in fixed shares; each set starts again when it ends. Otherwise like `RowLoader`.
 
     Args:
-        loaders: the stream of each set; no two may number their shards alike.
-        shares: of each set, positive, 1 in all.
+        loaders: the stream of each set; their shard numbers must not overlap.
+        shares: share of each set, positive, summing to 1.
     """
 
     def __init__(self, loaders: Sequence[RowLoader], shares: Sequence[Fraction]) -> None:
@@ -53,15 +52,15 @@ class MixedLoader:
 
     def batches(self, rows: int) -> Iterator[Rows]:
         """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
-        origins, *copies = tee(schedule(self.shares, self.drawn, rows), 1 + len(self.loaders))
+        origins, *copies = tee(assign_rows(self.shares, self.drawn, rows), 1 + len(self.loaders))
         draws = [loader.draw(_counts(copies[i], i)) for i, loader in enumerate(self.loaders)]
-        for origin, *parts in zip(origins, *draws, strict=True):
-            self.drawn = tuple(before + len(part.tokens) for before, part in zip(self.drawn, parts, strict=True))
-            # The parts lie one after the other, as the rows would if they were sorted by origin.
-            yield Rows.concatenate(parts).take(np.argsort(np.argsort(origin, kind="stable")))
+        for origin, *drawn in zip(origins, *draws, strict=True):
+            self.drawn = tuple(before + len(rows.tokens) for before, rows in zip(self.drawn, drawn, strict=True))
+            # Concatenated, the rows are sorted by origin; undo the sort.
+            yield Rows.concatenate(drawn).take(np.argsort(np.argsort(origin, kind="stable")))
 
     def rows_per_epoch(self) -> float:
-        """How many rows there are for one pass over the first set."""
+        """Number of rows of all sets during one pass over the first."""
         return self.loaders[0].rows_per_epoch() / float(self.shares[0])
 
     def files(self, sources: Iterable[np.ndarray]) -> list[str]:
@@ -70,22 +69,22 @@ class MixedLoader:
         return [file for loader in self.loaders for file in loader.files(sources)]
 
 
-def schedule(shares: Sequence[Fraction], drawn: Sequence[int], rows: int) -> Iterator[np.ndarray]:
-    """Yield for `rows` rows at a time which of at least two sets each comes from, after each gave `drawn` rows.
+def assign_rows(shares: Sequence[Fraction], drawn: Sequence[int], rows: int) -> Iterator[np.ndarray]:
+    """Assign each row to one of at least two sets, after `drawn` rows of each; yields set numbers (rows,).
 
-    Of the sets that are behind their share, the one whose next row is due first goes first. That keeps the number of
-    rows of each of n sets within `1 - 1 / (2n - 2)` of its share at all times, which is the best possible (Tijdeman,
-    The chairman assignment problem, 1980); always taking the set that is furthest behind does not keep it within 1.
+    Of the sets that are behind their share, the one whose next row is due first is chosen. This keeps the number of
+    rows of each of n sets within `1 - 1 / (2n - 2)` of its share at all times, the best possible bound (Tijdeman, The
+    chairman assignment problem, 1980). Choosing the set that is furthest behind does not even keep it within 1.
     """
     counts, scale = list(drawn), 2 * len(shares) - 2
     whole = math.lcm(*(share.denominator for share in shares))
-    parts = [int(share * whole) for share in shares]
-    common = math.lcm(*parts)
+    numerators = [int(share * whole) for share in shares]
+    common = math.lcm(*numerators)
 
     def assign() -> int:
         row = sum(counts) + 1
-        behind = [i for i, part in enumerate(parts) if scale * (part * row - whole * counts[i]) >= whole]
-        chosen = min(behind, key=lambda i: (scale * (counts[i] + 1) - 1) * (common // parts[i]))
+        behind = [i for i, part in enumerate(numerators) if scale * (part * row - whole * counts[i]) >= whole]
+        chosen = min(behind, key=lambda i: (scale * (counts[i] + 1) - 1) * (common // numerators[i]))
         counts[chosen] += 1
         return chosen
 
@@ -107,15 +106,15 @@ def open_mix(config: TrainConfig) -> list[ZippedSets]:
 
 
 def mix_identity(config: TrainConfig, mixed: Sequence[ZippedSets]) -> dict[str, str]:
-    """What a continued run must find under --mix: sets and shares in order; nothing without any."""
-    parts = [f"{share} {shards.digest}" for share, shards in zip(config.mix.values(), mixed, strict=True)]
-    return {"mix": "; ".join(parts)} if parts else {}
+    """Identity of the mixture, to compare when a run is resumed: sets and shares in order; empty without any."""
+    sets = [f"{share} {shards.digest}" for share, shards in zip(config.mix.values(), mixed, strict=True)]
+    return {"mix": "; ".join(sets)} if sets else {}
 
 
 def make_loader(
     config: TrainConfig, shards: ZippedSets, mixed: Sequence[ZippedSets], sequence_length: int
 ) -> RowLoader | MixedLoader:
-    """The training rows of a run: of --input alone, or with those of --mix, each weighted by its own statistics.
+    """The training rows of a run, from --input and --mix; each set is weighted by its own statistics.
 
     Raises:
         UserError: a set lacks the score column, or has nothing to predict.
@@ -140,5 +139,5 @@ def make_loader(
 
 
 def _seed(seed: int, number: int) -> int:
-    """The seed of --input is that of the run, so that it is read in the same order whatever is mixed in."""
+    """Seed of set `number`; --input has that of the run, so its order does not depend on the mixture."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) if number else seed

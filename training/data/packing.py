@@ -1,4 +1,4 @@
-"""Packing sequences into training rows of one length, documents kept apart."""
+"""Packing sequences into training rows of one length, with documents kept apart."""
 
 from bisect import bisect_left, insort
 from itertools import pairwise
@@ -9,31 +9,31 @@ from weighted_mtp.training.rows import Rows, silent_documents
 
 
 def split_long(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut sequences that are longer than a row.
+    """Cut sequences that are longer than a row into pieces.
 
     Args:
-        lengths: (S,) tokens per sequence, in the order in which they lie in the flat arrays.
+        lengths: (S,) tokens per sequence, in the order of the flat arrays.
         row_length: tokens per row.
 
     Returns:
-        `starts` (P,) of each piece in the flat arrays, piece `lengths` (P,), at most `row_length`, and the number (P,)
-        of the sequence that it is a piece of.
+        For each of P pieces its start in the flat arrays (P,), its length (P,), at most `row_length`, and the number of
+        its sequence (P,).
     """
-    pieces = -(-lengths // row_length)
-    sequence = np.repeat(np.arange(len(lengths)), pieces)
-    before = (np.arange(len(sequence)) - (np.cumsum(pieces) - pieces)[sequence]) * row_length
-    starts = (np.cumsum(lengths) - lengths)[sequence] + before
-    return starts, np.minimum(lengths[sequence] - before, row_length), sequence
+    pieces = -(-lengths // row_length)  # (S,)
+    sequence = np.repeat(np.arange(len(lengths)), pieces)  # (P,)
+    offset = (np.arange(len(sequence)) - (np.cumsum(pieces) - pieces)[sequence]) * row_length  # (P,) in its sequence
+    starts = (np.cumsum(lengths) - lengths)[sequence] + offset
+    return starts, np.minimum(lengths[sequence] - offset, row_length), sequence
 
 
 def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """Best-fit-decreasing bin packing: the longest piece first, each into the fullest row that still has room.
+    """Best-fit-decreasing bin packing: longest piece first, each into the fullest row with enough room.
 
     Returns:
         (P,) int64, the row of each piece.
     """
     rows = []
-    open_rows: list[int] = []  # free tokens << 32 | row, ascending: integers sort faster than tuples
+    open_rows: list[int] = []  # free tokens << 32 | row, ascending; integers sort faster than tuples
     used = 0
     longest_first = np.argsort(-lengths, kind="stable")
     for length in lengths[longest_first].tolist():
@@ -61,44 +61,44 @@ def pack(
 ) -> Rows:
     """Pack flat sequences into rows.
 
-    A sequence longer than a row is cut into pieces that become documents of their own. Padding fills the end of a row
-    with id 0, position 0 and weight 0: every padding token is a document of one token, so nothing attends to it or
-    predicts it. Weights stay as they are, NaN included.
+    A sequence longer than a row is cut into pieces, which become separate documents. Padding at the end of a row has
+    id 0, position 0 and weight 0. Every padding token is a document of one token, so nothing attends to it or predicts
+    it. Weights are copied unchanged, NaN included.
 
     Args:
-        input_ids: (T,) int32, all sequences one after the other.
-        weights: (T,) float32, or (T, parts).
+        input_ids: (T,) int32, all sequences concatenated.
+        weights: (T,) float32, or (T, components).
         lengths: (S,) tokens of each sequence.
-        shards: (S,) number of the shard that each sequence comes from.
+        shards: (S,) number of the shard of each sequence.
         row_length: tokens per row.
-        rng: puts the rows into random order; by default those with the longest pieces come first.
+        rng: shuffles the rows; by default those with the longest pieces come first.
     """
-    starts, pieces, sequence = split_long(lengths, row_length)
-    row = best_fit(pieces, row_length)
+    starts, pieces, sequence = split_long(lengths, row_length)  # (P,) each
+    row = best_fit(pieces, row_length)  # (P,)
     count = int(row.max()) + 1
     if rng:
         row = np.argsort(rng.permutation(count))[row]
-    order = np.lexsort((-pieces, row))
+    order = np.lexsort((-pieces, row))  # by row, longest piece first
     starts, pieces, row, shards = starts[order], pieces[order], row[order], shards[sequence[order]]
+    tokens = np.bincount(row, pieces).astype(np.int64)  # (count,)
 
-    # Everything below is one-dimensional, row after row; `first` is where a piece begins there.
+    # Everything below is flat, row after row (count * row_length,); `first` (P,) is where each piece starts there.
     size = count * row_length
-    tokens = np.bincount(row, pieces).astype(np.int64)
     first = np.cumsum(pieces) - pieces + row * row_length - (np.cumsum(tokens) - tokens)[row]
-    last = np.append(first[1:], size) - first - 1  # how far the piece and the padding behind it reach
-    # One array for all that is kept: the kernel gives large ones large pages. Small ones cost more than the packing.
-    channels = np.atleast_2d(weights.T)
+    last = np.append(first[1:], size) - first - 1  # (P,) last position of the piece or of the padding behind it
+    # One large array for everything, which the kernel backs with huge pages. Small ones cost more than the packing.
+    channels = np.atleast_2d(weights.T)  # (components, T)
     packed = np.ones((2 + len(channels), size), dtype=np.int32)
     packed_ids, positions, packed_weights = packed[0], packed[1], packed[2:].view(np.float32)
-    positions[first] = np.append(0, -last[:-1])
+    positions[first] = np.append(0, -last[:-1])  # ones with a jump back at each piece: the sum restarts at 0
     np.cumsum(positions, out=positions)
     source = np.ones(size, dtype=np.int64)
-    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])
+    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])  # likewise restarts at the start of each piece
     np.cumsum(source, out=source)
-    np.take(input_ids, source, out=packed_ids, mode="clip")  # padding has no source
+    np.take(input_ids, source, out=packed_ids, mode="clip")  # the source of padding is meaningless
     for channel, values in zip(channels, packed_weights, strict=True):
         np.take(channel, source, out=values, mode="clip")
-    free = row_length - tokens
+    free = row_length - tokens  # (count,)
     padding = np.arange(free.sum()) + np.repeat(np.arange(1, count + 1) * row_length - np.cumsum(free), free)
     for values in (packed_ids, positions, *packed_weights):
         values[padding] = 0
@@ -118,7 +118,7 @@ def pack(
 
 
 def _sources(row: np.ndarray, shards: np.ndarray, count: int) -> np.ndarray:
-    """For each row the ascending numbers of the shards of its pieces, (count,) object."""
+    """Ascending shard numbers of the pieces (P,) of each row, (count,) object."""
     order = np.lexsort((shards, row))
     row, shards = row[order], shards[order]
     new = np.append(True, (np.diff(row) > 0) | (np.diff(shards) > 0))

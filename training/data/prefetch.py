@@ -1,4 +1,4 @@
-"""Values prepared ahead in threads, handed out in order."""
+"""Prefetching: values computed ahead in threads, yielded in order."""
 
 import atexit
 from collections import deque
@@ -11,42 +11,42 @@ from typing import TypeVar
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-PATIENCE = 0.5
-"""Seconds for which a consumer who leaves waits for threads to notice it. Later ones die with the process."""
+CLOSE_TIMEOUT = 0.5
+"""Seconds that closing waits for threads to stop. Slower ones end with the process."""
 
 
 class AbandonedError(Exception):
-    """Ends a thread whose value nobody waits for any more."""
+    """Ends a thread after its iterator is closed."""
 
 
 def prefetch(load: Callable[[Key, Event], Value], keys: Iterator[Key], workers: int) -> Generator[tuple[Key, Value]]:
-    """Yield `key, load(key, left)` for every key, in order, while threads prepare the next `workers` values.
+    """Yield `key, load(key, closed)` for every key, in order, while threads compute the next `workers` values.
 
-    An exception in `load` is raised when the turn of its key comes. `left` is set when the iterator is closed: `load`
-    should look at it between steps and raise `AbandonedError`. With the value that was yielded last there are at most
-    `workers + 1` at any time, if the consumer drops that one before it asks for the next.
+    An exception in `load` is raised at the turn of its key. `closed` is set when the iterator is closed; `load` should
+    check it between steps and raise `AbandonedError`. At most `workers + 1` values are in memory, including the last
+    yielded one, if the consumer drops that before asking for the next.
     """
-    left = Event()
+    closed = Event()
 
     def start(key: Key) -> tuple[Key, Future[Value]]:
         future: Future[Value] = Future()
 
         def work() -> None:
             try:
-                future.set_result(load(key, left))
+                future.set_result(load(key, closed))
             except BaseException as error:
                 future.set_exception(error)
 
-        # A pool would join its threads before the process may end, however long a store takes to answer.
+        # A thread pool would delay the end of the process until its threads finish, even if a store never answers.
         Thread(target=work, daemon=True).start()
         return key, future
 
-    def leave() -> None:
-        left.set()
-        wait([future for _, future in ahead], timeout=PATIENCE)
+    def close() -> None:
+        closed.set()
+        wait([future for _, future in ahead], timeout=CLOSE_TIMEOUT)
 
     ahead = deque(map(start, islice(keys, workers)))
-    atexit.register(leave)  # a thread that dies with the process inside of Arrow would abort it
+    atexit.register(close)  # the process aborts if it ends while a thread is inside Arrow
     try:
         while ahead:
             key, future = ahead[0]
@@ -55,5 +55,5 @@ def prefetch(load: Callable[[Key, Event], Value], keys: Iterator[Key], workers: 
             ahead.extend(map(start, islice(keys, 1)))
             yield key, value
     finally:
-        atexit.unregister(leave)
-        leave()
+        atexit.unregister(close)
+        close()

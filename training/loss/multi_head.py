@@ -1,9 +1,9 @@
-"""Weighted losses of all heads against one shared unembedding, without ever holding the logits of all rows.
+"""Weighted losses of all heads against one shared unembedding, without the logits of all rows in memory.
 
-The weights of the rows are known before the forward pass. So rows of weight 0 never come here, and all gradients are
-formed while a chunk of logits is at hand (see `training.loss.output_layer`). Heads are run and differentiated one after
-the other (arXiv 2404.19737, section 2): beyond one chunk of logits and the activations of one head, what is held until
-the backward pass is a gradient for each input and each parameter, however many heads there are.
+Weights are known before the forward pass. Rows of weight 0 are therefore left out, and gradients are computed in the
+forward pass, one chunk of logits at a time (see `training.loss.chunked_loss`). Heads are run and differentiated one
+after the other (arXiv 2404.19737, section 2). Until the backward pass only one gradient per input and per parameter is
+kept, plus one chunk of logits and the activations of one head, regardless of the number of heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weighted_mtp.training.loss.chunked_loss import CHUNK_ROWS, ChunkedLoss, RowLosses
 from weighted_mtp.training.loss.objectives import Objective
-from weighted_mtp.training.loss.output_layer import CHUNK_ROWS, OutputLayer, RowLosses
 
 
-class HeadRows(NamedTuple):
-    """What one head has to predict.
+class HeadTargets(NamedTuple):
+    """The rows that one head predicts, with targets and weights.
 
     Attributes:
         rows: (R,) int64, indices into the flattened positions of a batch.
-        targets: (R,) int64, all of them valid token ids, or what else the objective takes.
-        weights: (R,) floating; (R, parts) where live weights will be made of them.
+        targets: (R,) int64, valid token ids or whatever the objective takes.
+        weights: (R,) floating, or (R, components) for live weights.
     """
 
     rows: Tensor
@@ -38,8 +38,8 @@ class HeadGroup:
 
     Attributes:
         heads: their numbers, ascending.
-        hidden_states: maps the inputs and, for each of the heads, (R,) rows to hidden states (R, D).
-        parameters: what it needs besides the inputs and may be trained.
+        hidden_states: maps the inputs and the rows (R,) of each head to the hidden states (R, D) of each head.
+        parameters: parameters that it uses besides the inputs.
     """
 
     heads: Sequence[int]
@@ -48,26 +48,27 @@ class HeadGroup:
 
 
 class HeadLosses(NamedTuple):
-    """Losses of all heads, those of one head after those of the other.
+    """Losses of all heads, concatenated in the order of the heads.
 
     Attributes:
-        total: scalar with gradients, the sum over heads k and rows r of `coefficients[k] * weights[r] * values[r]`.
-        values: (sum of R,) float32 (float64 for float64 input), what the objective minimises, without gradients; 0 for
-            rows that live weights leave out.
-        losses: (sum of R,) likewise, what is logged and ranked as the loss, nats.
+        total: scalar with gradients, the sum over heads k and rows r of
+            `coefficients[k] * weights[r] * objective_losses[r]`.
+        objective_losses: (sum of R,) float32 (float64 for float64 input), the values that the objective minimises,
+            without gradients; 0 for rows whose live weight is 0.
+        token_losses: (sum of R,) likewise, the losses to log and to rank, nats.
         correct: (sum of R,) bool, whether the target is the most likely token.
-        weights: (sum of R,) the weights that were used.
+        weights: (sum of R,) the weights used.
     """
 
     total: Tensor
-    values: Tensor
-    losses: Tensor
+    objective_losses: Tensor
+    token_losses: Tensor
     correct: Tensor
     weights: Tensor
 
 
-WeighLive = Callable[[Tensor, HeadRows], Tensor]
-"""Turns the current losses (R,) of the rows of a head, whose `weights` are what they are made of, into weights (R,)."""
+LiveWeightFunction = Callable[[Tensor, HeadTargets], Tensor]
+"""Maps the current losses (R,) of a head's rows and its targets, with weight components, to weights (R,)."""
 
 
 def weighted_linear_cross_entropy(
@@ -86,18 +87,18 @@ def weighted_linear_cross_entropy(
     Args:
         hidden_states: (R, D) rows, any floating dtype.
         unembedding: (V, D).
-        targets: (R,) int64, all of them valid token ids.
+        targets: (R,) int64, valid token ids.
         weights: (R,).
         bias: (V,) or None.
         softcap: bound of the logits, or None.
-        chunk_rows: rows whose logits are held at once.
-        objective: what is summed up in place of the negative log-likelihood.
+        chunk_rows: rows whose logits are in memory at once.
+        objective: the loss to sum in place of the negative log-likelihood.
 
     Returns:
         The weighted sum, a scalar with gradients for `hidden_states`, `unembedding` and `bias`, and the (R,) losses
-        in nats without gradients. See `multi_head_cross_entropy`, of which this is the simplest case.
+        in nats without gradients. This is the simplest case of `multi_head_cross_entropy`.
     """
-    everything = HeadRows(torch.arange(len(targets), device=targets.device), targets, weights)
+    everything = HeadTargets(torch.arange(len(targets), device=targets.device), targets, weights)
     result = multi_head_cross_entropy(
         [hidden_states],
         [HeadGroup([0], lambda inputs, rows: [inputs[0]])],
@@ -109,57 +110,61 @@ def weighted_linear_cross_entropy(
         chunk_rows=chunk_rows,
         objective=objective,
     )
-    return result.total, result.losses
+    return result.total, result.token_losses
 
 
 def multi_head_cross_entropy(
     inputs: Sequence[Tensor],
     groups: Sequence[HeadGroup],
-    tasks: Sequence[HeadRows],
+    targets: Sequence[HeadTargets],
     unembedding: Tensor,
     coefficients: Tensor,
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
     chunk_rows: int = CHUNK_ROWS,
-    live: WeighLive | None = None,
+    live: LiveWeightFunction | None = None,
     objective: Objective | None = None,
 ) -> HeadLosses:
-    """Weighted cross-entropy of several heads, or what else `objective` says.
+    """Weighted loss of several heads, cross-entropy by default.
 
     With `softcap` c the logits are `c * tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2). Softmax and losses are
-    computed in float32 (float64 for float64 input), matrix products in the autocast dtype where autocast is on, else
-    in that of the hidden states; on a CPU always in float32 at least, where bfloat16 products are many times slower.
+    computed in float32 (float64 for float64 input). Matrix products use the autocast dtype where autocast is on, else
+    the dtype of the hidden states; on a CPU at least float32, because bfloat16 products are many times slower there.
 
     Args:
-        inputs: what the groups share, as the trunk's hidden states; they may need gradients.
-        groups: together they have every head once.
-        tasks: for each head, what it has to predict.
+        inputs: tensors that the groups share, such as the trunk's hidden states; they may need gradients.
+        groups: groups that contain every head once.
+        targets: rows, targets and weights of each head.
         unembedding: (V, D), shared by all heads.
         coefficients: (K,) factor of each head's losses.
         bias: (V,) or None.
         softcap: bound of the logits, or None.
-        chunk_rows: rows whose logits are held at once.
-        live: makes the weights from the negative log-likelihoods. All rows are then first predicted without
-            gradients, and those that get a weight once more.
-        objective: what is minimised for a row; the negative log-likelihood by default.
+        chunk_rows: rows whose logits are in memory at once.
+        live: computes the weights from the negative log-likelihoods. All rows are then predicted once without
+            gradients, and rows with weight a second time.
+        objective: the loss of a row; the negative log-likelihood by default.
 
     Returns:
-        The losses. Gradients are built here already, so `total` can be differentiated once.
+        The losses. Gradients are computed here, so `total` can be differentiated only once.
     """
-    plan = _Plan(groups, tasks, coefficients, softcap, chunk_rows, live, objective, torch.is_grad_enabled())
+    settings = _LossSettings(
+        groups, targets, coefficients, softcap, chunk_rows, live, objective, torch.is_grad_enabled()
+    )
     parameters = [parameter for group in groups for parameter in group.parameters]
-    return HeadLosses(*_MultiHeadCrossEntropy.apply(plan, len(inputs), unembedding, bias, *inputs, *parameters))
+    return HeadLosses(*_MultiHeadCrossEntropy.apply(settings, len(inputs), unembedding, bias, *inputs, *parameters))
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _LossSettings:
+    """The arguments of `multi_head_cross_entropy` that need no gradient."""
+
     groups: Sequence[HeadGroup]
-    tasks: Sequence[HeadRows]
+    targets: Sequence[HeadTargets]
     coefficients: Tensor
     softcap: float | None
     chunk_rows: int
-    live: WeighLive | None
+    live: LiveWeightFunction | None
     objective: Objective | None
     grad_enabled: bool
 
@@ -167,34 +172,36 @@ class _Plan:
 class _MultiHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, n_inputs: int, unembedding: Tensor, bias: Tensor | None, *tensors: Tensor
+        ctx: Any, settings: _LossSettings, n_inputs: int, unembedding: Tensor, bias: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        # Under no_grad autograd still says that parameters need gradients.
-        needs_matrix, needs_bias, *needed = [plan.grad_enabled and needs for needs in ctx.needs_input_grad[2:]]
+        # Under no_grad autograd still reports that parameters need gradients.
+        needs_unembedding, needs_bias, *needed = [settings.grad_enabled and n for n in ctx.needs_input_grad[2:]]
         inputs = [tensor.detach().requires_grad_(n) for tensor, n in zip(tensors[:n_inputs], needed, strict=False)]
-        output_layer = OutputLayer(
+        chunked_loss = ChunkedLoss(
             unembedding,
             bias,
             inputs[0].dtype,
-            needs_matrix=needs_matrix,
-            needs_bias=needs_bias,
-            softcap=plan.softcap,
-            chunk_rows=plan.chunk_rows,
-            objective=plan.objective,
+            needs_unembedding_grad=needs_unembedding,
+            needs_bias_grad=needs_bias,
+            softcap=settings.softcap,
+            chunk_rows=settings.chunk_rows,
+            objective=settings.objective,
         )
         input_grads: list[Tensor | None] = [None] * n_inputs
         parameter_grads: list[Tensor | None] = []
         results: dict[int, tuple[RowLosses, Tensor]] = {}
-        for group in plan.groups:
-            parameter_grads += _run_group(plan, group, inputs, output_layer, input_grads, results)
+        for group in settings.groups:
+            parameter_grads += _forward_backward(settings, group, inputs, chunked_loss, input_grads, results)
 
-        ctx.grads = (output_layer.grad_matrix, output_layer.grad_bias, *input_grads, *parameter_grads)
+        ctx.grads = (chunked_loss.grad_unembedding, chunked_loss.grad_bias, *input_grads, *parameter_grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (unembedding, bias, *tensors)]
         by_head = [results[head] for head in sorted(results)]
-        rows = [torch.cat(parts) for parts in zip(*((*found, weights) for found, weights in by_head), strict=True)]
+        rows = [torch.cat(pieces) for pieces in zip(*((*losses, weights) for losses, weights in by_head), strict=True)]
         ctx.mark_non_differentiable(*rows)
-        weighted = torch.stack([found.values @ weights.to(found.values.dtype) for found, weights in by_head])
-        return weighted @ plan.coefficients.to(weighted.dtype), *rows
+        weighted = torch.stack(
+            [losses.objective_losses @ weights.to(losses.objective_losses.dtype) for losses, weights in by_head]
+        )  # (K,)
+        return weighted @ settings.coefficients.to(weighted.dtype), *rows
 
     @staticmethod
     @once_differentiable
@@ -202,44 +209,53 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the gradients of this loss were used up by an earlier backward pass")
-        # In place, as nobody else holds them: the largest is as large as the unembedding.
+        # In place to save memory: the largest gradient has the size of the unembedding.
         scaled = (g if g is None else g.mul_(grad_total).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return None, None, *scaled
 
 
-def _run_group(
-    plan: _Plan,
+def _forward_backward(
+    settings: _LossSettings,
     group: HeadGroup,
     inputs: Sequence[Tensor],
-    output_layer: OutputLayer,
+    chunked_loss: ChunkedLoss,
     input_grads: list[Tensor | None],
     results: dict[int, tuple[RowLosses, Tensor]],
 ) -> list[Tensor | None]:
-    """Enter losses into `results`, add to `input_grads` in place, and return the gradients of the group's parameters.
+    """Run and differentiate one group of heads; its activations are freed on return.
 
-    Nothing else of the group is left when the next one comes.
+    Args:
+        settings: as given to `multi_head_cross_entropy`.
+        group: the heads to run.
+        inputs: (B, T, D) each.
+        chunked_loss: accumulates the gradients of unembedding and bias.
+        input_grads: (B, T, D) each; the group's gradients of `inputs` are added in place.
+        results: receives losses and weights, (R,) each, of every head.
+
+    Returns:
+        The gradients of the group's parameters, None where none is needed.
     """
-    tasks = [plan.tasks[head] for head in group.heads]
-    with torch.set_grad_enabled(plan.grad_enabled):
-        hidden = group.hidden_states(inputs, [task.rows for task in tasks])
+    targets = [settings.targets[head] for head in group.heads]
+    with torch.set_grad_enabled(settings.grad_enabled):
+        hidden = group.hidden_states(inputs, [of_head.rows for of_head in targets])  # (R, D) for each head
     hidden_grads = []
-    for i, (head, task) in enumerate(zip(group.heads, tasks, strict=True)):
+    for i, (head, of_head) in enumerate(zip(group.heads, targets, strict=True)):
         kept = None
-        if plan.live:
-            plain = output_layer.losses(hidden[i], task.targets)
-            weights = plan.live(plain.losses, task)
-            kept = weights != 0
-            task = HeadRows(task.rows[kept], task.targets[kept], weights[kept])
-            with torch.set_grad_enabled(plan.grad_enabled):
+        if settings.live:
+            current = chunked_loss.token_losses(hidden[i], of_head.targets)
+            weights = settings.live(current.token_losses, of_head)  # (R,)
+            kept = weights != 0  # (R,) bool; below, R counts the kept rows only
+            of_head = HeadTargets(of_head.rows[kept], of_head.targets[kept], weights[kept])
+            with torch.set_grad_enabled(settings.grad_enabled):
                 hidden[i] = hidden[i][kept]
-        scaled = task.weights * plan.coefficients[head]
-        found, grad = output_layer.losses_and_gradients(hidden[i], task.targets, scaled)
+        scaled = of_head.weights * settings.coefficients[head]
+        losses, grad = chunked_loss.losses_and_gradients(hidden[i], of_head.targets, scaled)  # grad: (R, D)
         hidden_grads.append(grad)
         if kept is None:
-            results[head] = found, task.weights
+            results[head] = losses, of_head.weights
         else:
-            values = torch.zeros_like(plain.losses).masked_scatter_(kept, found.values)
-            results[head] = plain._replace(values=values), weights
+            scattered = torch.zeros_like(current.token_losses).masked_scatter_(kept, losses.objective_losses)
+            results[head] = current._replace(objective_losses=scattered), weights
     grads = _differentiate(hidden, hidden_grads, [*inputs, *group.parameters])
     for i, grad in enumerate(grads[: len(inputs)]):
         total = input_grads[i]
@@ -250,7 +266,7 @@ def _run_group(
 def _differentiate(
     hidden: Sequence[Tensor], hidden_grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of `tensors`, None where none is needed, from those of the hidden states of a group."""
+    """Gradients of `tensors` (None where none is needed) given those of the hidden states of a group."""
     outputs = [pair for pair in zip(hidden, hidden_grads, strict=True) if pair[0].requires_grad]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     if not outputs:

@@ -1,7 +1,7 @@
-"""What is minimised for a chunk of logits, with its gradient in closed form.
+"""Training objectives: the loss of a chunk of logits, with its gradient in closed form.
 
-An objective sees a chunk of logits once, in float32 or wider, and may overwrite it: `training.loss.output_layer` holds
-one chunk at a time, and forms the gradient of the logits in the memory of the logits.
+An objective gets each chunk of logits once, in float32 or float64, and may overwrite it. `training.loss.chunked_loss`
+keeps one chunk in memory and computes the gradient of the logits in place.
 """
 
 from abc import ABC, abstractmethod
@@ -13,36 +13,36 @@ from torch import Tensor
 
 from weighted_mtp.schemas.configs import ObjectiveConfig
 
-BEST_BETA = -0.25
-"""The exponent that served later reinforcement learning best (arXiv 2512.22955)."""
+DEFAULT_BETA = -0.25
+"""The exponent that worked best for later reinforcement learning (arXiv 2512.22955)."""
 
-LEAST_DOUBT = torch.finfo(torch.float32).eps
-"""1 - p is raised to a negative power from here on: below it p is 1 in float32, and its loss 0."""
+MIN_COMPLEMENT = torch.finfo(torch.float32).eps
+"""Lower bound of 1 - p before a negative power. Below it p is 1 in float32 and its loss is 0."""
 
 
 class ChunkLosses(NamedTuple):
-    """What an objective finds in a chunk of logits.
+    """Losses of a chunk of C rows of logits.
 
     Attributes:
-        values: (C,) what is minimised.
-        losses: (C,) what is logged and ranked as the loss, nats.
+        objective_losses: (C,) the values to minimise, nats.
+        token_losses: (C,) the losses to log and to rank, nats.
         correct: (C,) bool, whether the target is the most likely token.
-        gradient: maps weights (C,) to the gradient (C, V) of the weighted sum of `values` with respect to the logits,
-            in their memory; to be called once.
+        gradient: maps weights (C,) to the gradient (C, V) of the weighted sum of `objective_losses` with respect to the
+            logits. It overwrites the logits, so call it once.
     """
 
-    values: Tensor
-    losses: Tensor
+    objective_losses: Tensor
+    token_losses: Tensor
     correct: Tensor
     gradient: Callable[[Tensor], Tensor]
 
 
 class Objective(ABC):
-    """What is minimised for each row."""
+    """The loss of each row."""
 
     @abstractmethod
     def __call__(self, logits: Tensor, targets: Tensor) -> ChunkLosses:
-        """Losses of logits (C, V), which are overwritten, for what the objective takes as targets (C,) int64."""
+        """Losses of logits (C, V), which are overwritten, for targets (C,) int64."""
 
 
 class CrossEntropy(Objective):
@@ -62,10 +62,9 @@ class CrossEntropy(Objective):
 class DiversityOrPrecision(Objective):
     """Next-token prediction as a policy gradient with shaped rewards (arXiv 2512.22955).
 
-    With p the probability of the target x, minimises
-    `-(sg((1-p)^beta) log p + lambda_top P(top) + lambda_tail P(tail))`, where top are the `top_k` most likely tokens
-    without x, tail are all others without x, and sg is constant for the gradient. Of tokens that tie for the last
-    place in top some are taken: all have the same probability, so values do not depend on which.
+    Minimises `-(sg((1-p)^beta) log p + lambda_top P(top) + lambda_tail P(tail))`, with p the probability of the target
+    x, top the `top_k` most likely tokens without x, tail all other tokens without x, and sg the stop-gradient. Ties for
+    the last place in top are broken arbitrarily; tied tokens have the same probability, so the loss is the same.
     """
 
     def __init__(self, beta: float, lambda_top: float = 0.0, lambda_tail: float = 0.0, top_k: int = 100) -> None:
@@ -76,41 +75,46 @@ class DiversityOrPrecision(Objective):
 
     def __call__(self, logits: Tensor, targets: Tensor) -> ChunkLosses:
         """Losses of logits (C, V) for token ids (C,)."""
-        # Tokens of the same reward need not be told apart.
+        # With equal rewards top and tail need no ranking.
         ranked = self.lambda_top != self.lambda_tail
         top = logits.topk(min(self.top_k, logits.shape[-1]), sorted=False).indices if ranked else None
         sums, losses, correct = exponentials(logits, targets)
-        # 1 - p: the others' share has its digits where p rounds to 1. The target's own entry is put in by the gradient.
-        doubt = logits.scatter_(-1, targets[:, None], 0).sum(-1) / sums.squeeze(-1)
-        reward = (doubt.clamp(min=LEAST_DOUBT) if self.beta < 0 else doubt) ** self.beta
-        top_mass = torch.zeros_like(doubt)
+        # 1 - p, summed over the other tokens: exact where p rounds to 1. `gradient` fills in the target's entry.
+        complement = logits.scatter_(-1, targets[:, None], 0).sum(-1) / sums.squeeze(-1)
+        reward = (complement.clamp(min=MIN_COMPLEMENT) if self.beta < 0 else complement) ** self.beta
+        top_mass = torch.zeros_like(complement)
         if top is not None:
             probabilities = (logits.gather(-1, top) / sums).masked_fill_(top == targets[:, None], 0)
             top_mass = probabilities.sum(-1)
-        shaped = self.lambda_top * top_mass + self.lambda_tail * (doubt - top_mass)
+        shaped = self.lambda_top * top_mass + self.lambda_tail * (complement - top_mass)
 
         def gradient(weights: Tensor) -> Tensor:
-            # d P(S) / d z_j = p_j (1[j in S] - P(S)), summed up for x, top and tail.
+            # d P(S) / d z_j = p_j (1[j in S] - P(S)), summed over S = {x}, top and tail.
             logits.mul_((weights * (reward + shaped - self.lambda_tail))[:, None] / sums)
             if top is not None:
                 difference = self.lambda_tail - self.lambda_top
                 logits.scatter_add_(-1, top, probabilities * (difference * weights)[:, None])
-            own = weights * (torch.exp(-losses) * shaped - reward * doubt)
+            own = weights * (torch.exp(-losses) * shaped - reward * complement)
             return logits.scatter_(-1, targets[:, None], own[:, None])
 
         return ChunkLosses(reward * losses - shaped, losses, correct, gradient)
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective of `config`."""
+    """Build the objective that `config` describes."""
     if config.kind == "cross_entropy":
         return CrossEntropy()
-    beta = BEST_BETA if config.beta is None else config.beta
+    beta = DEFAULT_BETA if config.beta is None else config.beta
     return DiversityOrPrecision(beta, config.lambda_top, config.lambda_tail, config.top_k or 100)
 
 
 def exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make exponentials of logits (C, V), in place; their sums (C, 1), and losses (C,) and hits (C,) of the targets."""
+    """Exponentiate logits (C, V) in place, less the row maxima.
+
+    Returns:
+        Row sums (C, 1) of the exponentials, negative log-likelihoods (C,) of the targets, and whether each target has
+        the largest logit (C,) bool.
+    """
     maxima = logits.amax(-1, keepdim=True)
     target_logits = logits.gather(-1, targets[:, None])
     sums = logits.sub_(maxima).exp_().sum(-1, keepdim=True)

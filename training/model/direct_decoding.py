@@ -1,13 +1,13 @@
-"""Direct multi-token decoding: the last layers learn to predict several tokens from one pass of those before them.
+"""Direct multi-token decoding (DMTD): the last layers learn to predict several tokens from one pass of the others.
 
-The layers of the trunk are split into encoding, thinking and decoding layers (DMTD, arXiv 2510.11958). In a cycle of
-tau positions only the first passes what the thinking layers found on: the decoding layers read
+The layers of the trunk are split into encoding, thinking and decoding layers (arXiv 2510.11958). In a cycle of tau
+positions the decoding layers read the output of the thinking layers only at the first position:
 
     h_enc[t] + h_think[t] * [t mod tau == 0]
 
 with h_enc the hidden states after the encoding layers (the embeddings if there are none) and h_think those after the
-thinking layers. Both are the residual stream, so h_think contains h_enc, which counts twice at the start of a cycle, as
-in the authors' code. All positions pass all layers, and every one predicts its next token.
+thinking layers. Both are the residual stream. h_think contains h_enc, which therefore counts twice at the start of a
+cycle, as in the authors' code. All positions pass through all layers, and each predicts its next token.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ from weighted_mtp.training.model.trunk import LayerCall, decoder_parts, recorded
 
 
 class FirstDecodingLayer(nn.Module):
-    """Stands where a trunk has its first decoding layer, and hands that layer what it is to read.
+    """Wraps the first decoding layer of a trunk and changes its input.
 
-    A hook of the layer itself would run inside activation checkpointing, and so again in the backward pass, when the
-    encoding layers' output of that moment is another.
+    A hook on the layer itself would run inside activation checkpointing, and again in the backward pass, when the
+    recorded output of the encoding layers is a different one.
     """
 
     def __init__(self, layer: nn.Module, encoding: LayerCall, starts: Tensor) -> None:
@@ -38,31 +38,31 @@ class FirstDecodingLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.layer, name)  # architectures ask layers for what they are
+            return getattr(self.layer, name)  # models read attributes such as `attention_type` of their layers
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer with the output of the encoding layers, and at `starts` that of the thinking layers added."""
+        """Call the layer with the output of the encoding layers, plus at `starts` that of the thinking layers."""
         mixed = self.encoding.hidden_states + hidden_states * self.starts[..., None].to(hidden_states.dtype)
         return self.layer(mixed, *args, **kwargs)
 
 
 def check_split(trunk: Any, config: DirectDecodingConfig) -> None:
-    """Make sure that a trunk has encoding, decoding and some thinking layers.
+    """Check that encoding and decoding layers leave at least one thinking layer.
 
     Raises:
-        UserError: it has too few layers, or hides them.
+        UserError: the trunk has too few layers, or gives them unknown names.
     """
     total = len(decoder_parts(trunk)[0])
     if config.encoding_layers + config.decoding_layers >= total:
         raise UserError(
             f"--heads.dmtd: {config.encoding_layers} encoding and {config.decoding_layers} decoding layers leave none "
-            f"of the model's {total} to think; give fewer"
+            f"of the model's {total} as thinking layers; give fewer"
         )
 
 
 @contextmanager
 def decoding_cycle(trunk: Any, config: DirectDecodingConfig, position_ids: Tensor) -> Iterator[None]:
-    """Inside, a pass of the trunk over packed rows follows the cycle; position_ids (B, T) int64 give the phases."""
+    """Inside, the trunk runs in cycles over packed rows with these position_ids (B, T) int64."""
     layers, _ = decoder_parts(trunk)
     first = len(layers) - config.decoding_layers
     layer = layers[first]

@@ -1,8 +1,8 @@
-"""Heads for multi-token prediction: modules that turn the trunk's work into hidden states for later tokens.
+"""Heads for multi-token prediction: modules that map the trunk's output to hidden states for later tokens.
 
-The unembedding is shared by all heads and is the trunk's own, and offset 1 is the trunk's own path, so a model without
-extra heads is an ordinary language model. Every kind of heads says how to compute its hidden states from what the trunk
-left (`TrunkPass`) as `HeadGroup`s, which `training.loss.multi_head` runs and differentiates one after the other.
+All heads share the trunk's unembedding, and offset 1 is the trunk's own prediction. A model without extra heads is
+therefore an ordinary language model. Every kind of heads maps a `TrunkOutput` to `HeadGroup`s, which
+`training.loss.multi_head` runs and differentiates one after the other, and reports its own FLOPs.
 """
 
 import copy
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.multi_head import HeadGroup
-from weighted_mtp.training.loss.targets import valid_targets
-from weighted_mtp.training.model.trunk import LayerCall, decoder_parts, make_layer, shorten
+from weighted_mtp.training.loss.shifted_targets import valid_targets
+from weighted_mtp.training.model.trunk import LayerCall, attention_width, decoder_parts, make_layer, shorten
 
 
-class TrunkPass(NamedTuple):
-    """What a pass of the trunk over packed rows leaves to the heads.
+class TrunkOutput(NamedTuple):
+    """Output of the trunk over packed rows, as input of the heads.
 
     Attributes:
-        inputs: tensors (B, T, D) through which gradients reach the trunk: the final hidden states first, then those
-            that `Heads.reads` asked for.
+        inputs: tensors (B, T, D) through which gradients reach the trunk: the final hidden states, then those listed in
+            `Heads.reads`.
         position_ids: (B, T) int64.
         last_call: arguments of the trunk's last layer.
     """
@@ -34,15 +34,37 @@ class TrunkPass(NamedTuple):
     last_call: LayerCall
 
 
+class HeadFlops(NamedTuple):
+    """Floating point operations of all extra heads in forward and backward pass, when their matrices learn.
+
+    Attributes:
+        token: per token of the rows.
+        pair: per pair of a token and one that it attends to.
+        row: per row selected for one extra head.
+    """
+
+    token: float = 0.0
+    pair: float = 0.0
+    row: float = 0.0
+
+
 class Heads(nn.ModuleList, ABC):
     """The modules for all offsets after the first; head number k of a model is module k - 1."""
 
     reads: Sequence[str] = ()
-    """What it reads of the trunk besides the final hidden states: `last_layer_input`, `before_norm`, `embeddings`."""
+    """Inputs from the trunk besides the final hidden states: `last_layer_input`, `before_norm`, `embeddings`."""
 
     @abstractmethod
-    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
-        """How to compute the hidden states of heads 1, 2, ..."""
+    def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
+        """Groups that compute the hidden states of heads 1, 2, ..."""
+
+    @abstractmethod
+    def flops(self, config: Any) -> HeadFlops:
+        """FLOPs of the heads on a trunk with this Hugging Face config."""
+
+    def matrix_flops(self) -> float:
+        """Operations for one row in all matrix products of all heads: two each for output, input and matrix."""
+        return 6.0 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
 
 class ResidualHead(nn.Module):
@@ -64,9 +86,13 @@ class ResidualHeads(Heads):
     def __init__(self, trunk: Any, offsets: Sequence[int]) -> None:
         super().__init__(ResidualHead(trunk.config.hidden_size) for _ in offsets[1:])
 
-    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
-        """Each head alone; only rows that carry weight pass it."""
+    def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
+        """One group for each head, over the rows with weight only."""
         return [self._group(i, head) for i, head in enumerate(self, start=1)]
+
+    def flops(self, config: Any) -> HeadFlops:
+        """Operations per selected row only."""
+        return HeadFlops(row=self.matrix_flops() / max(1, len(self)))
 
     @staticmethod
     def _group(number: int, head: nn.Module) -> HeadGroup:
@@ -82,7 +108,7 @@ class DecoderHeads(Heads):
     reads = ("last_layer_input",)
 
     def __init__(self, trunk: Any, offsets: Sequence[int], *, from_scratch: bool) -> None:
-        """Copy the last layer of a pretrained trunk for every head, or take as many layers off a new one.
+        """Copy the last layer of a pretrained trunk for every head, or move the last layers of a new one here.
 
         Raises:
             UserError: the trunk has too few layers.
@@ -96,11 +122,15 @@ class DecoderHeads(Heads):
         else:
             super().__init__(layers[-extra:])
             shorten(trunk, len(layers) - extra)
-        self.final_norm = [norm]  # the trunk's own: in a list it is not a part of the heads
+        self.final_norm = [norm]  # the trunk's own; a list keeps it from becoming a submodule of the heads
 
-    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
-        """Each head alone, over all positions, as its attention sees them all."""
+    def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
+        """One group for each head, over all positions, because of its attention."""
         return [self._group(i, layer, trunk.last_call) for i, layer in enumerate(self, start=1)]
+
+    def flops(self, config: Any) -> HeadFlops:
+        """Operations of decoder layers over all tokens."""
+        return HeadFlops(token=self.matrix_flops(), pair=12.0 * len(self) * attention_width(config))
 
     def _group(self, number: int, layer: nn.Module, call: LayerCall) -> HeadGroup:
         [norm] = self.final_norm
@@ -112,10 +142,10 @@ class DecoderHeads(Heads):
 
 
 class SequentialModule(nn.Module):
-    """One decoder layer on `M [norm(h); norm(emb)]`, with a norm of its own at the end (DeepSeek-V3, arXiv 2412.19437).
+    """One decoder layer on `M [norm(h); norm(emb)]`, then a final norm of its own (DeepSeek-V3, arXiv 2412.19437).
 
-    Names and order of the concatenation are those of MiMo (arXiv 2505.07608), which vLLM serves. M starts by passing
-    h on, beside a random part for the embedding.
+    Names and order of the concatenation are those of MiMo (arXiv 2505.07608), which vLLM serves. The half of M for h
+    starts as the identity, the half for the embedding is random.
     """
 
     def __init__(self, trunk: Any, *, from_scratch: bool) -> None:
@@ -132,15 +162,15 @@ class SequentialModule(nn.Module):
         self.final_layernorm = copy.deepcopy(norm)
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor, call: LayerCall) -> Tensor:
-        """Map the hidden states (B, T, D) of the module before and embeddings (B, T, D) to hidden states (B, T, D)."""
+        """Map hidden states (B, T, D) of the previous module and embeddings (B, T, D) to hidden states (B, T, D)."""
         pair = torch.cat([self.hidden_layernorm(hidden_states), self.token_layernorm(embeddings)], dim=-1)
         return call.run(self.mtp_block, self.input_proj(pair))
 
 
 class SequentialHeads(Heads):
-    """A chain of modules, each of which reads the one before it and the token that that one predicts.
+    """A chain of modules; each reads the previous one's hidden states and the token that the previous one predicts.
 
-    The first reads the trunk's hidden states before their final norm. Embeddings are zeros at position 0 of every
+    The first reads the trunk's hidden states before the final norm. Embeddings are zeros at position 0 of every
     document, as in vLLM's MiMo, and where the token would lie beyond the document.
     """
 
@@ -150,31 +180,35 @@ class SequentialHeads(Heads):
         super().__init__(SequentialModule(trunk, from_scratch=from_scratch) for _ in offsets[1:])
         self.offsets = tuple(offsets)
 
-    def groups(self, trunk: TrunkPass) -> list[HeadGroup]:
-        """One group, for every module needs the one before it."""
+    def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
+        """One group, because every module needs the previous one."""
 
         def hidden_states(inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
             _, states, embeddings = inputs
-            found = []
+            selected = []
             modules: Sequence[Any] = list(self)
             for module, offset, index in zip(modules, self.offsets, rows, strict=False):
-                ahead = shift_within(embeddings, trunk.position_ids, offset)
-                states = module(states, ahead, trunk.last_call)
-                found.append(module.final_layernorm(states.flatten(0, 1)[index]))
-            return found
+                ahead = shift_within(embeddings, trunk.position_ids, offset)  # (B, T, D)
+                states = module(states, ahead, trunk.last_call)  # (B, T, D)
+                selected.append(module.final_layernorm(states.flatten(0, 1)[index]))  # (R, D)
+            return selected
 
         return [HeadGroup(range(1, len(self) + 1), hidden_states, tuple(self.parameters()))] if len(self) else []
 
+    def flops(self, config: Any) -> HeadFlops:
+        """Operations of decoder layers and input projections over all tokens."""
+        return HeadFlops(token=self.matrix_flops(), pair=12.0 * len(self) * attention_width(config))
+
 
 def shift_within(values: Tensor, position_ids: Tensor, offset: int) -> Tensor:
-    """`values[:, t + offset]` where t is not first in its document and t + offset lies in it, else zeros (B, T, D)."""
+    """`values[:, t + offset]` (B, T, D); zeros where t is first in its document or t + offset lies outside it."""
     inside = valid_targets(position_ids, offset) & (position_ids[:, :-offset] > 0)
     ahead = torch.where(inside[..., None], values[:, offset:], 0)
     return nn.functional.pad(ahead, (0, 0, 0, offset))
 
 
 def make_heads(trunk: Any, kind: str, block: str, offsets: Sequence[int], *, from_scratch: bool) -> Heads:
-    """Heads of a kind and block (see `schemas.configs.HeadsConfig`) for a trunk.
+    """Build heads of a kind and block (see `schemas.configs.HeadsConfig`) for a trunk.
 
     Raises:
         UserError: the trunk has too few layers, or its architecture hides them.

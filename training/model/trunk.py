@@ -1,4 +1,4 @@
-"""The Hugging Face model under the heads: loading it, finding its parts, and what training relies on."""
+"""The trunk: loading a Hugging Face model, finding its layers, and checking the assumptions of training."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, logging
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.locations import local_name
@@ -19,12 +19,12 @@ from weighted_mtp.schemas.storage.locations import local_name
 LAYER_NAMES = ("layers", "h")
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 ON_GPU_ONLY = ("flex_attention", "flash_attention_2", "flash_attention_3")
-"""Attention implementations of transformers that cannot train, or not run at all, on a CPU."""
+"""Attention implementations of transformers that cannot train on a CPU."""
 
 
 @dataclass
 class LayerCall:
-    """The arguments of a call of a decoder layer; with them another layer runs in its place."""
+    """Arguments of a call of a decoder layer, to call another layer in the same way."""
 
     args: Sequence[Any] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
     Args:
         name: directory, address in an object store, or Hugging Face id.
         from_scratch: start from random weights.
-        attention: one of transformers' attention implementations; None leaves the choice to it.
+        attention: one of transformers' attention implementations; None for its default.
 
     Raises:
         UserError: it cannot be loaded.
@@ -57,7 +57,8 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
     try:
         if from_scratch:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **settings)
-        return AutoModelForCausalLM.from_pretrained(source, **settings)
+        with no_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(source, **settings)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         hint = "give the directory or id of a causal language model"
         if isinstance(error, ImportError):
@@ -67,11 +68,23 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
         raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Switch off the progress bars of transformers, such as "Loading weights", which appear in every process."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 def choose_attention(wanted: str, device: torch.device) -> str | None:
-    """The attention implementation for `--attention wanted` on a device; None leaves the choice to transformers.
+    """The attention implementation for `--attention wanted` on a device; None for the default of transformers.
 
     Raises:
-        UserError: it cannot train there.
+        UserError: it cannot train on that device.
     """
     if wanted == "auto":
         return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else None
@@ -84,7 +97,7 @@ def decoder_parts(trunk: Any) -> tuple[nn.ModuleList, nn.Module]:
     """The decoder layers and the final norm of a trunk.
 
     Raises:
-        UserError: the architecture names them otherwise than all known ones do.
+        UserError: the architecture gives them unknown names.
     """
     decoder = trunk.get_decoder()
     layers = next((getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)), None)
@@ -113,7 +126,7 @@ def recorded_call(module: nn.Module) -> Iterator[LayerCall]:
 
 
 def make_layer(trunk: Any) -> nn.Module:
-    """A new decoder layer like the trunk's last, with random weights."""
+    """Build a decoder layer like the trunk's last, with random weights."""
     layers, _ = decoder_parts(trunk)
     layer = copy.deepcopy(layers[-1])
     layer.apply(trunk._init_weights)
@@ -121,14 +134,14 @@ def make_layer(trunk: Any) -> nn.Module:
 
 
 def shorten(trunk: Any, layers: int) -> None:
-    """Take all but the first `layers` decoder layers off a trunk."""
+    """Remove all but the first `layers` decoder layers of a trunk."""
     decoder_layers, _ = decoder_parts(trunk)
     del decoder_layers[layers:]
     shorten_config(trunk.config, layers)
 
 
 def shorten_config(config: Any, layers: int) -> None:
-    """Make a Hugging Face config describe a model with so many layers."""
+    """Make a Hugging Face config describe a model with `layers` layers."""
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -136,9 +149,9 @@ def shorten_config(config: Any, layers: int) -> None:
 
 @torch.no_grad()
 def check_trunk(trunk: Any, name: str) -> None:
-    """Make sure that what training relies on holds for this architecture, on two short made-up documents.
+    """Check the assumptions of training on two short artificial documents.
 
-    An attention that needs a GPU is tried there, in a trunk of the same shape with two layers and random weights.
+    Attention that needs a GPU is tested there, in a trunk of the same shape with two layers and random weights.
 
     Raises:
         UserError: the logits are not `hidden @ unembedding.T` (plus bias, soft-cap), or packed documents are mixed.
@@ -175,5 +188,11 @@ def check_trunk(trunk: Any, name: str) -> None:
 
 
 def softcap(trunk: Any) -> float | None:
-    """The bound that the architecture puts on its logits, None for none."""
+    """The bound that the architecture puts on its logits, or None."""
     return getattr(trunk.config, "final_logit_softcapping", None)
+
+
+def attention_width(config: Any) -> int:
+    """Total dimension of all query heads of a layer, from a Hugging Face config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim

@@ -1,13 +1,14 @@
-"""The full training state in a directory, in one format for one process, DDP and FSDP2.
+"""Checkpoint format: the full training state in a directory, the same for one process, DDP and FSDP2.
 
-shard-*.safetensors   parameters and optimizer state by name, each process's share in a file of its own
-state.pt              learning rate schedule, loop, loader, and what files there are
+shard-*.safetensors   parameters and optimizer state by name, one file per process
+state.pt              learning rate schedule, loop, loader, and the names and sizes of the other files
 random-00000.pt       random states of process 0
 
-torch.distributed.checkpoint reassembles the tensors for any number of processes. Nothing is unpickled: tensors are in
-safetensors files, all else is read with `weights_only`.
+torch.distributed.checkpoint (DCP) reassembles the tensors for any number of processes. Nothing is unpickled: tensors
+are in safetensors files, and everything else is read with `weights_only`.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,22 +28,27 @@ STATE = "state.pt"
 
 
 class TrainingState:
-    """All that a checkpoint holds: `model` is the unwrapped one; `parts` have a `state_dict` that is small.
+    """Everything that a checkpoint holds.
 
-    `seed` continues randomness where the number of processes has changed.
+    Args:
+        model: the unwrapped model.
+        optimizer: its optimizer.
+        scheduler: the learning rate schedule.
+        stateful: further objects with a small `state_dict`, by name.
+        seed: seeds the random states when the number of processes has changed.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, parts: dict[str, Any], seed: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, stateful: dict[str, Any], seed: int
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.parts = parts | {"scheduler": scheduler}
+        self.stateful = stateful | {"scheduler": scheduler}
         self.seed = seed
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, buffers and optimizer state by name; what is tied has one name."""
+        """Parameters, buffers and optimizer state by name; tied tensors appear once."""
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, value in self.model.state_dict(keep_vars=True).items():
@@ -55,36 +61,36 @@ class TrainingState:
         return tensors
 
     def save(self, accelerator: Accelerator, directory: Path) -> None:
-        """Write into `directory`, which exists and is empty; all processes must call it, each writes its own files."""
+        """Write into `directory`, which exists and is empty. All processes must call it; each writes its own files."""
         writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        with _plain_errors():
+        with _checkpointing():
             save(self.tensors(), storage_writer=writer, no_dist=not distributed.is_initialized())
         torch.save(_random_states(accelerator), directory / _random_file(accelerator))
         written = [_random_file(accelerator), *(path.name for path in directory.glob("*.safetensors"))]
         sizes = dict(gather_object([(name, (directory / name).stat().st_size) for name in written]))
         if accelerator.is_main_process:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state = {name: value.state_dict() for name, value in self.stateful.items()}
             state |= {"processes": accelerator.num_processes, "files": sizes}
             torch.save(state, directory / STATE)
 
     def load(self, accelerator: Accelerator, directory: Path) -> None:
-        """Continue from `directory`, which any number of processes may have written.
+        """Restore from `directory`, written by any number of processes.
 
-        Random states are those of the checkpoint if the number of processes is the same, else new ones.
+        Random states are restored if the number of processes is the same, else seeded anew.
 
         Raises:
-            Exception: something is missing or damaged; what kind depends on what it is.
+            Exception: something is missing or damaged; the type depends on the file.
         """
         state = torch.load(directory / STATE, weights_only=True)
         for name, size in state["files"].items():
             if (directory / name).stat().st_size != size:
                 raise ValueError(f"{name} does not have its {size} bytes")
         _make_state(self.optimizer)
-        with _plain_errors():
+        with _checkpointing():
             reader = HuggingFaceStorageReader(str(directory))
             load(self.tensors(), storage_reader=reader, no_dist=not distributed.is_initialized())
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        for name, value in self.stateful.items():
+            value.load_state_dict(state[name])
         for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = learning_rate
         if state["processes"] == accelerator.num_processes:
@@ -98,10 +104,15 @@ class TrainingState:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise the reason of a process instead of an exception that is none of `Exception` and holds those of all."""
+def _checkpointing() -> Iterator[None]:
+    """Silence a warning of DCP, and raise the first process's exception in place of its `CheckpointException`.
+
+    DCP warns about a single process even with `no_dist`; its `CheckpointException` is no `Exception`.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
 
@@ -118,7 +129,7 @@ def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that its first step would make, to be filled; the parameters do not move."""
+    """Create the state of every parameter with a step at learning rate 0; the checkpoint then overwrites it."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

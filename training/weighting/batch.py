@@ -16,7 +16,7 @@ from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.weights.analysis import mean_of
 from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Node, replace_column, waits_for_batch, walk
 from weighted_mtp.schemas.weights.stages import StagedFormula
-from weighted_mtp.training.loss.multi_head import WeighLive
+from weighted_mtp.training.loss.multi_head import LiveWeightFunction
 from weighted_mtp.training.rows import Rows, silent_documents
 from weighted_mtp.training.weighting.controls import Control, apply_control
 from weighted_mtp.training.weighting.expressions import Tokens, evaluate
@@ -95,7 +95,7 @@ class BatchWeighting:
         return components
 
     def weight_sum(self, counted: float, share: float) -> float:
-        """Sum of the weights of a step, from the count by `training.loss.targets`: stored weights, or live targets."""
+        """Sum of the weights of a step, from the result of `count_targets`: stored weights, or live targets."""
         return counted * (1 + share * (self.mean - 1)) if self.live else counted
 
     def live_weighting(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
@@ -132,7 +132,7 @@ class LiveWeighting:
     share: float = 1.0
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
-    def for_batch(self, position_ids: Tensor) -> WeighLive:
+    def for_batch(self, position_ids: Tensor) -> LiveWeightFunction:
         """The function that `training.loss.multi_head` calls for each head of a batch with position ids (B, T)."""
         documents = (position_ids.flatten() == 0).cumsum(0)
         return lambda losses, task: self(losses, task.weights.to(losses.dtype), documents[task.rows])

@@ -17,7 +17,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data import loader as loader_module
 from weighted_mtp.training.data.loader import RowLoader
-from weighted_mtp.training.data.mixing import MixedLoader, MixState, make_loader, mix_identity, open_mix, schedule
+from weighted_mtp.training.data.mixing import MixedLoader, MixState, assign_rows, make_loader, mix_identity, open_mix
 from weighted_mtp.training.rows import Rows
 
 PARTS = st.lists(st.integers(1, 60), min_size=2, max_size=12)
@@ -48,7 +48,7 @@ def mixed(scored_set: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) 
 @given(PARTS)
 def test_every_set_is_within_one_row_of_its_share_at_any_time(parts: list[int]) -> None:
     shares = [Fraction(part, sum(parts)) for part in parts]
-    origins = next(schedule(shares, [0] * len(parts), 400))
+    origins = next(assign_rows(shares, [0] * len(parts), 400))
     counts = np.cumsum(origins[:, None] == np.arange(len(parts)), axis=0)
     rows = np.arange(1, 401)[:, None]
     bound = 1 - 1 / (2 * len(parts) - 2)
@@ -58,18 +58,18 @@ def test_every_set_is_within_one_row_of_its_share_at_any_time(parts: list[int]) 
 @given(PARTS, st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_the_schedule_goes_on_from_what_was_drawn(parts: list[int], batch_sizes: list[int]) -> None:
     shares = [Fraction(part, sum(parts)) for part in parts]
-    whole = next(schedule(shares, [0] * len(parts), sum(batch_sizes))).tolist()
+    whole = next(assign_rows(shares, [0] * len(parts), sum(batch_sizes))).tolist()
     origins: list[int] = []
     for rows in batch_sizes:
         drawn = np.bincount(np.array(origins, dtype=int), minlength=len(parts)).tolist()
-        origins += next(schedule(shares, drawn, rows)).tolist()
+        origins += next(assign_rows(shares, drawn, rows)).tolist()
     assert origins == whole
 
 
 def test_schedule_by_hand() -> None:
     """Halves take turns. A quarter is due in the middle of its four rows; of two sets due at once the first goes."""
-    assert next(schedule([Fraction(1, 2), Fraction(1, 2)], [0, 0], 6)).tolist() == [0, 1, 0, 1, 0, 1]
-    assert next(schedule([Fraction(3, 4), Fraction(1, 4)], [0, 0], 8)).tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+    assert next(assign_rows([Fraction(1, 2), Fraction(1, 2)], [0, 0], 6)).tolist() == [0, 1, 0, 1, 0, 1]
+    assert next(assign_rows([Fraction(3, 4), Fraction(1, 4)], [0, 0], 8)).tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
 
 
 def test_each_set_gives_the_rows_of_its_own_stream(mixed: Callable[..., MixedLoader]) -> None:

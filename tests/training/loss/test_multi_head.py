@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
-    HeadRows,
+    HeadTargets,
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
@@ -90,18 +90,6 @@ def test_gradients_are_handed_out_once() -> None:
         loss.backward()
 
 
-def test_losses_beyond_what_float32_can_hold_as_a_probability() -> None:
-    """exp(-200) is 0 in float32; the loss and its gradient are exact all the same."""
-    hidden = torch.tensor([[1.0]], requires_grad=True)
-    loss, losses = weighted_linear_cross_entropy(
-        hidden, torch.tensor([[200.0], [0.0]]), torch.tensor([1]), torch.ones(1)
-    )
-    loss.backward()
-    assert losses.tolist() == [200.0]
-    assert hidden.grad is not None
-    assert hidden.grad.tolist() == [[200.0]]
-
-
 def test_worked_by_hand() -> None:
     """Logits (0, ln 3): probabilities 1/4 and 3/4; weights 1 and 2."""
     hidden = torch.ones(2, 1, requires_grad=True)
@@ -109,29 +97,6 @@ def test_worked_by_hand() -> None:
     loss, losses = weighted_linear_cross_entropy(hidden, matrix, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(losses, torch.tensor([4.0, 4 / 3]).log())
     torch.testing.assert_close(loss, torch.tensor(4.0).log() + 2 * torch.tensor(4 / 3).log())
-
-
-def test_bfloat16_is_within_its_rounding() -> None:
-    hidden, matrix, _, targets, weights = inputs(torch.bfloat16)
-    loss, losses = weighted_linear_cross_entropy(hidden, matrix, targets, weights)
-    exact = cross_entropy(hidden.float() @ matrix.float().T, targets, reduction="none")
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, exact, rtol=0, atol=0.05)
-    loss.backward()
-    assert hidden.grad is not None
-    assert hidden.grad.dtype == torch.bfloat16
-
-
-def test_autocast_keeps_float32_parameters_and_gradients() -> None:
-    hidden, matrix, _, targets, weights = inputs(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = weighted_linear_cross_entropy(hidden, matrix, targets, weights)
-    loss.backward()
-    exact = (cross_entropy(hidden @ matrix.T, targets, reduction="none") * weights).sum()
-    grad = torch.autograd.grad(exact, matrix)[0]
-    assert matrix.grad is not None
-    assert matrix.grad.dtype == torch.float32
-    torch.testing.assert_close(matrix.grad, grad, rtol=0.05, atol=0.05)
 
 
 def test_no_rows_give_zero_and_zero_gradients() -> None:
@@ -144,16 +109,6 @@ def test_no_rows_give_zero_and_zero_gradients() -> None:
     assert not matrix.grad.any()
 
 
-def test_no_gradients_are_formed_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation must not pay for them: only they need the targets subtracted."""
-    hidden, matrix, _, targets, weights = inputs(torch.float32)
-    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *_: pytest.fail("formed gradients"))
-    with torch.no_grad():
-        weighted_linear_cross_entropy(hidden, matrix, targets, weights)
-    with pytest.raises(pytest.fail.Exception):
-        weighted_linear_cross_entropy(hidden, matrix, targets, weights)
-
-
 def test_heads_add_up_and_each_finds_the_memory_of_the_one_before_free() -> None:
     hidden, matrix, _, targets, weights = inputs(torch.float64)
     earlier: list[weakref.ref[Tensor]] = []
@@ -164,7 +119,7 @@ def test_heads_add_up_and_each_finds_the_memory_of_the_one_before_free() -> None
         earlier.append(weakref.ref(states))
         return [states]
 
-    task = HeadRows(torch.arange(len(targets)), targets, weights)
+    task = HeadTargets(torch.arange(len(targets)), targets, weights)
     groups = [HeadGroup([head], doubled) for head in range(3)]
     coefficients = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     result = multi_head_cross_entropy([hidden], groups, [task] * 3, matrix, coefficients)

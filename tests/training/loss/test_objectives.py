@@ -10,19 +10,17 @@ import torch
 from comparing import logged
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from weighted_mtp.schemas.configs import HeadsConfig, ObjectiveConfig, TrainConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.weights.language import parse
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
-    HeadRows,
+    HeadTargets,
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
 from weighted_mtp.training.loss.objectives import CrossEntropy, DiversityOrPrecision, Objective, make_objective
-from weighted_mtp.training.loss.token_order import TokenOrder
 from weighted_mtp.training.model.mtp_model import build_model
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.weighting.batch import LiveWeighting
@@ -118,7 +116,7 @@ def test_ties_at_the_border_do_not_change_the_value(top_k: int) -> None:
     logits = torch.zeros(5, 5)
     chunk = DiversityOrPrecision(beta=0.0, lambda_top=1.0, top_k=top_k)(logits, torch.arange(5))
     in_top = math.log(5) - (top_k - 1) / 5, math.log(5) - top_k / 5
-    values = sorted(chunk.values.tolist())
+    values = sorted(chunk.objective_losses.tolist())
     assert values == pytest.approx(sorted([in_top[0]] * top_k + [in_top[1]] * (5 - top_k)))
     torch.testing.assert_close(chunk.gradient(torch.ones(5)).sum(-1), torch.zeros(5), rtol=0, atol=1e-6)
 
@@ -127,8 +125,8 @@ def test_ties_at_the_border_do_not_change_the_value(top_k: int) -> None:
 def test_a_target_that_is_certain_or_impossible_gives_finite_numbers(beta: float) -> None:
     logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
     chunk = DiversityOrPrecision(beta=beta, lambda_tail=-0.1, top_k=1)(logits, torch.tensor([0, 0]))
-    assert chunk.losses.tolist() == [0, 200]
-    assert chunk.values.tolist() == pytest.approx([0, 200])
+    assert chunk.token_losses.tolist() == [0, 200]
+    assert chunk.objective_losses.tolist() == pytest.approx([0, 200])
     grad = chunk.gradient(torch.ones(2))
     assert grad[0].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert grad[1].tolist() == pytest.approx([-1, 1])
@@ -148,38 +146,6 @@ def test_gradients_of_confident_tokens_keep_their_digits(beta: float, target: in
     torch.testing.assert_close(own.double(), exact, rtol=1e-5, atol=0)
 
 
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for value in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return output
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [
-        DiversityOrPrecision(-0.25, lambda_tail=-0.1, top_k=7),
-        TokenOrder(torch.arange(65)[None] % 50, torch.arange(65)[None], None),
-    ],
-)
-def test_never_holds_more_than_a_chunk_of_logits(objective: Objective) -> None:
-    """64 rows and 50 tokens, a chunk is 8 rows; hidden states and unembedding are smaller."""
-    hidden, matrix = torch.randn(64, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
-    targets = 1 + torch.arange(64) % 49
-    with LargestTensor() as largest:
-        value, _ = weighted_linear_cross_entropy(
-            hidden, matrix, targets, torch.ones(64), chunk_rows=8, objective=objective
-        )
-        value.backward()
-    assert 8 * 50 <= largest.elements <= 8 * 65
-
-
 @pytest.mark.parametrize("heads", [{"block": "residual"}, {"block": "decoder"}, {"kind": "sequential"}])
 def test_every_head_is_shaped_and_without_rewards_trains_as_ever(
     heads: dict[str, Any], model_dir: Callable[..., Path]
@@ -192,13 +158,13 @@ def test_every_head_is_shaped_and_without_rewards_trains_as_ever(
 
     def run(objective: Objective | None) -> list[Tensor]:
         loss, sums = model(ids, positions, weights, objective=objective)
-        return [loss.detach(), sums, *torch.autograd.grad(loss, parameters)]
+        return [loss.detach(), *sums, *torch.autograd.grad(loss, parameters)]
 
     reference, plain_end, shaped = run(None), run(DiversityOrPrecision(0.0)), run(DiversityOrPrecision(-0.25))
     for own, expected in zip(plain_end, reference, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=5e-6)
-    assert (shaped[1][:, 0] > reference[1][:, 0]).all()  # what is minimised: rewards are above 1
-    torch.testing.assert_close(shaped[1][:, 1:], reference[1][:, 1:])  # what is measured
+    assert (shaped[1] > reference[1]).all()  # weighted losses: rewards are above 1
+    torch.testing.assert_close(shaped[2:7], reference[2:7])  # the other sums
 
 
 def test_live_weights_rank_by_likelihood_and_only_selected_rows_are_shaped(model_dir: Callable[..., Path]) -> None:
@@ -210,15 +176,15 @@ def test_live_weights_rank_by_likelihood_and_only_selected_rows_are_shaped(model
     loss, sums = model(
         ids, positions, stored[..., None], live=live, objective=DiversityOrPrecision(0.0, lambda_tail=-1.0)
     )
-    torch.testing.assert_close(sums[:, 1:], reference[:, 1:])
-    assert (sums[:, 0] > reference[:, 0]).all()
-    torch.testing.assert_close(loss.detach(), sums[:, 0].sum())
+    torch.testing.assert_close(sums[1:], reference[1:])
+    assert (sums.weighted_loss > reference.weighted_loss).all()
+    torch.testing.assert_close(loss.detach(), sums.weighted_loss.sum())
 
 
 def test_negative_live_weights_push_away_and_rows_of_weight_zero_are_left_out() -> None:
     hidden, matrix, _, targets, _ = inputs(rows=6)
     signs = torch.tensor([1.0, -2.0, 0.0, 0.0, -1.0, 3.0], dtype=torch.float64)
-    task = HeadRows(torch.arange(6), targets, torch.zeros(6))
+    task = HeadTargets(torch.arange(6), targets, torch.zeros(6))
     result = multi_head_cross_entropy(
         [hidden],
         [HeadGroup([0], lambda tensors, rows: [tensors[0]])],
@@ -231,8 +197,8 @@ def test_negative_live_weights_push_away_and_rows_of_weight_zero_are_left_out() 
     p = (hidden @ matrix.T).softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     values = -((1 - p).detach() ** 0.5) * p.log()
     torch.testing.assert_close(result.total, values @ signs)
-    torch.testing.assert_close(result.values, torch.where(signs == 0, 0, values.detach()))
-    torch.testing.assert_close(result.losses, -p.log().detach())
+    torch.testing.assert_close(result.objective_losses, torch.where(signs == 0, 0, values.detach()))
+    torch.testing.assert_close(result.token_losses, -p.log().detach())
     leaves = (hidden, matrix)
     for own, reference in zip(
         torch.autograd.grad(result.total, leaves), torch.autograd.grad(values @ signs, leaves), strict=True

@@ -21,7 +21,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.weights.language import parse
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
-    HeadRows,
+    HeadTargets,
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
@@ -55,11 +55,11 @@ def predicting(positions: Tensor) -> list[tuple[int, int]]:
 def test_worked_by_hand() -> None:
     """After the first `a` of `a b c b a`, b comes at d = 0, c at 1, and a at 3; the second b came already."""
     ids, positions = torch.tensor([[0, 1, 2, 1, 0, 2]]), torch.tensor([[0, 1, 2, 3, 4, 0]])
-    tokens, shares = TokenOrder(ids, positions, None).shares(torch.tensor([1]))
+    tokens, shares = TokenOrder(ids, positions, None).target_probabilities(torch.tensor([1]))
     total = 1 + math.exp(-1) + math.exp(-3)
     assert tokens[0, :4].tolist() == [1, 2, 1, 0]
     assert shares[0].tolist() == pytest.approx([1 / total, math.exp(-1) / total, 0, math.exp(-3) / total, 0, 0])
-    assert TokenOrder(ids, positions, 3).shares(torch.tensor([1]))[1].tolist()[0] == pytest.approx(
+    assert TokenOrder(ids, positions, 3).target_probabilities(torch.tensor([1]))[1].tolist()[0] == pytest.approx(
         [1 / (1 + math.exp(-1)), math.exp(-1) / (1 + math.exp(-1)), 0]
     )
 
@@ -75,7 +75,7 @@ def test_previous_occurrences_stay_in_their_document() -> None:
 def test_shares_equal_a_softmax_over_the_vocabulary(window: int | None) -> None:
     order = TokenOrder(IDS, POSITIONS, window)
     for row, t in predicting(POSITIONS):
-        tokens, shares = order.shares(torch.tensor([row * 10 + t + 1]))
+        tokens, shares = order.target_probabilities(torch.tensor([row * 10 + t + 1]))
         found = torch.zeros(5, dtype=torch.float64).index_add_(0, tokens[0], shares[0].double())
         torch.testing.assert_close(found, plain_shares(IDS, POSITIONS, row, t, window or 10, 5), rtol=1e-6, atol=1e-7)
 
@@ -83,7 +83,7 @@ def test_shares_equal_a_softmax_over_the_vocabulary(window: int | None) -> None:
 def test_far_tokens_have_no_share_in_float32_whatever_the_window() -> None:
     """400 different tokens: 104 entries are the whole softmax in float32, in a window of 400 as in one of 104."""
     ids, positions = torch.arange(401)[None], torch.arange(401)[None]
-    tokens, shares = TokenOrder(ids, positions, 400).shares(torch.tensor([1]))
+    tokens, shares = TokenOrder(ids, positions, 400).target_probabilities(torch.tensor([1]))
     whole = torch.arange(400, 0, -1).float().softmax(-1)
     assert shares.shape == (1, 104)
     assert whole[104:].tolist() == [0] * 296
@@ -103,7 +103,7 @@ def test_loss_and_gradients_equal_autograd_in_float64(window: int | None, chunk_
     result = multi_head_cross_entropy(
         [hidden],
         [HeadGroup([0], lambda tensors, index: [tensors[0][index[0]]])],
-        [HeadRows(rows, rows + 1, weights)],
+        [HeadTargets(rows, rows + 1, weights)],
         matrix,
         torch.full((1,), 0.5, dtype=torch.float64),
         chunk_rows=chunk_rows,
@@ -111,7 +111,7 @@ def test_loss_and_gradients_equal_autograd_in_float64(window: int | None, chunk_
     )
     shares = torch.stack([plain_shares(IDS, POSITIONS, row, t, window or 10, 5) for row, t in where])
     losses = -(shares * (hidden[rows] @ matrix.T).log_softmax(-1)).sum(-1)
-    torch.testing.assert_close(result.losses, losses.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(result.token_losses, losses.detach(), rtol=1e-6, atol=1e-7)
     expected = 0.5 * (losses @ weights)
     leaves = (hidden, matrix)
     for own, reference in zip(
@@ -169,11 +169,12 @@ def test_adds_to_the_loss_of_all_heads(
     }
     order = sum((weights[r, t + 1] * losses[r, t] for r, t in losses), torch.zeros(()))
     torch.testing.assert_close(loss, without + 0.5 * order, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums[:2], others, rtol=0, atol=0)
+    for values, other in zip(sums, others, strict=True):
+        torch.testing.assert_close(values[:2], other, rtol=0, atol=0)
     carries = [at for at in losses if weights[at[0], at[1] + 1] > 0]
     correct = sum(int(log_probabilities[r, t].argmax() == IDS[r, t + 1]) for r, t in carries)
     expected = [order.item(), sum(losses[at].item() for at in carries), len(carries), correct]
-    assert sums[2, :4].tolist() == pytest.approx(expected, rel=1e-5)
+    assert [values[2].item() for values in sums[:4]] == pytest.approx(expected, rel=1e-5)
     parameters = [*model.parameters(), top.weight]
     own = torch.autograd.grad(loss, parameters)
     reference = torch.autograd.grad(without + 0.5 * order, parameters)
@@ -186,8 +187,8 @@ def test_live_weights_are_those_of_offset_1(model_dir: Callable[..., Path]) -> N
     stored = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) * 3 + 4
     live = LiveWeighting(parse("normalise(top(live, 0.4), by=batch)"))
     sums = model(IDS, POSITIONS, stored[..., None], live=live)[1]
-    assert sums[1, 2:].tolist()[0] == sums[0, 2] == math.ceil(0.4 * len(predicting(POSITIONS)))
-    assert sums[1, 4:].tolist() == pytest.approx(sums[0, 4:].tolist())
+    assert sums.selected[1] == sums.selected[0] == math.ceil(0.4 * len(predicting(POSITIONS)))
+    assert [values[1].item() for values in sums[4:]] == pytest.approx([values[0].item() for values in sums[4:]])
 
 
 def test_a_batch_without_weight_gives_zeros(model_dir: Callable[..., Path]) -> None:
@@ -195,7 +196,7 @@ def test_a_batch_without_weight_gives_zeros(model_dir: Callable[..., Path]) -> N
     loss, sums = model(IDS, POSITIONS, torch.zeros(IDS.shape))
     loss.backward()
     assert loss.item() == 0
-    assert sums.tolist() == [[0] * 6] * 2
+    assert [values.tolist() for values in sums] == [[0] * 2] * 6
     assert model.top is not None
     assert model.top.weight.grad is not None  # every process must have one to add up
     assert not model.top.weight.grad.any()
@@ -270,7 +271,7 @@ def test_a_run_learns_the_order_and_is_found_again(config: Callable[..., TrainCo
     assert not any("top" in name for name in plain.state_dict())
     assert set(load_file(run.output / "heads" / "heads.safetensors")) == {"0.linear.weight", "top.weight"}
     [first, second, order] = evaluate.run(EvaluateConfig(model=str(run.output), input=run.eval_input[0]))  # type: ignore[index]
-    assert [head.part for head in (first, second, order)] == ["1", "2", "top"]
+    assert [head.prediction for head in (first, second, order)] == ["1", "2", "top"]
     assert order.loss == pytest.approx(summary["eval_loss_top"], rel=1e-5)
     assert order.targets == first.targets
 

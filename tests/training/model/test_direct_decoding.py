@@ -16,7 +16,7 @@ from weighted_mtp.pipelines import evaluate
 from weighted_mtp.schemas.configs import DirectDecodingConfig, EvaluateConfig, HeadsConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.training.model.layers import checkpoint_activations
+from weighted_mtp.training.model.decoder_layers import checkpoint_activations
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model, load_model
 from weighted_mtp.training.model.trunk import decoder_parts, recorded_call
 from weighted_mtp.training.run import directory as run_module
@@ -124,14 +124,15 @@ def test_the_trunk_is_as_it_was_after_a_pass(model_dir: Callable[..., Path]) -> 
 def test_phases_are_reported_by_position_in_the_document(model_dir: Callable[..., Path]) -> None:
     model = model_with(model_dir())
     sums = model(IDS, POSITIONS, torch.ones(POSITIONS.shape))[1]
-    assert model.config.parts == ("1", "phase_0", "phase_1", "phase_2")
+    assert model.config.predictions == ("1", "phase_0", "phase_1", "phase_2")
     by_phase: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for row, start, end in DOCUMENTS:
         for t, loss in enumerate(plain_losses(model, IDS[row, start:end]).tolist()):
             by_phase[t % 3].append(loss)
-    assert sums[1:, 1].tolist() == pytest.approx([sum(losses) for losses in by_phase.values()], rel=1e-4)
-    assert sums[1:, 2].tolist() == [len(losses) for losses in by_phase.values()] == [7, 6, 6]
-    torch.testing.assert_close(sums[1:].sum(0), sums[0])
+    assert sums.plain_loss[1:].tolist() == pytest.approx([sum(losses) for losses in by_phase.values()], rel=1e-4)
+    assert sums.selected[1:].tolist() == [len(losses) for losses in by_phase.values()] == [7, 6, 6]
+    for values in sums:
+        torch.testing.assert_close(values[1:].sum(0), values[0])
 
 
 def test_a_batch_without_weight_gives_zeros_to_all_phases(model_dir: Callable[..., Path]) -> None:
@@ -139,7 +140,7 @@ def test_a_batch_without_weight_gives_zeros_to_all_phases(model_dir: Callable[..
     loss, sums = model(IDS, POSITIONS, torch.zeros(POSITIONS.shape))
     loss.backward()
     assert loss.item() == 0
-    assert sums.tolist() == [[0] * 6] * 4
+    assert [values.tolist() for values in sums] == [[0] * 4] * 6
 
 
 def test_with_token_order_prediction_both_read_the_same_hidden_states(model_dir: Callable[..., Path]) -> None:
@@ -147,9 +148,10 @@ def test_with_token_order_prediction_both_read_the_same_hidden_states(model_dir:
     heads = HeadsConfig(offsets=(1,), dmtd=dmtd, top_coefficient=1.0, top_window=1)
     model = build_model(str(model_dir()), heads, from_scratch=False)
     loss, sums = model(IDS, POSITIONS, WEIGHTS)
-    assert model.config.parts == ("1", "top", "phase_0", "phase_1")
-    torch.testing.assert_close(sums[1], sums[0])  # a window of 1 and a copy of the unembedding
-    torch.testing.assert_close(loss.detach(), 2 * sums[0, 0])
+    assert model.config.predictions == ("1", "top", "phase_0", "phase_1")
+    for values in sums:
+        torch.testing.assert_close(values[1], values[0])  # a window of 1 and a copy of the unembedding
+    torch.testing.assert_close(loss.detach(), 2 * sums.weighted_loss[0])
 
 
 @pytest.mark.parametrize(
@@ -214,9 +216,9 @@ def test_a_run_learns_with_fixed_embeddings_and_is_found_again(config: Callable[
     assert not torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
 
     found = evaluate.run(EvaluateConfig(model=str(run.output), input=run.eval_input[0]))  # type: ignore[index]
-    assert [head.part for head in found] == ["1", "phase_0", "phase_1"]
+    assert [head.prediction for head in found] == ["1", "phase_0", "phase_1"]
     for head in found:
-        assert head.loss == pytest.approx(summary[f"eval_loss_{head.part}"], rel=1e-5)
+        assert head.loss == pytest.approx(summary[f"eval_loss_{head.prediction}"], rel=1e-5)
     assert found[1].targets + found[2].targets == found[0].targets
     assert load_model(str(run.output)).config == run.heads
     with pytest.raises(UserError, match=r"dmtd cycle 2 with 0 encoding, 1 decoding layers.*repeat its --heads"):

@@ -9,7 +9,7 @@ from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.weights.language import parse
 from weighted_mtp.schemas.weights.nodes import ColumnRef
 from weighted_mtp.schemas.weights.stages import StagedFormula
-from weighted_mtp.training.loss.multi_head import HeadRows
+from weighted_mtp.training.loss.multi_head import HeadTargets
 from weighted_mtp.training.weighting import make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 
@@ -127,4 +127,4 @@ def test_thresholds_are_those_of_each_head() -> None:
     rows = torch.tensor([0, 1, 2, 3])
     stored = torch.tensor([[1.0], [2.0], [1.0], [2.0]])
     for losses in (torch.tensor([2.0, 2.0, 4.0, 2.0]), torch.tensor([12.0, 12.0, 14.0, 12.0])):
-        assert scheme(losses, HeadRows(rows, rows, stored)).tolist() == [2, 0, 2, 0]
+        assert scheme(losses, HeadTargets(rows, rows, stored)).tolist() == [2, 0, 2, 0]

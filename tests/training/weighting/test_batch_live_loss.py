@@ -12,8 +12,8 @@ from torch import Tensor
 
 from weighted_mtp.schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.training.loss.output_layer import OutputLayer
-from weighted_mtp.training.loss.targets import count_targets, target_rows
+from weighted_mtp.training.loss.chunked_loss import ChunkedLoss
+from weighted_mtp.training.loss.shifted_targets import count_targets, select_targets
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
@@ -78,7 +78,7 @@ def test_loss_and_gradients_equal_full_logits(settings: dict, model_dir: Callabl
     ):
         torch.testing.assert_close(own, reference, rtol=1e-3, atol=1e-4)
     candidates = count_targets(POSITIONS, scores, 1, scored=True)[1]
-    assert sums[0, 4].item() == pytest.approx(candidates.item())  # weights of mean 1
+    assert sums.weight[0].item() == pytest.approx(candidates.item())  # weights of mean 1
 
 
 @pytest.mark.parametrize("heads", [{"block": "residual"}, {"block": "decoder"}, {"kind": "sequential"}])
@@ -102,16 +102,16 @@ def test_plain_ends_equal_uniform_weights_for_all_heads(
 def test_only_selected_rows_pay_for_gradients(model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2)), from_scratch=False)
     with_gradients = []
-    run = OutputLayer.losses_and_gradients
+    run = ChunkedLoss.losses_and_gradients
 
-    def counted(self: OutputLayer, hidden: Tensor, targets: Tensor, weights: Tensor) -> object:
+    def counted(self: ChunkedLoss, hidden: Tensor, targets: Tensor, weights: Tensor) -> object:
         with_gradients.append(len(targets))
         return run(self, hidden, targets, weights)
 
-    monkeypatch.setattr(OutputLayer, "losses_and_gradients", counted)
+    monkeypatch.setattr(ChunkedLoss, "losses_and_gradients", counted)
     scores = stored_scores()
     model(IDS, POSITIONS, scores, live=live(preset="rho1", fraction=0.25))
-    candidates = [len(target_rows(IDS, POSITIONS, scores, k, scored=True).rows) for k in (1, 2)]
+    candidates = [len(select_targets(IDS, POSITIONS, scores, k, scored=True).rows) for k in (1, 2)]
     assert with_gradients == [math.ceil(count / 4) for count in candidates]
 
 

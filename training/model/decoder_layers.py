@@ -1,4 +1,4 @@
-"""What is done to every decoder layer by itself, those that are heads included: checkpointing and compilation."""
+"""Activation checkpointing and compilation of every decoder layer, those in heads included."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def trunk_layers(model: MTPModel) -> list[Any]:
     """The decoder layers of the trunk.
 
     Raises:
-        UserError: the architecture names them otherwise than all known ones do.
+        UserError: the architecture gives them unknown names.
     """
     return list(decoder_parts(model.trunk)[0])
 
@@ -25,10 +25,10 @@ def all_layers(model: MTPModel) -> list[Any]:
 
 
 def checkpoint_activations(model: MTPModel) -> None:
-    """Keep only the input of every decoder layer for the backward pass, which computes the layer again.
+    """Keep only the input of every decoder layer and recompute the layer in the backward pass.
 
     Raises:
-        UserError: the architecture cannot do that.
+        UserError: the architecture does not support it.
     """
     settings = {"use_reentrant": False}
     try:
@@ -42,6 +42,6 @@ def checkpoint_activations(model: MTPModel) -> None:
 
 
 def compile_layers(model: MTPModel) -> None:
-    """Compile the forward of every decoder layer; its hooks, which shard and record, stay outside."""
+    """Compile the forward of every decoder layer; hooks, which shard and record, stay outside."""
     for layer in all_layers(model):
         layer.forward = torch.compile(layer.forward)

@@ -1,4 +1,4 @@
-"""What learns: everything, the extra heads alone, or these and low-rank adapters of the trunk."""
+"""Which parameters learn: all, those of the extra heads, or those of the heads and of low-rank adapters (LoRA)."""
 
 from typing import Any
 
@@ -6,28 +6,42 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from weighted_mtp.schemas.configs import LoRAConfig
+from weighted_mtp.schemas.configs import LoRAConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 
 ADAPTER = "default"
 
 
+def select_trainable(trunk: Any, config: TrainConfig) -> None:
+    """Freeze the parameters of a trunk that do not learn under `config`, and add adapters if it has them.
+
+    Raises:
+        UserError: adapters cannot be added.
+    """
+    if config.trainable == "heads":
+        freeze_trunk(trunk)
+    elif config.trainable == "lora":
+        add_adapters(trunk, config.lora)
+    if config.heads.dmtd.cycle > 1 and not config.from_scratch:
+        freeze_embeddings(trunk)
+
+
 def freeze_trunk(trunk: nn.Module) -> None:
-    """Let the trunk stay as it is; heads learn alone, as in the first stage of L-MTP (arXiv 2505.17505) and Medusa."""
+    """Freeze the trunk, so that only heads learn, as in the first stage of L-MTP (arXiv 2505.17505) and Medusa."""
     trunk.requires_grad_(False)
 
 
 def freeze_embeddings(trunk: Any) -> None:
-    """Let embeddings and unembedding stay as they are, as in direct multi-token decoding (arXiv 2510.11958)."""
+    """Freeze embeddings and unembedding, as in direct multi-token decoding (arXiv 2510.11958)."""
     for module in (trunk.get_input_embeddings(), trunk.get_output_embeddings()):
         module.requires_grad_(False)
 
 
 def add_adapters(trunk: Any, config: LoRAConfig) -> None:
-    """Freeze the trunk and put low-rank adapters into it, in place (LoRA, arXiv 2106.09685).
+    """Freeze the trunk and add low-rank adapters in place (LoRA, arXiv 2106.09685).
 
     Raises:
-        UserError: it has no modules of these names, or some that cannot have an adapter.
+        UserError: it has no modules of these names, or some that do not support adapters.
     """
     targets = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
     settings = LoraConfig(
@@ -52,17 +66,17 @@ def add_adapters(trunk: Any, config: LoRAConfig) -> None:
 
 
 def merge_adapters(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the trunk as it was before `add_adapters`, with `scale * B @ A` added to each matrix.
+    """Merge adapters: a state dict with the names from before `add_adapters` and `scale * B @ A` added to each matrix.
 
     Args:
-        trunk: the module with adapters, which is not changed.
+        trunk: the module with adapters; it is not changed.
         state: its whole state dict.
     """
     merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
     layers: dict[str, Any] = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
-        low, high = (state[f"{name}.lora_{part}.{ADAPTER}.weight"] for part in ("A", "B"))
-        delta = (high.float() @ low.float()) * layer.scaling[ADAPTER]
+        a, b = (state[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in ("A", "B"))
+        delta = (b.float() @ a.float()) * layer.scaling[ADAPTER]
         matrix = merged[f"{name}.weight"]
         delta = delta.T if layer.fan_in_fan_out else delta
         merged[f"{name}.weight"] = (matrix.float() + delta).to(matrix.dtype)

@@ -1,4 +1,4 @@
-"""Whether settings, model, shard sets and devices fit together, before anything is computed."""
+"""Checks that settings, model, shard sets and devices are compatible, before anything is computed."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from weighted_mtp.training.model.mtp_model import MTPModel
 
 
 def check_settings(config: TrainConfig, sequence_length: int, processes: int) -> None:
-    """Refuse settings that do not fit the number of processes, the rows, or what is installed.
+    """Check settings against the number of processes, the row length and the installed packages.
 
     Raises:
-        UserError: a batch that cannot be split, an offset beyond the end of a row, or a tracker that is missing.
+        UserError: a batch cannot be split, an offset reaches beyond a row, or a tracker is not installed.
     """
     if config.batch_size % processes:
         raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
@@ -32,7 +32,7 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
 
 
 def check_tokenizer(model: str, shards: ShardSet) -> None:
-    """Refuse a model that comes with another tokenizer than the corpus. A directory without one is not refused.
+    """Check that model and corpus have the same tokenizer. A model directory without a tokenizer passes.
 
     Raises:
         UserError: the fingerprints differ, or the tokenizer cannot be loaded.
@@ -63,7 +63,7 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
 
 
 def run_record(place: Location) -> dict[str, Any] | None:
-    """What a training run says of itself; None for a model that is not one.
+    """The record (`run.json`) of a training run; None for any other model.
 
     Raises:
         UserError: the run is not finished.
@@ -77,13 +77,17 @@ def run_record(place: Location) -> dict[str, Any] | None:
 
 
 def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
-    """Raise UserError unless two shard sets have the same tokenizer."""
+    """Check that two shard sets have the same tokenizer.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
     if shards.manifest.tokenizer.fingerprint != other.manifest.tokenizer.fingerprint:
         raise UserError(f"{other.path}: has another tokenizer than {shards.path}; prepare both with the same one")
 
 
 def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:
-    """Refuse a model that has fewer embeddings than the corpus has ids, or fewer positions than a document may take.
+    """Check that a model has enough embeddings for the token ids and enough positions for the sequences.
 
     Raises:
         UserError: the model is too small for the shard set.

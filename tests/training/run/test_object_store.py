@@ -19,7 +19,7 @@ from weighted_mtp.schemas.storage import locks
 from weighted_mtp.schemas.storage.files import copy_files, write_text
 from weighted_mtp.schemas.storage.locations import Location, walk
 from weighted_mtp.training.run import directory as run_module
-from weighted_mtp.training.run.mirror import COMPLETE
+from weighted_mtp.training.run.object_store import COMPLETE
 from weighted_mtp.training.run.train import train
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -123,13 +123,13 @@ def test_a_stopped_run_goes_on_on_another_machine(
 DIE = """
 import os, signal
 from weighted_mtp.schemas.configs import TrainConfig
-from weighted_mtp.training.run.mirror import Mirror
+from weighted_mtp.training.run.object_store import ObjectStoreCopy
 from weighted_mtp.training.run.train import train
-complete = Mirror.complete_checkpoint
+complete = ObjectStoreCopy.complete_checkpoint
 def die(self, name, keep):
     if name == "step-00000004": os.kill(os.getpid(), signal.SIGKILL)
     complete(self, name, keep)
-Mirror.complete_checkpoint = die
+ObjectStoreCopy.complete_checkpoint = die
 train(TrainConfig.model_validate_json(config))
 """
 

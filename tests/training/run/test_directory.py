@@ -1,0 +1,48 @@
+"""The directory of a run: what it may hold, and what may change when a run is resumed."""
+
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.training.run.train import train
+
+
+def test_other_settings_are_refused_by_name(config: Callable[..., TrainConfig]) -> None:
+    train(config("run"))
+    with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate, weights.lam\)"):
+        train(config("run", optimizer={"learning_rate": 1e-3}, weights={"preset": "dense", "lam": 0.5}))
+
+
+def test_foreign_directory_is_left_alone(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    run.output.mkdir()
+    (run.output / "thesis.tex").write_text("\\section{}")
+    with pytest.raises(UserError, match="already holds something else"):
+        train(run)
+    assert [path.name for path in run.output.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_continues_only_with_the_same_sets(
+    config: Callable[..., TrainConfig], add_column: Callable[..., ShardSet]
+) -> None:
+    first = ShardSet.open(config("run").input[0])
+    second, third = add_column(first, "second"), add_column(first, "third", column="loss_c")
+    run = config("run", input=(first.path, second.path), max_steps=4)
+    train(run)
+    written = yaml.safe_load((run.output / "config.yaml").read_text())
+    assert written["input"] == [str(first.path), str(second.path)]
+    assert train(TrainConfig.model_validate(written))["already_complete"]
+    for sets in [(first, third), (first, second, third), (first,), (second, first)]:
+        with pytest.raises(UserError, match=r"other settings \(inputs.input\)"):
+            train(config("run", input=tuple(shards.path for shards in sets), max_steps=4))
+
+
+def test_live_weights_fix_the_passes_that_they_are_ranked_in(config: Callable[..., TrainConfig]) -> None:
+    live = {"preset": "rho1", "column": "long_short"}
+    train(config("run", weights=live))
+    with pytest.raises(UserError, match=r"other settings \(passes.micro_batch_size\)"):
+        train(config("run", weights=live, micro_batch_size=4))

@@ -1,0 +1,147 @@
+"""Losses of hidden states against an unembedding, one chunk of logits at a time.
+
+The gradient of each chunk of logits is computed right after its losses. That takes three matrix products instead of the
+four needed when the backward pass recomputes the logits, and four passes over the chunk.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weighted_mtp.training.loss.objectives import CrossEntropy, Objective
+
+CHUNK_ROWS = 1024
+
+
+class RowLosses(NamedTuple):
+    """Losses of R rows, without gradients.
+
+    Attributes:
+        objective_losses: (R,) the values that the objective minimises, nats.
+        token_losses: (R,) the losses to log and to rank, nats; negative log-likelihoods where targets are tokens.
+        correct: (R,) bool, whether the target is the most likely token.
+    """
+
+    objective_losses: Tensor
+    token_losses: Tensor
+    correct: Tensor
+
+
+class ChunkedLoss:
+    """Losses against one unembedding, whose gradients accumulate here over all heads of a batch.
+
+    Attributes:
+        grad_unembedding: (V, D) in `loss_dtype`, or None.
+        grad_bias: (V,) in `loss_dtype`, or None.
+        loss_dtype: dtype of logits in the softmax, losses and accumulated gradients: float32, or float64 for float64
+            hidden states.
+        matmul_dtype: dtype of matrix products: that of autocast or of the hidden states, on a CPU `loss_dtype`.
+    """
+
+    def __init__(
+        self,
+        unembedding: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        needs_unembedding_grad: bool,
+        needs_bias_grad: bool,
+        softcap: float | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+        objective: Objective | None = None,
+    ) -> None:
+        """Allocate the gradients that are needed.
+
+        Args:
+            unembedding: (V, D).
+            bias: (V,) or None.
+            dtype: dtype of the hidden states.
+            needs_unembedding_grad: whether to compute `grad_unembedding`.
+            needs_bias_grad: whether to compute `grad_bias`.
+            softcap: bound of the logits, or None.
+            chunk_rows: rows whose logits are in memory at once.
+            objective: the loss of a row; the negative log-likelihood by default.
+        """
+        self.objective = objective or CrossEntropy()
+        self.device = unembedding.device.type
+        self.loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else dtype
+        self.matmul_dtype = self.loss_dtype if self.device == "cpu" else autocast
+        self.unembedding = unembedding.detach().to(self.matmul_dtype)
+        self.bias = bias
+        self.softcap = softcap
+        self.chunk_rows = chunk_rows
+        self.grad_unembedding: Tensor | None = None
+        if needs_unembedding_grad:
+            self.grad_unembedding = torch.zeros_like(unembedding, dtype=self.loss_dtype)
+        self.grad_bias: Tensor | None = None
+        if bias is not None and needs_bias_grad:
+            self.grad_bias = torch.zeros_like(bias, dtype=self.loss_dtype)
+
+    def token_losses(self, hidden_states: Tensor, targets: Tensor) -> RowLosses:
+        """Negative log-likelihoods of targets (R,) for hidden states (R, D), regardless of the objective."""
+        return self._run(hidden_states, targets, CrossEntropy(), None, None)
+
+    def losses_and_gradients(
+        self, hidden_states: Tensor, targets: Tensor, weights: Tensor
+    ) -> tuple[RowLosses, Tensor | None]:
+        """Losses, and the gradient (R, D) of the sum of objective losses times `weights`; None if it is not needed.
+
+        Gradients of unembedding and bias are added to the attributes.
+        """
+        grad_hidden = torch.empty_like(hidden_states) if hidden_states.requires_grad else None
+        if grad_hidden is None and self.grad_unembedding is None and self.grad_bias is None:
+            return self._run(hidden_states, targets, self.objective, None, None), None
+        losses = self._run(hidden_states, targets, self.objective, weights.to(self.loss_dtype), grad_hidden)
+        return losses, grad_hidden
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor,
+        objective: Objective,
+        weights: Tensor | None,
+        grad_hidden: Tensor | None,
+    ) -> RowLosses:
+        """Losses of all rows, with gradients unless `weights` is None; fills `grad_hidden` in place."""
+        objective_losses, token_losses = torch.empty(2, len(targets), dtype=self.loss_dtype, device=targets.device)
+        correct = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            # One buffer for all chunks: otherwise the next chunk is allocated while the last is still in memory.
+            buffer = self.unembedding.new_empty(min(len(targets), self.chunk_rows), len(self.unembedding))
+            for start in range(0, len(targets), self.chunk_rows):
+                rows = slice(start, start + self.chunk_rows)
+                states = hidden_states[rows].to(self.matmul_dtype)  # (C, D)
+                logits = torch.mm(states, self.unembedding.T, out=buffer[: len(states)]).to(self.loss_dtype)  # (C, V)
+                if self.bias is not None:
+                    logits += self.bias
+                softcap_slope = None
+                if self.softcap is not None:
+                    logits.div_(self.softcap).tanh_()
+                    softcap_slope = 1 - logits.square() if weights is not None else None
+                    logits.mul_(self.softcap)
+                chunk = objective(logits, targets[rows])
+                objective_losses[rows], token_losses[rows], correct[rows] = chunk[:3]
+                if weights is None:
+                    continue
+                grad_logits = chunk.gradient(weights[rows])  # (C, V), in the memory of the logits
+                if softcap_slope is not None:
+                    grad_logits *= softcap_slope
+                grad_states = self._add_gradients(grad_logits, states, needs_states=grad_hidden is not None)
+                if grad_hidden is not None and grad_states is not None:
+                    grad_hidden[rows] = grad_states
+        return RowLosses(objective_losses, token_losses, correct)
+
+    def _add_gradients(self, grad_logits: Tensor, states: Tensor, *, needs_states: bool) -> Tensor | None:
+        """Add a chunk's gradients of unembedding and bias; return that of its hidden states (C, D), if needed."""
+        if self.grad_bias is not None:
+            self.grad_bias += grad_logits.sum(0)
+        grad_logits = grad_logits.to(self.matmul_dtype)
+        grad_states = grad_logits @ self.unembedding if needs_states else None
+        if self.grad_unembedding is not None:
+            if self.matmul_dtype == self.loss_dtype:
+                self.grad_unembedding.addmm_(grad_logits.T, states)
+            else:
+                self.grad_unembedding += grad_logits.T @ states
+        return grad_states

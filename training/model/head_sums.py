@@ -1,0 +1,52 @@
+"""Sums over target tokens, from which metrics and evaluation follow."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class HeadSums(NamedTuple):
+    """Sums over the targets with weight, for each of the P entries of `HeadsConfig.predictions`.
+
+    All are (P,) of one floating dtype, without gradients. Some functions take them with further leading dimensions.
+
+    Attributes:
+        weighted_loss: objective losses times weights.
+        plain_loss: token losses, nats.
+        selected: number of targets.
+        correct: number of targets that are the most likely token.
+        weight: absolute weights.
+        squared_weight: squared weights.
+    """
+
+    weighted_loss: Tensor
+    plain_loss: Tensor
+    selected: Tensor
+    correct: Tensor
+    weight: Tensor
+    squared_weight: Tensor
+
+    @classmethod
+    def zeros(cls, predictions: int, device: torch.device, dtype: torch.dtype = torch.float32) -> "HeadSums":
+        """Sums over nothing."""
+        return cls(*(torch.zeros(predictions, device=device, dtype=dtype) for _ in cls._fields))
+
+    @classmethod
+    def of_rows(cls, objective_losses: Tensor, token_losses: Tensor, correct: Tensor, weights: Tensor) -> "HeadSums":
+        """Scalar sums over the rows (R,) of one prediction; rows of weight 0 do not count."""
+        selected = weights != 0
+        return cls(
+            weighted_loss=weights @ objective_losses,
+            plain_loss=torch.where(selected, token_losses, 0).sum(),
+            selected=selected.sum().to(weights.dtype),
+            correct=(correct & selected).sum().to(weights.dtype),
+            weight=weights.abs().sum(),
+            squared_weight=weights @ weights,
+        )
+
+    @classmethod
+    def stack(cls, sums: "Sequence[HeadSums]") -> "HeadSums":
+        """Stack every field along a new first dimension."""
+        return cls(*map(torch.stack, zip(*sums, strict=True)))

@@ -1,0 +1,77 @@
+"""The inputs of a training run: its shard sets, opened and checked, and its settings, resolved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
+from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import sha256_file
+from weighted_mtp.schemas.storage.locations import local_name, locate
+from weighted_mtp.training.data.mixing import mix_identity, open_mix
+from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, saved_heads
+from weighted_mtp.training.run.compatibility import check_same_tokenizer, check_settings, check_tokenizer
+from weighted_mtp.training.weighting.stored import check_formula
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Settings and shard sets of a run.
+
+    Attributes:
+        config: the settings, with `sequence_length` resolved.
+        sequence_length: tokens per packed row.
+        shards: the sets of --input.
+        mixed: the sets of --mix.
+        held_out: the sets of --eval_input, or None.
+    """
+
+    config: TrainConfig
+    sequence_length: int
+    shards: ZippedSets
+    mixed: list[ZippedSets]
+    held_out: ZippedSets | None
+
+    def identity(self) -> dict[str, str]:
+        """Digests of all that training reads, to compare when a run is resumed."""
+        return {
+            "input": self.shards.digest,
+            "tokenizer": self.shards.first.manifest.tokenizer.fingerprint,
+            "model": model_identity(self.config),
+            **mix_identity(self.config, self.mixed),
+        }
+
+
+def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
+    """Open the shard sets, check them against each other and the settings, and resolve the settings.
+
+    Raises:
+        UserError: something cannot be opened, or does not fit together.
+    """
+    shards = ZippedSets.open(config.input)
+    held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
+    mixed = open_mix(config)
+    check_tokenizer(config.model, shards.first)
+    for data in filter(None, (*mixed, held_out)):
+        check_same_tokenizer(shards.first, data.first)
+    for data in (shards, *mixed):
+        check_formula(config.weights.node, data)
+    longest = max(data.first.manifest.corpus.max_length for data in (shards, *mixed))
+    sequence_length = config.sequence_length or longest
+    config = config.model_copy(update={"sequence_length": sequence_length})
+    check_settings(config, sequence_length, processes)
+    return RunInputs(config, sequence_length, shards, mixed, held_out)
+
+
+def model_identity(config: TrainConfig) -> str:
+    """Identity of --model, to compare when a run is resumed: a fingerprint of a directory, else the hub id."""
+    if saved_heads(config.model) is not None:
+        run = locate(config.model)
+        trunk = config.model_copy(update={"model": str(run / "model")})
+        return f"{model_identity(trunk)},{sha256_file(run / 'heads' / HEADS_WEIGHTS)}"
+    directory = Path(local_name(config.model))
+    if not directory.is_dir():
+        return config.model
+    if config.from_scratch and (directory / "config.json").exists():
+        return sha256_file(directory / "config.json")
+    return model_fingerprint(directory, locate(config.model))
