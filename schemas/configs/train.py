@@ -77,7 +77,7 @@ class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
     HELP_GROUPS: ClassVar = {
-        "what learns": ("model", "from_scratch", "trainable", "attention", "dtype"),
+        "model and trainable parameters": ("model", "from_scratch", "trainable", "attention", "dtype"),
         "steps": ("batch_size", "sequence_length", "max_steps", "epochs", "normalization", "seed", "max_bad_steps"),
         "speed and memory": ("micro_batch_size", "loader_workers", "activation_checkpointing", "compile"),
         "several devices (see also accelerate launch)": ("fsdp", "ray_workers", "ray_address"),

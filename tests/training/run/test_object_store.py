@@ -192,7 +192,7 @@ def test_a_store_that_holds_something_else_is_left_alone(
 
 
 @pytest.mark.slow
-def test_two_ranks_share_one_mirror(
+def test_two_ranks_share_one_local_copy(
     config: Callable[..., TrainConfig], launch: Callable[..., None], s3: UPath, tmp_path: Path
 ) -> None:
     """Two gloo processes of one machine, stopped and continued with another cache."""
