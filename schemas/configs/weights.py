@@ -22,16 +22,16 @@ class WeightsConfig(Config):
     preset: PresetName = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")
     formula: str | None = Field(
         None,
-        description="scheme in the weight language instead of a preset, as 'normalise(top(excess_loss, 0.6))'; "
+        description="formula in the weight language instead of a preset, such as 'normalise(top(excess_loss, 0.6))'; "
         "docs/weights.md describes it",
     )
     column: str | None = Field(
         None, description="score of the preset: a column, or a formula of columns; each preset has its default"
     )
     live: bool = Field(
-        False, description="contrast loss_short (or --weights.column) with what the model in training loses"
+        False, description="contrast loss_short (or --weights.column) with the loss of the model in training"
     )
-    fraction: PositiveFraction | None = Field(None, description="share of the tokens that is kept; default 0.6")
+    fraction: PositiveFraction | None = Field(None, description="share of tokens to keep; default 0.6")
     lam: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="dense: share of plain cross-entropy; default 0.75"
     )
@@ -40,17 +40,18 @@ class WeightsConfig(Config):
         None, description="soft-threshold: score at which the weight reaches its maximum; default 1"
     )
     s: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="ppmi, npmi: ratio of probabilities from which on a token counts; default 1"
+        None, description="ppmi, npmi: ratio of probabilities above which a token has weight; default 1"
     )
     silent: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="dense, sparse, ppmi, npmi: weight in sequences without any signal; default 0"
+        None, description="dense, sparse, ppmi, npmi: weight in sequences without signal; default 0"
     )
     group: str | None = Field(None, description="advantage: column of labels within which rewards are compared")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the steps in which weights move from 1 to their own"
+        0.0, description="share of the steps over which weights move from 1 to those of the scheme"
     )
     control: Literal["none", "shuffled", "random"] = Field(
-        "none", description="control experiment: the weights shuffled in each sequence, or LogNormal of equal moments"
+        "none",
+        description="control experiment: weights shuffled within each sequence, or LogNormal of the same moments",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The functions of the weight language: `FUNCTIONS` has one record for each, and for each operator."""
+"""The functions of the weight language: `FUNCTIONS` has a record for each function and operator."""
 
 import math
 from collections.abc import Callable
@@ -53,15 +53,15 @@ def _clip_bounds(x: Bounds, low: float, high: float) -> Bounds:
     return min(max(x[0], low), high), min(max(x[1], low), high)
 
 
-def _top_over_corpus(seen: Distribution, fraction: float, of_magnitudes: float) -> Elementwise:
-    threshold = seen.threshold(fraction)
+def _top_over_corpus(distribution: Distribution, fraction: float, of_magnitudes: float) -> Elementwise:
+    threshold = distribution.threshold(fraction)
     if of_magnitudes and threshold == 0 and fraction < 1:
         return lambda x: as_floats(x > threshold)
     return lambda x: as_floats(x >= threshold)
 
 
-def _rank_over_corpus(seen: Distribution) -> Elementwise:
-    values, shares = seen.values.astype(np.float32), seen.ranks.astype(np.float32)
+def _rank_over_corpus(distribution: Distribution) -> Elementwise:
+    values, shares = distribution.values.astype(np.float32), distribution.ranks.astype(np.float32)
     return lambda x: shares[np.searchsorted(values, x).clip(max=len(shares) - 1)]
 
 
@@ -72,8 +72,8 @@ def _standardise(library: ModuleType, segments: Segments, x: Any) -> Any:
     return x * segments.broadcast(_inverse(library, deviations))
 
 
-def _standardise_over_corpus(seen: Distribution) -> Elementwise:
-    mean, inverse = seen.mean, 1 / seen.deviation if seen.deviation else 0.0
+def _standardise_over_corpus(distribution: Distribution) -> Elementwise:
+    mean, inverse = distribution.mean, 1 / distribution.deviation if distribution.deviation else 0.0
     return lambda x: (x - mean) * inverse
 
 
@@ -83,10 +83,10 @@ def _normalise(library: ModuleType, segments: Segments, x: Any, silent: float) -
     return x + segments.broadcast(library.where(sums == 0, silent, 0.0)) if silent else x
 
 
-def _normalise_over_corpus(seen: Distribution, silent: float) -> Elementwise:
-    if seen.mean == 0:
+def _normalise_over_corpus(distribution: Distribution, silent: float) -> Elementwise:
+    if distribution.mean == 0:
         raise FormulaError("is never positive, so --weights are 0 for every token")
-    inverse = 1 / seen.mean
+    inverse = 1 / distribution.mean
     return lambda x: x * inverse
 
 
@@ -100,9 +100,9 @@ def _softmax(library: ModuleType, segments: Segments, x: Any) -> Any:
     return _normalise(library, segments, library.exp(x - segments.broadcast(segments.maxima(x))), silent=0.0)
 
 
-def _softmax_over_corpus(seen: Distribution) -> Elementwise:
-    largest = float(seen.values[-1])
-    inverse = 1 / Distribution(np.exp(seen.values - largest), seen.counts).mean
+def _softmax_over_corpus(distribution: Distribution) -> Elementwise:
+    largest = float(distribution.values[-1])
+    inverse = 1 / Distribution(np.exp(distribution.values - largest), distribution.counts).mean
     return lambda x: _exp(np, x - largest) * inverse
 
 

@@ -56,7 +56,7 @@ def parse(text: str) -> Node:
         reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
         raise FormulaError(f"'{_shortened(text)}': cannot be read ({reason})") from None
     if depth(node) > MAX_DEPTH:
-        raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} operations inside each other")
+        raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} nested operations")
     for inner in walk(node):
         if is_signed(inner) and inner is not node:
             raise FormulaError(f"'{_shortened(text)}': signed() goes around the whole formula")
@@ -95,7 +95,7 @@ def _read(tree: ast.AST) -> Node:
             return operate(SYMBOLS[type(op)], _read(left), _read(right))
         case ast.Call(func=ast.Name(id=name)):
             return _read_call(name, tree)
-    raise FormulaError(f"'{ast.unparse(tree)}' is not of the language; it has + - * /, comparisons and functions")
+    raise FormulaError(f"'{ast.unparse(tree)}' is not part of the language: + - * /, comparisons and functions")
 
 
 def _read_call(name: str, tree: ast.Call) -> Node:
@@ -150,11 +150,11 @@ def _check_scope(name: str, function: Function, x: Node, by: str) -> None:
     if not any(isinstance(inner, ColumnRef) for inner in walk(x)):
         raise FormulaError(f"{name}() of a number")
     if waits_for_batch(x) and by not in ("batch", "sequence"):
-        raise FormulaError(f"{name}(by={by}) of what is known for the batch at hand only; use by=batch or sequence")
+        raise FormulaError(f"{name}(by={by}) of values known only for the current batch; use by=batch or sequence")
     if by in SCOPES:
         return
     if not function.by_label:
         by_label = " or ".join(f"{key}()" for key, other in FUNCTIONS.items() if other.by_label)
-        raise FormulaError(f"{name}(by={by}): is one of {', '.join(SCOPES)}; only {by_label} goes by labels")
+        raise FormulaError(f"{name}(by={by}): is one of {', '.join(SCOPES)}; only {by_label} takes a label column")
     if any(isinstance(inner, Call) and inner.by for inner in walk(x)):
-        raise FormulaError(f"{name}(by={by}) of what is compared with other tokens already")
+        raise FormulaError(f"{name}(by={by}) of values that already compare tokens")

@@ -113,7 +113,7 @@ def test_columns_of_several_sets_and_of_the_corpus(
     assert "-‹" in text
 
 
-def test_a_column_stands_for_the_live_loss(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_column_replaces_the_live_loss(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
     """Batches are row groups, of 8 targets with a score and of 9: the top third is 3, and those tied with them."""
     settings = {"live_column": "loss_reference", "weights": {"formula": "top(live, 0.33)"}}
     text = report(capsys, scored, **settings)

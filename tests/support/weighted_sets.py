@@ -20,7 +20,7 @@ MakeSet = Callable[..., ShardSet]
 def scored(
     make_shard_set: MakeSet, name: str = "set", starts: list[int] | None = None, **columns: object
 ) -> ZippedSets:
-    """A set with these columns: lists of lists are scores, flat lists belong to sequences."""
+    """A set with these columns: lists of lists are token scores, flat lists are sequence values."""
     scores = {key: rows for key, rows in columns.items() if isinstance(rows[0], list)}
     carried = {key: values for key, values in columns.items() if key not in scores}
     lengths = map(len, next(iter(scores.values()))) if scores else [3] * len(next(iter(carried.values())))

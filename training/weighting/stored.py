@@ -32,7 +32,7 @@ from weighted_mtp.training.weighting.corpus import CorpusResolver
 from weighted_mtp.training.weighting.expressions import FLOAT16_VALUES, Expression, TableLookup, evaluate
 from weighted_mtp.training.weighting.tables import scored_tokens
 
-TOO_LARGE = "--weights.formula: a weight is too large to be a number; put clip() around what grows"
+TOO_LARGE = "--weights.formula: a weight is too large to be a number; limit it with clip()"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _check_columns(node: Node, shards: ZippedSets) -> None:
         where = shards.holder(name).path
         kind = shards.kind(name)
         if kind == "label":
-            raise UserError(f"{where}: '{name}' holds labels, of which no weight can be made; use them with by={name}")
+            raise UserError(f"{where}: '{name}' holds labels, which have no numeric value; use them with by={name}")
         if kind == "score":
             values = shards.value_counts(name).distinct()[0]
             if not len(values):
@@ -158,7 +158,7 @@ def _check_labels(node: Node, shards: ZippedSets) -> None:
         for name, kind in wanted:
             if shards.kind(name) != kind:
                 raise UserError(
-                    f"{shards.holder(name).path}: '{name}' is no column of {kind}s of documents, which "
+                    f"{shards.holder(name).path}: '{name}' is not a column of document {kind}s, which "
                     f"standardise(by={label}) needs; prepare the corpus with --{kind}_fields"
                 )
 
@@ -192,5 +192,5 @@ def _check_sign(node: Node, shards: ZippedSets) -> None:
     if low < 0 and not is_signed(node):
         raise UserError(
             "--weights.formula: weights may be negative, which would teach the model not to predict these tokens; put "
-            "relu() or abs() around the formula, or signed() where that is meant"
+            "relu() or abs() around the formula, or signed() if that is intended"
         )

@@ -1,4 +1,4 @@
-"""The numbers of the report on weights: by hand, and against plain loops."""
+"""Weight statistics, worked out by hand and against plain loops."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def gathered(manifest: Manifest, rows: list[list[float]], scored: list[list[bool
 
 
 def test_numbers_worked_out_by_hand(manifest: Manifest) -> None:
-    """Seven targets; the weights of first tokens, 9 here, count nowhere."""
+    """Seven targets; the weights of first tokens, 9 here, are not counted."""
     weights = [[9, 0, 2, 1, 0], [9], [9, 0, 0], [9, 3]]
     scored = [[0, 1, 1, 1, 1], [0], [0, 1, 0], [0, 1]]
     statistics = gathered(manifest, weights, scored)
@@ -82,7 +82,7 @@ def test_uniform_weights_are_all_effective(manifest: Manifest) -> None:
     assert statistics.histogram() == [("1", 7)]
 
 
-def test_weights_that_hardly_differ_are_one_line(manifest: Manifest) -> None:
+def test_nearly_equal_weights_share_one_line(manifest: Manifest) -> None:
     weights = [[1, 1.6, 1.61, 1.62, 0], [1], [1, 1.6, 1.605], [1, 1.615]]
     statistics = gathered(manifest, weights, [[1] * len(row) for row in SEQUENCES])
     assert statistics.histogram() == [("0", 1), ("1.6 to 1.62", 6)]
@@ -133,7 +133,7 @@ def test_all_totals_are_those_of_plain_loops(
 
 @pytest.fixture(scope="module")
 def manifest_of_twenty() -> Manifest:
-    """A manifest that says no more than what statistics need: ten ids, sequences of twenty tokens at most."""
+    """A minimal manifest for statistics: ten ids, sequences of at most twenty tokens."""
     shards = [{"name": "a", "rows": 1, "tokens": 20, "longest": 20, "row_groups": 1, "bytes": 1, "sha256": ""}]
     tokenizer = {"name": "t", "fingerprint": "", "files_sha256": "", "vocab_size": 10}
     corpus = {"input": "", "text_field": "", "max_length": 20, "adds_bos": False, "adds_eos": False}

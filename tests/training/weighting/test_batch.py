@@ -24,7 +24,7 @@ def live(share: float = 1.0, seed: int = 0, **settings: object) -> LiveWeighting
 
 
 def test_by_batch_over_the_rows_of_a_step() -> None:
-    """Top half of the 4 targets that have a score, in both rows together; first tokens and padding are none."""
+    """Top half of the 4 scored targets of both rows together; first tokens and padding are not targets."""
     values = [[[9], [1], [2], [NAN]], [[9], [3], [4], [0]]]
     rows = rows_of(values, [[0, 1, 2, 3], [0, 1, 2, 0]])
     weighting = BatchWeighting.make(WeightsConfig(formula="normalise(top(loss_a, 0.5, by=batch), by=batch)"))
@@ -36,7 +36,7 @@ def test_by_batch_over_the_rows_of_a_step() -> None:
     assert found.silent.tolist() == [1, 0]
 
 
-def test_by_batch_inside_of_a_live_formula_is_done_over_the_step_too() -> None:
+def test_by_batch_within_a_live_formula_compares_the_whole_step() -> None:
     config = WeightsConfig(formula="live * top(loss_a, 0.5, by=batch) * relu(long_short)")
     rows = rows_of([[[9, 9], [1, 5], [2, 6]], [[9, 9], [3, 7], [NAN, 8]]], [[0, 1, 2], [0, 1, 2]])
     found = BatchWeighting.make(config).weigh_rows(rows, 1.0, RNG).weights
@@ -94,7 +94,7 @@ def test_warm_up_and_controls_of_live_weights() -> None:
 
 
 def test_a_formula_of_live_losses_and_stored_columns() -> None:
-    """Two parts that the loader makes, and what only the step can: top half of live - a in each document, times b."""
+    """Two stored components, and a live stage: the top half of live - a in each document, times b."""
     config = WeightsConfig(formula="top(live - loss_a, 0.5, by=sequence) * sigmoid(long_short)")
     stages = StagedFormula.split(config.node)
     assert stages.stored == (ColumnRef("loss_a"), parse("sigmoid(long_short)"))
@@ -122,7 +122,7 @@ def test_the_plain_end_of_each_scheme_is_uniform(settings: dict) -> None:
 
 
 def test_thresholds_are_those_of_each_head() -> None:
-    """Losses of a far head are larger throughout; by a shared threshold it would take every place."""
+    """All losses of a far head are larger; with a shared threshold only its tokens would be kept."""
     scheme = live(preset="rho1", fraction=0.5).for_batch(POSITIONS)
     rows = torch.tensor([0, 1, 2, 3])
     stored = torch.tensor([[1.0], [2.0], [1.0], [2.0]])

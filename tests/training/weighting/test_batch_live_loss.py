@@ -37,7 +37,7 @@ def stored_scores() -> Tensor:
 
 
 def plain_live_loss(model: MTPModel, scores: Tensor, scheme: LiveWeighting) -> Tensor:
-    """Every loss from full logits, ranked for each head by itself, then the weighted sum."""
+    """Every loss from full logits, ranked for each head separately, then the weighted sum."""
     total = torch.zeros(())
     hidden = model.trunk.get_decoder()(input_ids=IDS, position_ids=POSITIONS, use_cache=False).last_hidden_state
     documents = (POSITIONS == 0).cumsum(1) + 100 * torch.arange(2)[:, None]

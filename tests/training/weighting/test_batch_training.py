@@ -1,4 +1,4 @@
-"""Training with weights that are known only when the batch is: the step is the one that the rows as a whole ask for."""
+"""Training with weights that need the whole batch: a step depends on its rows, not on their division."""
 
 import json
 import math
@@ -21,7 +21,7 @@ LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80]
 def run(
     tmp_path: Path, model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
 ) -> Callable[..., list[dict[str, float]]]:
-    """`run(name, **changes)` trains six steps and returns what is logged of each."""
+    """`run(name, **changes)` trains six steps and returns the metrics of each."""
     defaults: dict[str, Any] = {
         "input": scored_set(LENGTHS).path,
         "model": str(model_dir()),
@@ -51,7 +51,7 @@ def test_weights_by_batch_do_not_depend_on_micro_batches(run: Callable[..., list
 
 
 def test_warm_up_begins_with_plain_cross_entropy(run: Callable[..., list[dict[str, float]]]) -> None:
-    """At first all targets have weight 1; halfway to the end only those that the scheme keeps, live or not."""
+    """At first all targets have weight 1; in the second half only those that the scheme keeps, live or stored."""
     plain = run("plain")
     for name in ("rho1-static", "rho1"):
         column = {"column": "long_short"} if name == "rho1" else {}
@@ -87,7 +87,7 @@ def test_the_sum_of_live_weights_takes_their_factor_out(run: Callable[..., list[
 
 
 def test_negative_weights_push_tokens_away(run: Callable[..., list[dict[str, float]]]) -> None:
-    """With weight -1 for all the loss is negative, and the model gets worse at what it is shown."""
+    """With weight -1 for all targets the loss is negative, and the model gets worse on the training data."""
     steps = run("signed", weights={"formula": "signed(0 - 1)"}, normalization="weight_sum")
     assert steps[0]["loss"] < 0
     assert steps[-1]["plain_loss_1"] > steps[0]["plain_loss_1"]

@@ -29,7 +29,7 @@ def test_ties_at_the_corpus_threshold_are_kept(make_shard_set: MakeSet) -> None:
 def test_corpus_wide_schemes_against_sorting_the_corpus(
     make_shard_set: MakeSet, lengths: list[int], fraction: float, seed: int
 ) -> None:
-    """Stored and derived contrasts alike: of the derived one no statistics exist, so the corpus is read."""
+    """Stored and derived contrasts agree. A derived one has no value counts, so the corpus is read."""
     rng = np.random.default_rng(seed)
     base, reference = ([[NAN, *(rng.integers(0, 9, n - 1) / 4)] for n in lengths] for _ in range(2))
     excess = [np.subtract(b, r).tolist() for b, r in zip(base, reference, strict=True)]
@@ -88,7 +88,7 @@ def test_advantages_are_those_within_the_group(make_shard_set: MakeSet) -> None:
 
 
 def test_a_document_in_several_sequences_counts_once_in_its_group(make_shard_set: MakeSet) -> None:
-    """The second sequence goes on with the first one's document: rewards 1 and 3, not 1, 1 and 3."""
+    """The second sequence continues the document of the first: rewards 1 and 3, not 1, 1 and 3."""
     shards = scored(make_shard_set, starts=[0, 3, 0], reward=[1.0, 1.0, 3.0], prompt=["a", "a", "a"])
     found = weights_of(shards, preset="advantage", group="prompt")
     assert [row[1] for row in found] == pytest.approx([-1, -1, 1])

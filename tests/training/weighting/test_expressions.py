@@ -9,7 +9,7 @@ from weighted_sets import NAN, MakeSet, assert_weights, scored, weights_of
 def test_composed_formulas_by_hand(make_shard_set: MakeSet) -> None:
     shards = scored(make_shard_set, loss_a=[[NAN, 1, 2, 4]], loss_b=[[NAN, 2, 0, 1]], s=[[NAN, -1, 0, 1]])
     cases = {
-        "loss_a / loss_b": [0, 0.5, 0, 4],  # a quotient by nothing is no signal
+        "loss_a / loss_b": [0, 0.5, 0, 4],  # division by 0 gives 0
         "loss_a * loss_b": [0, 2, 0, 4],
         "0.25 * loss_a + 0.75 * loss_b": [0, 1.75, 0.5, 1.75],
         "s > 0": [0, 0, 0, 1],
@@ -32,7 +32,7 @@ def test_composed_formulas_by_hand(make_shard_set: MakeSet) -> None:
 
 
 def test_zeros_are_never_among_the_top_of_magnitudes(make_shard_set: MakeSet) -> None:
-    """Where the short context is the whole, long_short is 0: ties at a threshold of 0 would keep every token."""
+    """long_short is 0 where the short context is the whole context: ties at threshold 0 would keep every token."""
     scores = [[NAN, 0, 0, 0, 0, 0, 1, 2, -3, 4, 5], [NAN, 0, 0, 0, 1]]
     shards = scored(make_shard_set, long_short=scores)
     expected = [[0] * 6 + [2] * 5, [0, 0, 0, 0, 4]]
@@ -40,4 +40,4 @@ def test_zeros_are_never_among_the_top_of_magnitudes(make_shard_set: MakeSet) ->
     positive = [[0] * 6 + [1, 1, 0, 1, 1], [0, 0, 0, 0, 1]]
     assert_weights(weights_of(shards, formula="top(relu(long_short), 0.6)"), positive)
     signed = [[float(s >= 0) if s == s else 0 for s in row] for row in scores]
-    assert_weights(weights_of(shards, formula="top(long_short, 0.6)"), signed)  # here 0 is a score like others
+    assert_weights(weights_of(shards, formula="top(long_short, 0.6)"), signed)  # here 0 is a score like any other

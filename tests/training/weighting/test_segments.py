@@ -85,7 +85,7 @@ def test_how_many_are_kept_is_not_left_to_rounding(compute: Callable[..., np.nda
 
 
 def test_empty_segments() -> None:
-    """Of a sequence without any score nothing is left."""
+    """A sequence without any score is an empty segment."""
     segments = ArraySegments(np.array([0, 2, 0, 1, 0]))
     values = np.array([1, 2, -3], np.float32)
     assert segments.sums(values).tolist() == [0, 3, 0, -3, 0]
@@ -97,8 +97,8 @@ def test_empty_segments() -> None:
     assert nothing.top(values[:0], 0.5, 0.0).tolist() == []
 
 
-def test_what_float16_cannot_tell_apart_is_a_tie() -> None:
-    """As if the values were a score column; torch, which ranks current losses, keeps all digits."""
+def test_values_equal_in_float16_are_ties() -> None:
+    """Arrays are ranked like a float16 score column; torch ranks current losses in full precision."""
     values = np.array([1, 1 + 2**-13, 70_000, 80_000], np.float32)
     assert in_array("top", values, [4], 0.25, 1.0).tolist() == [False, False, True, True]
     assert in_array("top", values, [4], 0.75, 1.0).tolist() == [True, True, True, True]
