@@ -31,7 +31,7 @@ ENGINES = ["transformers", "vllm-pooler", "vllm-prompt_logprobs"]
 
 def engine_config(name: str, batch_tokens: int) -> EngineConfig:
     name, _, method = name.partition("-")
-    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=2)
+    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=1)
 
 
 def loop_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
