@@ -1,7 +1,9 @@
 BIN := .venv/bin
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+# Threads that spin while they wait slow down whatever shares their cores: up to ten times.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
 # Two processes with one thread each. All tests of a file run in one process, to create the fixtures of a module once.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-fast test-slow soak lint format bench clean
 
@@ -18,10 +20,10 @@ test-fast: .venv/.ready ## run the tests without Ray, vLLM, stores and whole tra
 	$(PARALLEL) -m "not integration and not slow"
 
 test-slow: .venv/.ready ## run the slow tests: up to 25 minutes
-	.ci/passed .venv/.passed-test-slow $(BIN)/pytest -m "slow and not soak"
+	.ci/passed .venv/.passed-test-slow env $(PYTEST) -m "slow and not soak"
 
 soak: .venv/.ready ## run the tests that take minutes each
-	$(BIN)/pytest -m soak
+	$(PYTEST) -m soak
 
 lint: .venv/.ready ## check style, types and layers
 	$(LINT)

@@ -7,7 +7,7 @@ from hypothesis import settings
 
 pytest_plugins = ["model_fixtures", "process_fixtures", "shard_set_fixtures", "store_fixtures"]
 
-LONG_FILES = ("test_end_to_end.py", "test_run.py", "test_driver.py", "test_distributed.py")
+LONG_FILES = {"test_end_to_end.py", "test_run.py", "test_driver.py", "test_distributed.py", "test_train.py"}
 INTEGRATION_FIXTURES = {
     "_running_ray", "running_ray", "cluster", "scoring", "vllm_installed", "bucket", "start_process", "launch"
 }  # fmt: skip

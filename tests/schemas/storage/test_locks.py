@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import Pipe
@@ -58,7 +59,7 @@ class Holder:
         return self.connection.recv()
 
     def let_go(self) -> None:
-        if self.process.is_alive():
+        with suppress(BrokenPipeError):  # it has ended already
             self.connection.send("let go")
         self.process.join(60)
         assert self.process.exitcode == 0

@@ -18,7 +18,7 @@ ENGINES = ["transformers", "vllm-pooler", "vllm-prompt_logprobs"]
 
 def engine_config(name: str, batch_tokens: int) -> EngineConfig:
     name, _, method = name.partition("-")
-    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=2)
+    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=1)
 
 
 def losses_of(engine: Engine, sequences: list[np.ndarray], first_scored: list[int] | None = None) -> list[np.ndarray]:
