@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.pages import decode, printable
+from weighted_mtp.pipelines.reports.token_text import decode, printable
 
 LEGEND = (
     "‹no weight, or less than half of the mean of those that have one›  as usual  «at least twice the mean»  "

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from weighted_mtp.pipelines.reports.console import new_console
 from weighted_mtp.schemas.configs import TrainConfig
 
 
 def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Print what a training run did: `summary` is the content of its `summary.json`."""
+    """Print the outcome of a training run. `summary` is the content of its `summary.json`."""
     done = "already complete" if summary.get("already_complete") else "trained"
     table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
     table.add_row("steps", f"{summary['steps']:,}")
@@ -27,7 +27,7 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
         order = ", with token order" * config.heads.predicts_order
         table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1) + order, f"{loss:.4f}")
         table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
-    for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
+    for name, counter in (("steps skipped, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:
             table.add_row(name, f"{summary[counter]:,}")
     for part in config.heads.parts:
@@ -39,7 +39,7 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
     table.add_row("heads", str(config.output / "heads"))
     table.add_row("metrics", str(config.output / "metrics.jsonl"))
     table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
-    Console(markup=False).print(table)
+    new_console().print(table)
 
 
 def part_title(part: str) -> str:

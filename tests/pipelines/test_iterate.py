@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from weighted_mtp.pipelines.iterate import run
-from weighted_mtp.pipelines.list import catalogue, read
+from weighted_mtp.pipelines.reports.catalogue import catalogue, read_entry
 from weighted_mtp.schemas.configs import IterateConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
@@ -102,7 +102,7 @@ def test_what_a_round_trains_is_the_reference_of_the_next(
     summaries = [json.loads((of / "summary.json").read_text()) for of in runs]
     for name in ("selected_share", "eval_loss_1", "eval_loss_2"):
         assert [of[name] for of in rounds] == [of[name] for of in summaries]
-    lines = list(catalogue({shards.path: read(shards.path) for shards in (first, second)}))
+    lines = list(catalogue({shards.path: read_entry(shards.path) for shards in (first, second)}))
     assert sum(line.endswith(f"from {first.path}") for line in lines) == 1
     assert "excess_loss_2" in capsys.readouterr().out
 
