@@ -34,7 +34,7 @@ def run(config: IterateConfig) -> None:
         UserError: scoring or training fails, or this process is one of several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("wmtp iterate: starts its processes itself; run it alone, with --train.ray_workers for several")
+        raise UserError("this command starts its own processes; run it alone, with --train.ray_workers for several")
     console = new_console()
     source: Location = config.input
     reference = config.reference

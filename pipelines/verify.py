@@ -28,4 +28,4 @@ def run(config: VerifyConfig) -> None:
     if faults:
         raise UserError(f"{config.set}: {faults} of {checked} parts differ from the manifest; restore or rewrite them")
     size = f"{manifest.rows:,} sequences, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes"
-    console.print(f"{config.set}: all {checked} parts are what the manifest says ({size})")
+    console.print(f"{config.set}: all {checked} parts match the manifest ({size})")

@@ -23,7 +23,7 @@ OS_REMEDIES = {
     errno.EDQUOT: "free some space and rerun the same command",
     errno.EACCES: "change the permissions or choose another path",
     errno.EPERM: "change the permissions or choose another path",
-    errno.EROFS: "choose a path that can be written",
+    errno.EROFS: "choose a writable path",
     errno.ENOENT: "check the path",
     errno.EISDIR: "name a file instead of a directory",
     errno.ENOTDIR: "name a directory instead of a file",

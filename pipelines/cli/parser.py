@@ -49,6 +49,11 @@ EXAMPLES = """examples:
 
 Every command also reads its settings from --config run.yaml; flags override the file.
 """
+LIBRARY_HELP = {
+    "version": "show the version and exit",
+    "print_config": "print the settings as YAML and exit; '=skip_default' omits default values",
+}
+"""Help texts that replace those of jsonargparse."""
 DEBUG_HELP = "show tracebacks and library logs (or set WMTP_DEBUG=1)"
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 """Arguments that are values although they start with a dash. The pattern of argparse lacks exponents such as -1e-3."""
@@ -150,7 +155,7 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Help with defaults and without Python types; choices and descriptions say more."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
+        text = LIBRARY_HELP.get(action.dest, action.help or "")
         if action.required and text:
             return f"{text} (required)"
         return text if action.default in (None, SUPPRESS, ()) else f"{text} (default: %(default)s)"

@@ -43,5 +43,5 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 
 def part_title(part: str) -> str:
-    """One of `HeadsConfig.parts` in words."""
+    """One of `HeadsConfig.parts` as shown to users."""
     return f"offset {part}" if part.isdigit() else "token order" if part == "top" else part.replace("_", " ")

@@ -24,7 +24,7 @@ def scored(make_shard_set: MakeShardSet) -> ShardSet:
 def test_a_sound_set(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
     run(VerifyConfig(set=scored.path))
     # Two shards, the statistics and the tokenizer.
-    assert "all 4 parts are what the manifest says (3 sequences, 6 tokens" in capsys.readouterr().out
+    assert "all 4 parts match the manifest (3 sequences, 6 tokens" in capsys.readouterr().out
 
 
 def test_every_fault_is_listed_and_counted(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +66,7 @@ def test_a_set_is_verified_listed_and_inspected_where_it_lies(
     scores = {"excess_loss": [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, -4, 3]]}
     shards = make_shard_set([[1, 2, 3], [4, 5], [6, 7, 8, 9]], scores, "deep/below", parent=s3)
     assert main(["verify", str(shards.path)]) == 0
-    assert f"{s3}/deep/below: all 4 parts are what the manifest says" in capsys.readouterr().out
+    assert f"{s3}/deep/below: all 4 parts match the manifest" in capsys.readouterr().out
     assert main(["list", str(s3)]) == 0
     assert capsys.readouterr().out.startswith(f"{s3}/deep/below: 9 tokens, ")
     assert main(["inspect", str(shards.path), "--samples", "1"]) == 0
