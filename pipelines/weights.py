@@ -4,10 +4,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from weighted_mtp.pipelines.reports.marked_text import Excerpt
 from weighted_mtp.pipelines.reports.pages import check_page, show
-from weighted_mtp.pipelines.reports.token_text import load_tokenizer
 from weighted_mtp.pipelines.reports.weight_report import build_report
 from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, positions
 from weighted_mtp.schemas.configs import WeightsReportConfig
@@ -16,6 +16,7 @@ from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.locations import local_copy
 from weighted_mtp.schemas.weights.presets import PRESETS
 from weighted_mtp.training.weighting import Weighting, make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting
@@ -47,7 +48,7 @@ def run(config: WeightsReportConfig) -> None:
     weighting = make_weighting(weights, shards, config.live_column)
     groups = draw_groups(manifest, config.max_tokens, config.seed)
     statistics, excerpts = look_at(shards, weighting, groups, config)
-    tokenizer = load_tokenizer(shards.first)
+    tokenizer = AutoTokenizer.from_pretrained(local_copy(shards.first.tokenizer_path))
     facts = describe(config, weighting, manifest, len(groups), statistics.tokens)
     show(build_report(facts, manifest, statistics, excerpts, tokenizer), config.html)
 

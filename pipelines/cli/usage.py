@@ -35,6 +35,8 @@ def describe_usage_error(error: ArgumentError, command: str | None, commands: di
         return f"{flag(keyed[1])}: {describe_value_error(keyed[2], error)}; {see}"
     if malformed := re.match(r"Problems parsing config: (.*)", message, re.DOTALL):
         return f"--config: not valid YAML ({one_line(malformed[1])}); correct the file"
+    if message.startswith("Unexpected config: "):
+        return "--config: not a mapping of settings to values; correct the file"
     return f"{one_line(message)}; {see}"
 
 

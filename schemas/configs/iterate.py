@@ -51,7 +51,8 @@ class IterateConfig(Config):
             finding = error.errors()[0]
             key = ".".join([name, *(part for part in finding["loc"] if isinstance(part, str))])
             unknown = finding["type"] == "extra_forbidden"
-            reason = "no such setting" if unknown else finding["msg"].removeprefix("Value error, ")
+            message = finding["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            reason = "no such setting" if unknown else message
             raise ValueError(f"--{key}: {reason}; see 'wmtp {name} --help'") from error
         if isinstance(training.weights.node, Number):
             raise ValueError("--train.weights.preset: choose a scheme, or training would not use the scores")

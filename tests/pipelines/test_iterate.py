@@ -111,7 +111,7 @@ def test_what_a_round_trains_is_the_reference_of_the_next(
 def test_stopped_and_repeated_is_unbroken(
     config: Callable[..., IterateConfig], score_here: list[ScoringTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after a checkpoint of the second round, and between the shards of its set."""
+    """Stopped before the first set is finished, and after a checkpoint of the second round."""
     whole = config("whole")
     run(whole)
     scored = len(score_here)
@@ -148,7 +148,7 @@ def test_stopped_and_repeated_is_unbroken(
     for one, other in zip(rounds, repeated, strict=True):
         sets = [ShardSet.open(of["set"]).manifest for of in (one, other)]
         assert sets[0].shards == sets[1].shards
-        places = dict.fromkeys(("set", "run", "set_digest"))  # which has the names of the models
+        places = dict.fromkeys(("set", "run", "set_digest"))  # the digest covers the names of the models
         assert one | places == other | places
     for part in ("round-1/run/model/model.safetensors", "round-2/run/model/model.safetensors"):
         one, other = load_file(whole.output / part), load_file(stopped.output / part)
@@ -161,7 +161,7 @@ def test_stopped_and_repeated_is_unbroken(
 def test_students_that_start_anew(
     config: Callable[..., IterateConfig], score_here: list[ScoringTask], make_model: Callable[..., Path]
 ) -> None:
-    """With live weights, whose column follows the rounds, too."""
+    """Live weights also read the column of the round."""
     student = str(make_model(seed=2))
     settings = config(model=student, fresh=True, train={"weights": {"preset": "rho1"}, "max_steps": 2})
     run(settings)

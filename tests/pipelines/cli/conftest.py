@@ -1,4 +1,4 @@
-"""The command line with commands replaced."""
+"""Fixtures that run the command line with replaced commands."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture
 def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Config], None]], None]:
-    """Put another `run` in the place of a command."""
+    """`replace_command(name, run)` replaces the `run` function of a command."""
 
     def replace(name: str, run: Callable[[Config], None]) -> None:
         module = types.ModuleType(f"weighted_mtp.pipelines.{name}")
@@ -36,7 +36,7 @@ def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[
 
 @pytest.fixture
 def configured(replace_command: Callable[..., None]) -> Callable[[list[str]], Config]:
-    """The settings that a command line gives to its command."""
+    """`configured(arguments)` are the settings that the command receives."""
 
     def parse(arguments: list[str]) -> Config:
         seen: list[Config] = []
@@ -49,7 +49,7 @@ def configured(replace_command: Callable[..., None]) -> Callable[[list[str]], Co
 
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str], int], str]:
-    """The one line on stderr of a command line that fails with a status."""
+    """`complaint(arguments, status)` is the single line on stderr of a command line that fails with that status."""
 
     def run(arguments: list[str], status: int) -> str:
         assert main(arguments) == status

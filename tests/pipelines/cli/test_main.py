@@ -1,4 +1,4 @@
-"""The entry point: exit statuses, interruptions, and streams that are closed."""
+"""The entry point: exit statuses, interruptions and closed streams."""
 
 import os
 import subprocess

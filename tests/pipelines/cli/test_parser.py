@@ -71,7 +71,7 @@ def test_several_sets_are_named_with_commas_or_as_a_list(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A directory with a comma in its name is one set. What is written down no longer depends on what is there."""
+    """A directory with a comma in its name is one set. Written settings no longer depend on existing directories."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x,y").mkdir()
     arguments = ["train", "--input", argument, "--eval_input", argument, "--output", "o", "--model", "m"]

@@ -26,7 +26,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def changed_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Changes of the environment that the client of the store sees."""
+    """Environment changes that reach the client of the store."""
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     yield monkeypatch
@@ -43,7 +43,7 @@ def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str], status: 
 
 @pytest.fixture(params=["verify", "list", "--input", "--tokenizer", "--output"])
 def arguments(request: pytest.FixtureRequest, s3: UPath, tokenizer_dir: Path, tmp_path: Path) -> list[str]:
-    """Command lines that have one address in a store each."""
+    """Command lines with one store address each."""
     if not request.param.startswith("-"):
         return [request.param, str(s3 / "set")]
     (tmp_path / "a.txt").write_text("text")
@@ -151,7 +151,7 @@ def test_a_store_without_its_package_names_the_extra(
 def test_the_hub_as_a_file_system_needs_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to there, an address on the hub is one like any other."""
+    """Everything before the connection treats an address on the hub like any other."""
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     address = "hf://datasets/owner/name/file.parquet"
     line = complaint(["prepare", "--input", address, "--tokenizer", "t", "--output", str(tmp_path / "out")], capsys)
@@ -160,7 +160,7 @@ def test_the_hub_as_a_file_system_needs_the_network(
 
 
 def check_access_after(requests: str) -> None:
-    """Let the server refuse requests after so many more."""
+    """Make the server reject requests after this many more."""
     address = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
     header = {"Content-Type": "application/octet-stream"}
     with urllib.request.urlopen(urllib.request.Request(address, requests.encode(), header)):

@@ -62,7 +62,7 @@ TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
         ([*TRAIN, "--mix", "{tape://b: 0.5}"], "--mix: Unsupported filesystem: 'tape'"),
         ([*ITERATE, "--score.input", "a"], "--score.input: is set by 'wmtp iterate'; leave it out"),
         ([*ITERATE, "--score.short_contex", "5"], "--score.short_contex: no such setting; see 'wmtp score --help'"),
-        ([*ITERATE, "--train.weights.preset", "rho2"], "--train.weights.preset: Input should be 'uniform', 'rho1'"),
+        ([*ITERATE, "--train.weights.preset", "rho2"], "--train.weights.preset: should be 'uniform', 'rho1'"),
         ([*ITERATE, "--train.ray_address", "x"], "--train: --ray_address needs --ray_workers"),
         (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
     ],
@@ -81,6 +81,9 @@ def test_wrong_usage_ends_in_one_line(
     [
         ("inputt: a\n", "--config: unknown setting 'inputt' (did you mean --input?)"),
         ("input: [\n", "--config: not valid YAML"),
+        ("input: \ud800\n", "--config: not valid YAML (UnicodeDecodeError); correct the file"),
+        ("input: " + "[" * 5000 + "]" * 5000, "--config: not valid YAML (RecursionError); correct the file"),
+        ("- input\n", "--config: not a mapping of settings to values; correct the file"),
         ("short_context: -1\n", "--short_context: should be greater than or equal to 2, not '-1'"),
     ],
 )
@@ -88,5 +91,5 @@ def test_a_wrong_file_ends_in_one_line(
     text: str, expected: str, tmp_path: Path, complaint: Callable[[list[str], int], str]
 ) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(text)
+    file.write_text(text, errors="surrogatepass")
     assert expected in complaint(["score", "--config", str(file)], 2)
