@@ -1,1 +1,1 @@
-"""Small corpora that every machine has: nothing is downloaded."""
+"""Small corpora that exist on every machine, without downloads."""

@@ -1,7 +1,7 @@
 """Text that every Python installation has: the documentation and the sources of its standard library.
 
-Two domains that differ clearly, a few hundred kilobytes of prose and several megabytes of code, without a download.
-The documents depend on the Python version, but not on the machine.
+These are two clearly different domains: a few hundred kilobytes of prose and several megabytes of code. The documents
+depend on the Python version, but not on the machine.
 """
 
 import bisect
@@ -15,17 +15,17 @@ from pathlib import Path
 from weighted_mtp.schemas.storage.files import atomic_write
 
 Document = tuple[str, str]
-"""A name and a text."""
+"""Name and text."""
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"})
 SKIPPED_FOLDERS_OF_TESTS = frozenset({"test", "tests", "idle_test"})
 
 
 def documentation() -> Iterator[Document]:
-    """Yield the language reference's topics, as `help("topics")` shows them, sorted by name.
+    """Yield the topics of the language reference, which `help("topics")` lists, sorted by name.
 
     Raises:
-        ModuleNotFoundError: a Python installation that was stripped of `pydoc_data`.
+        ModuleNotFoundError: the Python installation lacks `pydoc_data`.
     """
     from pydoc_data.topics import topics
 
@@ -34,7 +34,7 @@ def documentation() -> Iterator[Document]:
 
 
 def sources() -> Iterator[Document]:
-    """Yield the standard library's Python modules, sorted by path; left out are tests and files that are not UTF-8."""
+    """Yield the Python modules of the standard library, sorted by path, without tests and files that are not UTF-8."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = SKIPPED_FOLDERS | SKIPPED_FOLDERS_OF_TESTS
     for file in sorted(root.rglob("*.py")):
@@ -50,13 +50,13 @@ def sources() -> Iterator[Document]:
 
 
 def split(documents: Iterable[Document], **shares: float) -> dict[str, list[Document]]:
-    """Deal documents into named parts, for example `split(documents(), train=0.8, held_out=0.2)`.
+    """Split documents into named parts, for example `split(documents(), train=0.8, held_out=0.2)`.
 
-    The part of a document follows from its name alone, so it stays the same when other documents come or go. Shares
-    are expected values: a part of few documents can be off by some of them.
+    The name of a document alone determines its part, so the part stays the same when other documents are added or
+    removed. Shares are expected values; small parts can be off by a few documents.
 
     Args:
-        shares: for each part its share of the documents; they add up to 1.
+        shares: share of the documents in each part; they sum to 1.
     """
     assert abs(sum(shares.values()) - 1) < 1e-9
     parts: dict[str, list[Document]] = {part: [] for part in shares}

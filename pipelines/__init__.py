@@ -1,1 +1,1 @@
-"""The commands, one module each: thin, they connect the stages and talk to the user."""
+"""The commands, one thin module each. They connect the stages and print for the user."""

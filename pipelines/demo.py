@@ -1,10 +1,10 @@
 """`wmtp demo`: the whole job on text that every Python installation has.
 
-The setting is Rho-1's in small. A corpus mixes two domains, the standard library's sources and, as the smaller part,
-its documentation. The documentation is what we care about: a reference model is tuned on more of it, the mixture is
-scored with that, and students are trained on the mixture from one base model with the same token budget: with uniform
-weights, with static Rho-1 weights, and with the same weights shuffled inside each sequence, so that an effect of the
-scores can be told from an effect of uneven weights. All are evaluated on documentation that none was trained on.
+The setting is a small version of Rho-1's. A corpus mixes two domains: the sources of the standard library and, as the
+smaller part, its documentation. The documentation is the target domain. A reference model is tuned on more of it and
+scores the mixture. Students then start from one base model and train on the mixture with the same token budget: with
+uniform weights, with static Rho-1 weights, and with these weights shuffled within each sequence. The shuffled control
+separates the effect of the scores from that of unequal weights. All models are evaluated on held-out documentation.
 """
 
 import json
@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from weighted_mtp.data.python_library import Document, documentation, sources, split, write_jsonl
 from weighted_mtp.pipelines import prepare, score
+from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.demo_summary import print_results
 from weighted_mtp.schemas.configs import (
     DemoConfig,
     HeadsConfig,
@@ -43,11 +43,9 @@ ARMS = {
     "shuffled control": WeightsConfig(preset="rho1-static", control="shuffled"),
 }
 
-console = Console(highlight=False, markup=False)
-
 
 def run(config: DemoConfig) -> None:
-    """Run all steps, those that are done already excepted, and print one table."""
+    """Run all steps, skipping what is done, and print one table."""
     started = time.monotonic()
     root = config.output
     seed = config.seed
@@ -63,7 +61,7 @@ def run(config: DemoConfig) -> None:
                 output=root / "tokens" / name,
                 id_field="id",
                 max_length=SEQUENCE_LENGTH,
-                workers=1,  # the corpus is smaller than what starting processes costs
+                workers=1,  # starting processes takes longer than the corpus
             )
         )
     announce(3, "base model on the mixture, reference model from it on the curated documentation")
@@ -95,25 +93,25 @@ def run(config: DemoConfig) -> None:
         results[arm] = train_model(
             root, arm, scored, base, config.student_steps, 1e-3, seed, heads=heads, weights=weights
         )
-    print_results(root, results, time.monotonic() - started)
+    print_results(root, results, STUDENT_OFFSETS, time.monotonic() - started)
 
 
 def announce(step: int, text: str) -> None:
-    """Head one step of the demo."""
-    console.print(f"{step}/5 {text}", style="bold")
+    """Print the heading of one step."""
+    new_console().print(f"{step}/5 {text}", style="bold")
 
 
 def write_corpus(directory: Path, seed: int) -> None:
-    """Write `mixture.jsonl`, `curated.jsonl` (for the reference) and `held-out.jsonl`, no document in two of them."""
+    """Write `mixture.jsonl`, `curated.jsonl` (for the reference) and `held-out.jsonl`, disjoint sets."""
     try:
         parts = split(documentation(), mixture=0.5, curated=0.3, held_out=0.2)
     except ModuleNotFoundError as error:
-        raise UserError("this Python was stripped of its documentation (pydoc_data); use a complete Python") from error
+        raise UserError("this Python lacks its documentation (pydoc_data); use a complete Python") from error
     code: list[Document] = []
     everything = sorted(sources())
     random.Random(seed).shuffle(everything)
     for document in everything:
-        if size(code) >= size(parts["mixture"]) * (1 / DOCUMENTATION_SHARE - 1):
+        if characters(code) >= characters(parts["mixture"]) * (1 / DOCUMENTATION_SHARE - 1):
             break
         code.append(document)
     mixture = parts["mixture"] + code
@@ -122,13 +120,13 @@ def write_corpus(directory: Path, seed: int) -> None:
         write_jsonl(directory / f"{name}.jsonl", documents)
 
 
-def size(documents: list[Document]) -> int:
-    """Characters in all documents."""
+def characters(documents: list[Document]) -> int:
+    """Total number of characters."""
     return sum(len(text) for _, text in documents)
 
 
 def write_model_config(directory: Path, corpus: Path) -> None:
-    """Train a byte-level BPE tokenizer on the mixture and write it with the config of a Llama of 1.1 M parameters."""
+    """Train a byte-level BPE tokenizer on the mixture; save it with the config of a Llama of 1.1 M parameters."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -158,7 +156,7 @@ def train_model(
     root: Path, name: str, shards: Path, model: Path, steps: int, learning_rate: float, seed: int, **settings: Any
 ) -> dict[str, Any]:
     """Train one model of the demo and return its summary."""
-    console.print(f"    {name}: {steps} steps of {ROWS_PER_STEP * SEQUENCE_LENGTH:,} tokens")
+    new_console().print(f"    {name}: {steps} steps of {ROWS_PER_STEP * SEQUENCE_LENGTH:,} tokens")
     return train(
         TrainConfig(
             input=shards,
@@ -173,42 +171,4 @@ def train_model(
             eval_input=root / "tokens" / "held-out",
             **settings,
         )
-    )
-
-
-def print_results(root: Path, results: dict[str, dict[str, Any]], seconds: float) -> None:
-    """Print what every model lost on the held-out documentation, and what to try next."""
-    table = Table(title="held-out documentation: loss in nats per token", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for offset in STUDENT_OFFSETS:
-        table.add_column(f"offset {offset}", justify="right")
-    for column in ("tokens", "selected", "time"):
-        table.add_column(column, justify="right")
-    for name, result in results.items():
-        losses = [result.get(f"eval_loss_{offset}") for offset in STUDENT_OFFSETS]
-        table.add_row(
-            name,
-            *("-" if loss is None else f"{loss:.4f}" for loss in losses),
-            f"{result['tokens']:,}",
-            f"{result['selected_share']:.0%}",
-            f"{result['seconds']:.0f} s",
-            end_section=name == "reference",
-        )
-    console.print()
-    console.print(table)
-    loss = {name: result["eval_loss_1"] for name, result in results.items()}
-    console.print(
-        f"static Rho-1 against uniform: {loss['static Rho-1'] - loss['uniform']:+.4f} nats, "
-        f"against its shuffled control: {loss['static Rho-1'] - loss['shuffled control']:+.4f} nats "
-        "(negative is better; one seed)"
-    )
-    console.print(f"all files are in {root}; this run took {seconds:.0f} s\n")
-    console.print(
-        "try next:\n"
-        f"  wmtp inspect {root / 'scored'} --column excess_loss\n"
-        f"  wmtp verify {root / 'scored'}\n"
-        f"  wmtp evaluate --model {root / 'models' / 'static-rho-1'} --input {root / 'tokens' / 'held-out'}\n"
-        f"  wmtp train --input {root / 'scored'} --model {root / 'models' / 'base' / 'model'} --output runs/mine "
-        "--sequence_length 256 --max_steps 100 --weights.preset soft-threshold",
-        soft_wrap=True,
     )

@@ -1,11 +1,6 @@
 """`wmtp evaluate`: held-out loss of every head of a trained model."""
 
-import math
-
-from rich.console import Console
-from rich.table import Table
-
-from weighted_mtp.pipelines.reports.train_summary import part_title
+from weighted_mtp.pipelines.reports.evaluation_table import print_losses
 from weighted_mtp.schemas.configs import EvaluateConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -26,7 +21,7 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
     trained = record["config"]["sequence_length"] if record else None
     sequence_length = config.sequence_length or trained or shards.manifest.corpus.max_length
     check_model(model, config.model, shards, sequence_length)
-    with sharding_requested(False):  # the model is whole in every process, whatever accelerate launch was given
+    with sharding_requested(False):  # every process holds the whole model, even under `accelerate launch --use_fsdp`
         accelerator = make_accelerator(config.dtype)
         losses = evaluate_model(
             accelerator,
@@ -36,13 +31,5 @@ def run(config: EvaluateConfig) -> list[HeadLoss]:
             batch_size=config.batch_size,
             max_tokens=config.max_tokens,
         )
-    columns = ("prediction", "loss (nats)", "perplexity", "accuracy", "targets")
-    table = Table(*columns, title=f"{config.model} on {config.input}")
-    for head in losses:
-        perplexity = math.exp(head.loss) if head.loss < 700 else math.inf
-        accuracy = f"{head.accuracy:.1%}"
-        table.add_row(
-            part_title(head.prediction), f"{head.loss:.4f}", f"{perplexity:.2f}", accuracy, f"{head.targets:,}"
-        )
-    Console(markup=False).print(table)
+    print_losses(config, losses)
     return losses

@@ -1,8 +1,8 @@
-"""`wmtp iterate`: score and train in turn, each round with what the round before has trained as its reference.
+"""`wmtp iterate`: score and train in turn, with the model of each round as the reference of the next.
 
-Self-evolving references (Token Cleaning, arXiv 2502.01968), and any other alternation of the two. A round is
-`OUTPUT/round-N/scored`, which adds the columns of its reference to those of the rounds before, and
-`OUTPUT/round-N/run`. Each part goes on where it was stopped and is left alone once it is done, so the whole does, too.
+This gives self-evolving references (Token Cleaning, arXiv 2502.01968). A round consists of `OUTPUT/round-N/scored`,
+which adds the columns of its reference to those of earlier rounds, and of `OUTPUT/round-N/run`. A stopped command
+resumes within the part that it was in, and skips the parts that are done.
 """
 
 import gc
@@ -12,10 +12,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from weighted_mtp.pipelines import score, train
+from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.rounds_table import describe_round, print_rounds
 from weighted_mtp.schemas.configs import IterateConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast
@@ -23,20 +23,19 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.schemas.weights.nodes import columns_of
-from weighted_mtp.training.run.directory import without_nan
 
 SUMMARY = "summary.json"
-console = Console(highlight=False, markup=False)
 
 
 def run(config: IterateConfig) -> None:
-    """Run all rounds, parts that are done already excepted, and print one table.
+    """Run all rounds, skipping what is done, and print one table.
 
     Raises:
-        UserError: a part cannot be run, or this process is one of several.
+        UserError: scoring or training fails, or this process is one of several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("wmtp iterate: starts its processes itself; run it alone, with --train.ray_workers for several")
+        raise UserError("this command starts its own processes; run it alone, with --train.ray_workers for several")
+    console = new_console()
     source: Location = config.input
     reference = config.reference
     model = config.model or config.base
@@ -50,10 +49,10 @@ def run(config: IterateConfig) -> None:
         assert scored is not None
         added = scored.manifest.columns.keys() - ShardSet.open(source).manifest.columns.keys()
         training = config.training(input=scored.path, output=directory / "run", model=model)
-        training = weigh(training, added, scoring.suffix)
+        training = use_round_columns(training, added, scoring.suffix)
         summary = train.run(training)
         release_memory()
-        fingerprint = reference_of(scored, added, scoring.suffix)
+        fingerprint = reference_fingerprint(scored, added, scoring.suffix)
         rounds.append(describe_round(number, scored, fingerprint, training, summary))
         source, reference = scored.path, str(directory / "run" / "model")
         if not config.fresh:
@@ -62,24 +61,24 @@ def run(config: IterateConfig) -> None:
     print_rounds(rounds)
 
 
-def weigh(training: TrainConfig, added: Collection[str], suffix: str) -> TrainConfig:
-    """The settings with the round's own columns for the weights, where they are among those that it has added."""
-    names = {column: column_in(added, column, suffix) for column in columns_of(training.weights.node)}
+def use_round_columns(training: TrainConfig, added: Collection[str], suffix: str) -> TrainConfig:
+    """Training settings whose weights read the columns that the round added, where it added them."""
+    names = {column: name_in_round(column, added, suffix) for column in columns_of(training.weights.node)}
     return training.model_copy(update={"weights": training.weights.with_columns(names)})
 
 
-def column_in(added: Collection[str], column: str, suffix: str) -> str:
-    """Name that a column has in a round; one that is the same in all of them, as `loss_base` is, has no suffix.
+def name_in_round(column: str, added: Collection[str], suffix: str) -> str:
+    """Name of a column in a round. Columns shared by all rounds, such as `loss_base`, have no suffix.
 
-    That a name with the suffix is in the set says nothing: it may be one of the user's own.
+    Only the columns that the round added count: a user's own column may end in the suffix, too.
     """
     return column + suffix if column + suffix in added else column
 
 
-def reference_of(scored: ShardSet, added: Collection[str], suffix: str) -> str:
-    """Fingerprint of the reference of a round."""
+def reference_fingerprint(scored: ShardSet, added: Collection[str], suffix: str) -> str:
+    """Fingerprint of the reference model of a round."""
     columns = scored.manifest.columns
-    excess = columns[column_in(added, "excess_loss", suffix)].origin
+    excess = columns[name_in_round("excess_loss", added, suffix)].origin
     assert isinstance(excess, Contrast)
     reference = columns[excess.subtrahend].origin
     assert isinstance(reference, Condition)
@@ -87,40 +86,6 @@ def reference_of(scored: ShardSet, added: Collection[str], suffix: str) -> str:
 
 
 def release_memory() -> None:
-    """Give the memory of a GPU back to the engines of the next round."""
+    """Free GPU memory for the engines of the next round."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def describe_round(
-    number: int, scored: ShardSet, reference: str, training: TrainConfig, summary: dict[str, Any]
-) -> dict[str, Any]:
-    """What `summary.json` says of a round."""
-    summary = without_nan(summary)
-    return {
-        "round": number,
-        "set": str(scored.path),
-        "set_digest": scored.manifest.digest,
-        "reference_fingerprint": reference,
-        "run": str(training.output),
-        "weights": training.weights.text,
-        "steps": summary["steps"],
-        "selected_share": summary["selected_share"],
-    } | {name: value for name, value in summary.items() if name.startswith("eval_")}
-
-
-def print_rounds(rounds: list[dict[str, Any]]) -> None:
-    """Print a line for each round."""
-    table = Table("round", "set", "reference", "weights", "with weight", "held-out loss")
-    for of in rounds:
-        share, loss = of["selected_share"], of.get("eval_loss_1")
-        table.add_row(
-            str(of["round"]),
-            of["set_digest"][:8],
-            of["reference_fingerprint"][:8],
-            of["weights"],
-            "-" if share is None else f"{share:.1%}",
-            "-" if loss is None else f"{loss:.4f}",
-        )
-    console.print(table)
-    console.print(f"next: wmtp evaluate --model {rounds[-1]['run']} --input SET", soft_wrap=True)

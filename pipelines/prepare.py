@@ -3,9 +3,9 @@
 import time
 from collections.abc import Iterable, Iterator
 
-from rich.console import Console
 from rich.table import Table
 
+from weighted_mtp.pipelines.reports.console import new_console
 from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
@@ -59,6 +59,6 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
     for kind, count in sorted(counts.rejects.items(), key=lambda item: -item[1])[:5]:
         table.add_row("", f"{count:,} x {kind}")
     table.add_row("time", f"{seconds:,.1f} s, {counts.tokens / seconds:,.0f} tokens/s")
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = new_console()
     console.print(table)
-    console.print(f"next: wmtp score --input {prepared.path} --output SCORED --reference MODEL", markup=False)
+    console.print(f"next: wmtp score --input {prepared.path} --output SCORED --reference MODEL")

@@ -1,4 +1,4 @@
-"""`wmtp train`: train on scored shards and say how it went."""
+"""`wmtp train`: train on scored shards and print a summary."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from weighted_mtp.training.run.train import train
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train, here or on Ray, then print a one-screen summary; return what it summarises."""
+    """Train in this process or on Ray, print a one-screen summary, and return it."""
     if config.ray_workers:
-        from weighted_mtp.pipelines.ray_train import train_on_ray  # Ray takes seconds to import
+        from weighted_mtp.pipelines.launchers.ray_train import train_on_ray  # Ray takes seconds to import
 
         summary = train_on_ray(config)
     else:

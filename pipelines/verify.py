@@ -1,7 +1,6 @@
 """`wmtp verify`: compare every byte of a shard set with its manifest."""
 
-from rich.console import Console
-
+from weighted_mtp.pipelines.reports.console import new_console
 from weighted_mtp.schemas.configs import VerifyConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
@@ -13,10 +12,10 @@ def run(config: VerifyConfig) -> None:
     """Print one line for each fault and a summary.
 
     Raises:
-        UserError: not a shard set, or at least one of its parts is missing, truncated or altered.
+        UserError: not a shard set, or some of its files are missing, truncated or altered.
     """
     manifest = read_manifest(config.set)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = new_console()
     checked = faults = 0
     with ProgressBar(total=manifest.bytes, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
         for check in verify(config.set, manifest):
@@ -29,4 +28,4 @@ def run(config: VerifyConfig) -> None:
     if faults:
         raise UserError(f"{config.set}: {faults} of {checked} parts differ from the manifest; restore or rewrite them")
     size = f"{manifest.rows:,} sequences, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes"
-    console.print(f"{config.set}: all {checked} parts are what the manifest says ({size})")
+    console.print(f"{config.set}: all {checked} parts match the manifest ({size})")

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and now and then a plain line in a log."""
+"""Progress of long operations: a bar on a terminal, an occasional plain line in a log."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Least time between two lines of one bar in a log."""
+"""Minimum time between two lines of one bar in a log."""
 LINE = "{desc}: {n_fmt} {unit}, {elapsed} elapsed, {rate_fmt}{postfix}"
 LINE_WITH_TOTAL = (
     "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
@@ -16,12 +16,13 @@ LINE_WITH_TOTAL = (
 
 
 class ProgressBar(tqdm):
-    """A tqdm bar on stderr. Where stderr is no terminal, it writes at most one plain line every `LINE_SECONDS`.
+    """A tqdm bar on stderr. If stderr is not a terminal, it writes at most one plain line every `LINE_SECONDS`.
 
-    Work that ends within that time writes nothing into a log.
+    Operations shorter than that write nothing to a log.
 
     Args:
-        settings: those of `tqdm`; `leave` applies to terminals only.
+        iterable: items to count, as for `tqdm`.
+        settings: arguments of `tqdm`; `leave` applies to terminals only.
     """
 
     def __init__(self, iterable: Any = None, **settings: Any) -> None:
@@ -35,7 +36,7 @@ class ProgressBar(tqdm):
         super().__init__(iterable, **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Show the state of the work; in a log only if the last line is long enough ago."""
+        """Show the current state; in a log only if `LINE_SECONDS` have passed since the last line."""
         if not self.in_log:
             super().display(msg, pos)
         elif msg is None and time.monotonic() >= self.line_at:
@@ -43,7 +44,7 @@ class ProgressBar(tqdm):
             print(str(self), file=self.fp, flush=True)
 
     def clear(self, nolock: bool = False) -> None:
-        """Remove the bar from a terminal; lines in a log stay."""
+        """Remove the bar from a terminal. Lines in a log stay."""
         if not self.in_log:
             super().clear(nolock)
 

@@ -1,1 +1,1 @@
-"""The command line: arguments to settings, and exceptions to one line each."""
+"""The command line: from arguments to settings, and from exceptions to one-line messages."""

@@ -1,7 +1,6 @@
-"""What the exceptions of object stores mean to the user.
+"""Exceptions of object stores as one-line messages.
 
-Their packages raise exceptions of their own, or OSError with one of their own as its cause. Retrying is over by then:
-file systems do it themselves.
+Store packages raise their own exceptions, or OSError caused by one. Their file systems have already retried by then.
 """
 
 from weighted_mtp.pipelines.cli.usage import causes, one_line
@@ -13,37 +12,37 @@ PACKAGES = {
 }  # fmt: skip
 AWS_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 CONNECTION = "check the network, and the endpoint if one is set (AWS_ENDPOINT_URL, HF_ENDPOINT)"
-REMEDIES = {
+STORE_REMEDIES = {
     "NoCredentialsError": AWS_CREDENTIALS,
     "PartialCredentialsError": AWS_CREDENTIALS,
     "ProfileNotFound": AWS_CREDENTIALS,
     "DefaultCredentialsError": "set GOOGLE_APPLICATION_CREDENTIALS, or run 'gcloud auth application-default login'",
-    "PermissionError": "check the credentials and what they may do",
+    "PermissionError": "check the credentials and their permissions",
     "FileNotFoundError": "check the address, and that the bucket exists",
     "ConnectionError": CONNECTION,
     "ConnectError": CONNECTION,
     "ClientConnectorError": CONNECTION,
     "TimeoutError": CONNECTION,
 }
-"""What to do about an exception, by the name of its class or of one that it derives from."""
+"""Remedies by the name of the exception class or of one of its base classes."""
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether an exception, or what it was raised from, comes from the package of a store."""
+    """Whether an exception or one of its causes comes from a store package."""
     return any(type(cause).__module__.split(".")[0] in PACKAGES for cause in causes(error))
 
 
-def store_sentence(error: Exception, config: Config | None) -> str:
-    """One line: which addresses may be meant, what the store says, and what to do."""
+def describe_store_error(error: Exception, config: Config | None) -> str:
+    """Describe in one line the addresses in question, the error of the store, and the remedy."""
     where = ", ".join(addresses(config))
     what = one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
     classes = (kind.__name__ for cause in causes(error) for kind in type(cause).__mro__)
-    remedy = next((REMEDIES[name] for name in classes if name in REMEDIES), "rerun the same command")
+    remedy = next((STORE_REMEDIES[name] for name in classes if name in STORE_REMEDIES), "rerun the same command")
     return f"{where}: {what}; {remedy}" if where else f"{what}; {remedy}"
 
 
 def addresses(config: Config | None) -> list[str]:
-    """The settings that lie in a store."""
+    """The store addresses among the settings."""
     if config is None:
         return []
     values = (getattr(config, name) for name in type(config).model_fields)

@@ -1,6 +1,6 @@
-"""What is wrong with a command line, in one plain sentence.
+"""Wrong usage, described in one plain sentence.
 
-jsonargparse and pydantic explain a refused value over several lines, in terms of Python types. Users think in flags.
+jsonargparse and pydantic explain a rejected value in several lines and in terms of Python types. Users think in flags.
 """
 
 import difflib
@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from weighted_mtp.schemas.configs import Config
 
 POSITIONALS = {"set": None, "directories": "+"}
-"""Settings that are given without a flag, and how many values they take."""
+"""Settings passed without a flag, and their `nargs` in argparse."""
 
 
-def usage_sentence(error: ArgumentError, command: str | None, commands: dict[str, type[Config]]) -> str:
-    """Say what is wrong with the command line, and where to look."""
+def describe_usage_error(error: ArgumentError, command: str | None, commands: dict[str, type[Config]]) -> str:
+    """Describe what is wrong with the command line, and where to find help."""
     see = f"see 'wmtp {command} --help'" if command else "see 'wmtp --help'"
     message = str(error)
     flags = list(option_strings(commands[command])) if command else []
@@ -32,21 +32,23 @@ def usage_sentence(error: ArgumentError, command: str | None, commands: dict[str
         wrong = f"unknown command '{invalid[1]}'" if invalid[1] else "no command given"
         return f"{wrong}; choose from {', '.join(commands)}"
     if keyed := re.match(r'Parser key "(.*?)":\s*(.*)', message, re.DOTALL):
-        return f"{flag(keyed[1])}: {value_sentence(keyed[2], error)}; {see}"
+        return f"{flag(keyed[1])}: {describe_value_error(keyed[2], error)}; {see}"
     if malformed := re.match(r"Problems parsing config: (.*)", message, re.DOTALL):
         return f"--config: not valid YAML ({one_line(malformed[1])}); correct the file"
+    if message.startswith("Unexpected config: "):
+        return "--config: not a mapping of settings to values; correct the file"
     return f"{one_line(message)}; {see}"
 
 
-def value_sentence(message: str, error: ArgumentError) -> str:
-    """Why a value is refused: pydantic's own sentence where there is one."""
+def describe_value_error(message: str, error: ArgumentError) -> str:
+    """Describe why a value is rejected, with the sentence of pydantic where there is one."""
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     but_got = f", not '{given[1]}'" if given else ""
     for cause in causes(error):
         if isinstance(cause, ValidationError):
             if cause.errors()[0]["type"] == "value_error":
-                return reason_of(cause)  # a sentence of this project
-            return reason_of(cause).replace("Input should", "should") + but_got
+                return describe_validation_error(cause)  # written by this project
+            return describe_validation_error(cause).replace("Input should", "should") + but_got
     if choices := re.search(r"Literal\[(.*?)\]", message):
         return f"should be one of {choices[1]}{but_got}"
     if "<class 'tuple'>" in message:
@@ -56,8 +58,8 @@ def value_sentence(message: str, error: ArgumentError) -> str:
     return one_line(re.sub(r"Problem with given class_path '\S*':", "", message))
 
 
-def reason_of(error: ValidationError) -> str:
-    """The first finding of pydantic, without its decoration, after the flag it is about if it does not name one."""
+def describe_validation_error(error: ValidationError) -> str:
+    """The first error that pydantic found, preceded by its flag unless the message names one."""
     finding = error.errors()[0]
     where = ".".join(part for part in finding["loc"] if isinstance(part, str))
     message = finding["msg"].removeprefix("Value error, ")
@@ -65,20 +67,20 @@ def reason_of(error: ValidationError) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and everything it was raised from."""
+    """The exception and its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def suggestion(wrong: str, flags: list[str]) -> str:
-    """The flag that the user may have meant."""
+    """A hint at the flag closest to an unknown one, empty if none is close."""
     close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def option_strings(config: type[Config], prefix: str = "--") -> Iterator[str]:
-    """Every flag of a command, with nested settings in dotted form."""
+    """Every flag of a command; nested settings in dotted form."""
     for name, field in config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
             yield from option_strings(field.annotation, f"{prefix}{name}.")

@@ -1,1 +1,1 @@
-"""What commands print and write as pages."""
+"""Reports that commands print, on the terminal and as HTML pages."""

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import polars as pl
-from rich.console import Console
 from rich.table import Table
 
-from weighted_mtp.schemas.shard_set.shard_set import REJECTS, SAMPLED_FOOTERS, ShardSet
+from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.shard_set_report import STATISTICS, size_cells, statistics_cells
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.plan import ScoringPlan
 from weighted_mtp.scoring.job.units import read_records
@@ -36,14 +37,13 @@ class Scored:
 def print_summary(shards: ShardSet, scored: Scored) -> None:
     """Print what the columns hold, how fast it went, and the next command."""
     manifest = shards.manifest
-    sizes, about = shards.bytes_per_token(), "~" * (len(manifest.shards) > SAMPLED_FOOTERS)
-    table = Table("column", *[f"{name:>6}" for name in ("mean", "std", "1%", "50%", "99%", "B/token")])
+    sizes = size_cells(shards)
+    table = Table("column")
+    for name in (*STATISTICS, "B/token"):
+        table.add_column(name, justify="right")
     for name, column in manifest.columns.items():
-        of = column.statistics
-        quantiles = [of.quantiles.get(q) for q in ("0.01", "0.5", "0.99")]
-        numbers = ["-" if value is None else f"{value:.3f}" for value in (of.mean, of.std, *quantiles)]
-        table.add_row(name, *numbers, f"{about}{sizes[name]:.2f}")
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+        table.add_row(name, *statistics_cells(column.statistics), sizes[name])
+    console = new_console()
     console.print(table)
     facts = [f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shards"]
     if scored.tokens:
@@ -98,4 +98,4 @@ def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: s
         rate = sum(record.entry.tokens for record in records) / max(1e-3, seconds)
         left = f"{tokens / rate / 3600:,.2g} worker hours left"
         table.add_row("measured so far", f"{rate:,.0f} tokens/s in the engines of a worker: {left}")
-    Console(markup=False, highlight=False, soft_wrap=True).print(table)
+    new_console().print(table)

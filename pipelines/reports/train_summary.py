@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from weighted_mtp.pipelines.reports.console import new_console
 from weighted_mtp.schemas.configs import TrainConfig
 
 
 def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Print what a training run did: `summary` is the content of its `summary.json`."""
+    """Print the outcome of a training run. `summary` is the content of its `summary.json`."""
     done = "already complete" if summary.get("already_complete") else "trained"
     table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
     table.add_row("steps", f"{summary['steps']:,}")
@@ -27,21 +27,21 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
         order = ", with token order" * config.heads.predicts_order
         table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1) + order, f"{loss:.4f}")
         table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
-    for name, counter in (("steps left out, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
+    for name, counter in (("steps skipped, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:
             table.add_row(name, f"{summary[counter]:,}")
     for part in config.heads.predictions:
         if f"eval_loss_{part}" in summary:
             loss, accuracy = summary[f"eval_loss_{part}"], summary[f"eval_accuracy_{part}"]
-            table.add_row(f"held-out, {part_title(part)}", f"{loss:.4f} nats, {accuracy:.1%} right")
+            table.add_row(f"held-out, {prediction_title(part)}", f"{loss:.4f} nats, {accuracy:.1%} right")
     table.add_row("peak memory", f"{summary['memory_gib']:.2f} GiB")
     table.add_row("trunk (Hugging Face)", str(config.output / "model"))
     table.add_row("heads", str(config.output / "heads"))
     table.add_row("metrics", str(config.output / "metrics.jsonl"))
     table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
-    Console(markup=False).print(table)
+    new_console().print(table)
 
 
-def part_title(part: str) -> str:
-    """One of `HeadsConfig.parts` in words."""
+def prediction_title(part: str) -> str:
+    """One of `HeadsConfig.parts` as shown to users."""
     return f"offset {part}" if part.isdigit() else "token order" if part == "top" else part.replace("_", " ")

@@ -11,9 +11,9 @@ from weighted_mtp.schemas.configs.common import Config, Positive, Seed
 class DemoConfig(Config):
     """Run the whole job on text that every Python installation has."""
 
-    output: Path = Field(Path("runs/demo"), description="directory for everything the demo writes")
+    output: Path = Field(Path("runs/demo"), description="directory of all files that the demo writes")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="engine of the scoring step")
     base_steps: Positive = Field(400, description="training steps of the base model")
-    reference_steps: Positive = Field(100, description="further steps that make the reference model")
-    student_steps: Positive = Field(200, description="steps of each student")
-    seed: Seed = Field(0, description="seed of everything random")
+    reference_steps: Positive = Field(100, description="training steps of the reference model, from the base model")
+    student_steps: Positive = Field(200, description="training steps of each student")
+    seed: Seed = Field(0, description="random seed")

@@ -12,34 +12,35 @@ from weighted_mtp.schemas.weights.nodes import Constant
 
 
 class IterateConfig(Config):
-    """Score and train in turn: the model that a round trains is the reference of the next."""
+    """Score and train in turn: the model trained in a round is the reference of the next."""
 
     input: LocationSetting = Field(description="shard set to score and to train on")
     output: LocationSetting = Field(description="directory of the rounds")
     reference: NameSetting = Field(description="reference model of the first round: directory or Hugging Face id")
     base: NameSetting = Field(description="base model of all rounds: directory or Hugging Face id")
-    model: NameSetting | None = Field(None, description="model that the first round trains; default is --base")
-    rounds: Positive = Field(2, description="how many rounds; more may be added when the command is repeated")
-    fresh: bool = Field(False, description="train --model anew in each round instead of what the round before trained")
+    model: NameSetting | None = Field(None, description="model to train in the first round; default is --base")
+    rounds: Positive = Field(2, description="number of rounds; rerun with a larger number to add rounds")
+    fresh: bool = Field(False, description="start each round from --model instead of the model of the round before")
     score: dict[str, Any] = Field({}, description="settings of 'wmtp score', as --score.short_context 512")
     train: dict[str, Any] = Field(
-        {}, description="settings of 'wmtp train', as --train '{weights: {preset: rho1-static}, max_steps: 1000}'"
+        {},
+        description="settings of 'wmtp train', as --train '{weights: {preset: rho1-static}, max_steps: 1000}'",
     )
 
     def scoring(self, **settings: Any) -> ScoreConfig:
-        """Settings of the scoring in a round: its own, the user's, and those that are the same in all of them."""
+        """Scoring settings of one round: the user's, --base, and `settings`, which take precedence."""
         suffix = f"{self.score.get('suffix', '')}{settings.pop('suffix', '')}"
         return ScoreConfig.model_validate(self.score | {"base": self.base, "suffix": suffix} | settings)
 
     def training(self, **settings: Any) -> TrainConfig:
-        """Settings of the training in a round: its own and the user's."""
+        """Training settings of one round: the user's and `settings`, which take precedence."""
         return TrainConfig.model_validate(self.train | settings)
 
     @model_validator(mode="after")
     def _check(self) -> "IterateConfig":
         for name, given, own in (("score", self.score, SCORE_OWN), ("train", self.train, TRAIN_OWN)):
             if taken := sorted(own & given.keys()):
-                raise ValueError(f"--{name}.{taken[0]}: follows from the other settings; leave it out")
+                raise ValueError(f"--{name}.{taken[0]}: is set by 'wmtp iterate'; leave it out")
         where = {"input": self.input, "output": self.output}
         try:
             name = "score"
@@ -50,13 +51,14 @@ class IterateConfig(Config):
             finding = error.errors()[0]
             key = ".".join([name, *(part for part in finding["loc"] if isinstance(part, str))])
             unknown = finding["type"] == "extra_forbidden"
-            reason = "no such setting" if unknown else finding["msg"].removeprefix("Value error, ")
+            message = finding["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            reason = "no such setting" if unknown else message
             raise ValueError(f"--{key}: {reason}; see 'wmtp {name} --help'") from error
         if isinstance(training.weights.node, Constant):
-            raise ValueError("--train.weights.preset: choose a scheme, or nothing of the scoring would be used")
+            raise ValueError("--train.weights.preset: choose a scheme, or training would not use the scores")
         return self
 
 
 SCORE_OWN = {"input", "output", "reference", "base", "dry_run"}
 TRAIN_OWN = {"input", "output", "model"}
-"""Settings of the parts of a round that `wmtp iterate` makes itself."""
+"""Settings of scoring and training that `wmtp iterate` sets itself."""

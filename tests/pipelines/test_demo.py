@@ -1,4 +1,4 @@
-"""The demo in very small."""
+"""The demo with a few steps."""
 
 from pathlib import Path
 

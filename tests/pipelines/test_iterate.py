@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from weighted_mtp.pipelines.iterate import run
-from weighted_mtp.pipelines.list import catalogue, read
+from weighted_mtp.pipelines.reports.catalogue import catalogue, read_entry
 from weighted_mtp.schemas.configs import IterateConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
@@ -104,7 +104,7 @@ def test_what_a_round_trains_is_the_reference_of_the_next(
     summaries = [json.loads((of / "summary.json").read_text()) for of in runs]
     for name in ("selected_share", "eval_loss_1", "eval_loss_2"):
         assert [of[name] for of in rounds] == [of[name] for of in summaries]
-    lines = list(catalogue({shards.path: read(shards.path) for shards in (first, second)}))
+    lines = list(catalogue({shards.path: read_entry(shards.path) for shards in (first, second)}))
     assert sum(line.endswith(f"from {first.path}") for line in lines) == 1
     assert "excess_loss_2" in capsys.readouterr().out
 
@@ -113,7 +113,7 @@ def test_what_a_round_trains_is_the_reference_of_the_next(
 def test_stopped_and_repeated_is_unbroken(
     config: Callable[..., IterateConfig], score_here: list[ScoringTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after a checkpoint of the second round, and between the shards of its set."""
+    """Stopped before the first set is finished, and after a checkpoint of the second round."""
     whole = config("whole")
     run(whole)
     scored = len(score_here)
@@ -150,7 +150,7 @@ def test_stopped_and_repeated_is_unbroken(
     for one, other in zip(rounds, repeated, strict=True):
         sets = [ShardSet.open(of["set"]).manifest for of in (one, other)]
         assert sets[0].shards == sets[1].shards
-        places = dict.fromkeys(("set", "run", "set_digest"))  # which has the names of the models
+        places = dict.fromkeys(("set", "run", "set_digest"))  # the digest covers the names of the models
         assert one | places == other | places
     for part in ("round-1/run/model/model.safetensors", "round-2/run/model/model.safetensors"):
         one, other = load_file(whole.output / part), load_file(stopped.output / part)
@@ -163,7 +163,7 @@ def test_stopped_and_repeated_is_unbroken(
 def test_students_that_start_anew(
     config: Callable[..., IterateConfig], score_here: list[ScoringTask], make_model: Callable[..., Path]
 ) -> None:
-    """With live weights, whose column follows the rounds, too."""
+    """Live weights also read the column of the round."""
     student = str(make_model(seed=2))
     settings = config(model=student, fresh=True, train={"weights": {"preset": "rho1"}, "max_steps": 2})
     run(settings)

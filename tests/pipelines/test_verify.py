@@ -1,9 +1,12 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from upath import UPath
 
+from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.pipelines.verify import run
 from weighted_mtp.schemas.configs import VerifyConfig
 from weighted_mtp.schemas.errors import UserError
@@ -21,7 +24,7 @@ def scored(make_shard_set: MakeShardSet) -> ShardSet:
 def test_a_sound_set(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
     run(VerifyConfig(set=scored.path))
     # Two shards, the statistics and the tokenizer.
-    assert "all 4 parts are what the manifest says (3 sequences, 6 tokens" in capsys.readouterr().out
+    assert "all 4 parts match the manifest (3 sequences, 6 tokens" in capsys.readouterr().out
 
 
 def test_every_fault_is_listed_and_counted(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,3 +53,26 @@ def test_another_tokenizer_is_found(scored: ShardSet, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match="1 of 4"):
         run(VerifyConfig(set=scored.path))
     assert "tokenizer: missing" in capsys.readouterr().out
+
+
+def test_a_set_is_verified_listed_and_inspected_where_it_lies(
+    make_shard_set: MakeShardSet,
+    s3: UPath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scores = {"excess_loss": [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, -4, 3]]}
+    shards = make_shard_set([[1, 2, 3], [4, 5], [6, 7, 8, 9]], scores, "deep/below", parent=s3)
+    assert main(["verify", str(shards.path)]) == 0
+    assert f"{s3}/deep/below: all 4 parts match the manifest" in capsys.readouterr().out
+    assert main(["list", str(s3)]) == 0
+    assert capsys.readouterr().out.startswith(f"{s3}/deep/below: 9 tokens, ")
+    assert main(["inspect", str(shards.path), "--samples", "1"]) == 0
+    report = capsys.readouterr().out
+    assert f"{s3}/deep/below" in report
+    assert "highest excess_loss" in report
+    (shards.path / shards.manifest.shards[0].name).unlink()
+    assert main(["verify", str(shards.path)]) == 1
+    assert "1 of 4 parts differ" in capsys.readouterr().err

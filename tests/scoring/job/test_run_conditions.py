@@ -9,8 +9,8 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weighted_mtp.pipelines.inspect import build_report
-from weighted_mtp.pipelines.list import catalogue, read
+from weighted_mtp.pipelines.reports.catalogue import catalogue, read_entry
+from weighted_mtp.pipelines.reports.shard_set_report import build_report
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
@@ -151,7 +151,7 @@ def test_contrasts_of_prompts_and_of_models(
     origins = {name: of.origin for name, of in scored.manifest.columns.items()}
     assert [origins[name].prompt for name in names[:5]] == [BETTER, BETTER, WORSE, WORSE, None]
     assert origins["loss_worse"].describe().startswith(f'{reference_model}, after "A wrong answer:\\n", full context')
-    (lines,) = [list(catalogue({scored.path: read(scored.path)}))]
+    (lines,) = [list(catalogue({scored.path: read_entry(scored.path)}))]
     assert len(lines) == 1 + len(names)
     build_report(scored, "t_reg", 2)
 

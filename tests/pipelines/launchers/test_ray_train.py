@@ -1,6 +1,7 @@
-"""`wmtp train --ray_workers`: the run is that of one process, and what happens in workers reaches the driver."""
+"""`wmtp train --ray_workers` trains as one process does, and the output of workers reaches the driver."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -55,8 +56,9 @@ def test_ray_train_equals_one_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Relative paths mean the same in workers; progress and summary are the driver's."""
+    """Relative paths mean the same in workers. The driver shows progress, as a bar on a terminal, and the summary."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     one, two = config("one"), config("two", output=Path("two"), ray_workers=2, fsdp=True)
     train_command.run(one)
     capfd.readouterr()
@@ -84,6 +86,7 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
 ) -> None:
     one, two = config("one", max_steps=60), config("two", max_steps=60, ray_workers=2)
     train_command.run(one)
+    capfd.readouterr()
     checkpoint = two.output / "checkpoints" / "step-00000010"
 
     def kill_one() -> None:
@@ -98,5 +101,6 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     killer.join()
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     shown = capfd.readouterr().err
+    assert "\rtrain:" not in shown, "no bar where the driver has no terminal"
     assert shown.count("wmtp train: a worker failed (its process died: killed, crashed, or out of memory)") == 1
     assert "continuing from step-000000" in shown

@@ -1,4 +1,4 @@
-"""Commands on an object store."""
+"""Errors of an object store end in one line."""
 
 import os
 import socket
@@ -17,7 +17,6 @@ from weighted_mtp.schemas.storage.locations import locate
 from weighted_mtp.scoring.corpus import writer
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-SCORES = {"excess_loss": [[float("nan"), 1, 2], [float("nan"), 0.5], [float("nan"), 4, -4, 3]]}
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +24,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_a_set_is_verified_listed_and_inspected_where_it_lies(
-    make_shard_set: Callable[..., ShardSet], s3: UPath, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shards = make_shard_set(SEQUENCES, SCORES, "deep/below", parent=s3)
-    assert main(["verify", str(shards.path)]) == 0
-    assert f"{s3}/deep/below: all 4 parts are what the manifest says" in capsys.readouterr().out
-    assert main(["list", str(s3)]) == 0
-    assert capsys.readouterr().out.startswith(f"{s3}/deep/below: 9 tokens, ")
-    assert main(["inspect", str(shards.path), "--samples", "1"]) == 0
-    report = capsys.readouterr().out
-    assert f"{s3}/deep/below" in report
-    assert "highest excess_loss" in report
-    (shards.path / shards.manifest.shards[0].name).unlink()
-    assert main(["verify", str(shards.path)]) == 1
-    assert "1 of 4 parts differ" in capsys.readouterr().err
-
-
 @pytest.fixture
 def changed_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Changes of the environment that the client of the store sees."""
+    """Environment changes that reach the client of the store."""
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     yield monkeypatch
@@ -61,7 +43,7 @@ def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str], status: 
 
 @pytest.fixture(params=["verify", "list", "--input", "--tokenizer", "--output"])
 def arguments(request: pytest.FixtureRequest, s3: UPath, tokenizer_dir: Path, tmp_path: Path) -> list[str]:
-    """Command lines that have one address in a store each."""
+    """Command lines with one store address each."""
     if not request.param.startswith("-"):
         return [request.param, str(s3 / "set")]
     (tmp_path / "a.txt").write_text("text")
@@ -91,7 +73,7 @@ def test_wrong_credentials_are_one_line(
     finally:
         check_access_after("inf")
     assert "s3://bucket/" in line
-    assert "; check the credentials and what they may do" in line
+    assert "; check the credentials and their permissions" in line
 
 
 def test_a_shard_that_the_store_refuses_is_not_called_damaged(
@@ -169,7 +151,7 @@ def test_a_store_without_its_package_names_the_extra(
 def test_the_hub_as_a_file_system_needs_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Up to there, an address on the hub is one like any other."""
+    """Everything before the connection treats an address on the hub like any other."""
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     address = "hf://datasets/owner/name/file.parquet"
     line = complaint(["prepare", "--input", address, "--tokenizer", "t", "--output", str(tmp_path / "out")], capsys)
@@ -178,7 +160,7 @@ def test_the_hub_as_a_file_system_needs_the_network(
 
 
 def check_access_after(requests: str) -> None:
-    """Let the server refuse requests after so many more."""
+    """Make the server reject requests after this many more."""
     address = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
     header = {"Content-Type": "application/octet-stream"}
     with urllib.request.urlopen(urllib.request.Request(address, requests.encode(), header)):

@@ -1,7 +1,7 @@
-"""`wmtp train --ray_workers`: the same training run, in workers that Ray Train places and starts.
+"""`wmtp train --ray_workers`: training in worker processes that Ray Train places and starts.
 
-What the first worker writes to the terminal and how the run ends go through an actor, since Ray keeps the output of
-workers in files. A worker that dies ends its group; a new group continues from the last checkpoint.
+Ray keeps the output of workers in files. An actor therefore carries the output of the first worker and the outcome of
+the run to the driver. A worker that dies ends its group; a new group continues from the last checkpoint.
 """
 
 import io
@@ -18,53 +18,58 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from weighted_mtp.pipelines.cli.errors import debugging, describe, is_for_users, quieten_libraries
+from weighted_mtp.pipelines.cli.errors import debugging, describe_error, is_user_facing, silence_libraries
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.job.ray_cluster import Pool, describe_nodes, last_reason, ray_session
 from weighted_mtp.training.run.train import train
 
 RESTARTS = 3
-"""How often a run starts its workers again before it gives up."""
+"""Number of times a run restarts its workers before it gives up."""
 POLL_SECONDS = 0.2
 
 
-class Desk:
-    """Holds what workers have to say until the driver takes it. An actor."""
+class DriverOutput:
+    """Actor that buffers worker output and the outcome of the run for the driver."""
 
     def __init__(self) -> None:
         self.written: list[tuple[str, str]] = []
-        self.outcome: dict[str, Any] = {}
+        self.result: dict[str, Any] = {}
 
     def write(self, stream: str, text: str) -> None:
-        """Keep text that belongs on the driver's `stdout` or `stderr`."""
+        """Buffer text for `stdout` or `stderr` of the driver."""
         self.written.append((stream, text))
 
     def take(self) -> list[tuple[str, str]]:
-        """What was written since the last call."""
+        """Return the text written since the last call."""
         taken, self.written = self.written, []
         return taken
 
-    def finish(self, **outcome: Any) -> None:
-        """Keep how the run ended, a `summary` or an `error`; the first one counts."""
-        self.outcome = self.outcome or outcome
+    def finish(self, **result: Any) -> None:
+        """Store the outcome of the run, a `summary` or an `error`. The first call wins."""
+        self.result = self.result or result
 
-    def ended(self) -> dict[str, Any]:
-        """What `finish` was given; empty if nothing."""
-        return self.outcome
+    def outcome(self) -> dict[str, Any]:
+        """The outcome given to `finish`, empty before that."""
+        return self.result
 
 
-class Forwarded(io.TextIOBase):
-    """A text stream whose content goes to a desk."""
+class ForwardedStream(io.TextIOBase):
+    """A text stream that sends its content to a `DriverOutput`. It is a terminal if the driver's stream is one."""
 
-    def __init__(self, desk: Any, name: str) -> None:
-        self.desk = desk
+    def __init__(self, output: Any, name: str, terminal: bool) -> None:
+        self.output = output
         self.name = name
+        self.terminal = terminal
 
     def write(self, text: str) -> int:
-        """Send text on its way without waiting for it."""
-        self.desk.write.remote(self.name, text)
+        """Send text without waiting for its arrival."""
+        self.output.write.remote(self.name, text)
         return len(text)
+
+    def isatty(self) -> bool:
+        """Whether the driver prints to a terminal. Progress bars and tables depend on it."""
+        return self.terminal
 
 
 def train_on_ray(config: TrainConfig) -> dict[str, Any]:
@@ -76,20 +81,25 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     assert config.ray_workers is not None
     with ray_session(config.ray_address, Pool(config.ray_workers, config.ray_workers, cpus=1, gpus=0)):
         scaling = place_workers(config.ray_workers)
-        desk = ray.remote(num_cpus=0)(Desk).remote()
-        job = {"config": config.model_dump_json(), "desk": desk, "directory": os.getcwd()}
-        reason = "it said nothing"
+        output = ray.remote(num_cpus=0)(DriverOutput).remote()
+        job = {
+            "config": config.model_dump_json(),
+            "output": output,
+            "directory": os.getcwd(),
+            "terminals": {name: getattr(sys, name).isatty() for name in ("stdout", "stderr")},
+        }
+        reason = "no reason given"
         for restart in range(RESTARTS + 1):
             try:
-                with tempfile.TemporaryDirectory() as scratch, printing(desk):
+                with tempfile.TemporaryDirectory() as scratch, printing(output):
                     run_group(job, scaling, scratch)
             except TrainingFailedError as error:
-                reason = why(error)
-            ended = ray.get(desk.ended.remote())
-            if "error" in ended:
-                raise UserError(ended["error"])
-            if "summary" in ended:
-                return dict(ended["summary"])
+                reason = failure_reason(error)
+            outcome = ray.get(output.outcome.remote())
+            if "error" in outcome:
+                raise UserError(outcome["error"])
+            if "summary" in outcome:
+                return dict(outcome["summary"])
             if restart < RESTARTS:
                 print(
                     f"wmtp train: a worker failed ({reason}); continuing, {restart + 1} of {RESTARTS}", file=sys.stderr
@@ -99,17 +109,17 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     )
 
 
-def why(error: TrainingFailedError) -> str:
+def failure_reason(error: TrainingFailedError) -> str:
     """The reason of a failure in one line."""
     died = "its process died: killed, crashed, or out of memory"
     return died if "process has died" in str(error) else shorten(last_reason(error), 200, placeholder="...")
 
 
 def place_workers(workers: int) -> ScalingConfig:
-    """One CPU for each worker and, where the cluster has GPUs, one of these, too.
+    """Give each worker one CPU and, if the cluster has GPUs, one GPU.
 
     Raises:
-        UserError: the cluster cannot hold them.
+        UserError: the cluster cannot hold the workers.
     """
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     pool = Pool(workers, workers, cpus=1, gpus=float(use_gpu))
@@ -122,7 +132,7 @@ def place_workers(workers: int) -> ScalingConfig:
 
 
 def run_group(job: dict[str, Any], scaling: ScalingConfig, scratch: str) -> None:
-    """Run one group of workers to its end.
+    """Run one group of workers until it ends.
 
     Raises:
         TrainingFailedError: a worker raised or died.
@@ -141,12 +151,12 @@ def run_group(job: dict[str, Any], scaling: ScalingConfig, scratch: str) -> None
 
 
 @contextmanager
-def printing(desk: Any) -> Iterator[None]:
-    """Print what comes to the desk while the block runs."""
+def printing(output: Any) -> Iterator[None]:
+    """Print the text that arrives in a `DriverOutput` while the block runs."""
     done = threading.Event()
 
     def print_new() -> None:
-        for stream, text in ray.get(desk.take.remote()):
+        for stream, text in ray.get(output.take.remote()):
             print(text, end="", file=getattr(sys, stream), flush=True)
 
     def keep_printing() -> None:
@@ -164,22 +174,22 @@ def printing(desk: Any) -> Iterator[None]:
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """Train in one worker; the first one has the driver's terminal and says how the run ended."""
+    """Train in one worker. The first one prints on the driver's terminal and reports the outcome."""
     if not debugging():
-        quieten_libraries()
+        silence_libraries()
     os.chdir(job["directory"])  # settings may hold relative paths
-    desk = job["desk"]
+    output, terminals = job["output"], job["terminals"]
     config = TrainConfig.model_validate_json(job["config"])
     first = os.environ["RANK"] == "0"
     with ExitStack() as stack:
         if first:
-            stack.enter_context(redirect_stdout(Forwarded(desk, "stdout")))
-            stack.enter_context(redirect_stderr(Forwarded(desk, "stderr")))
+            stack.enter_context(redirect_stdout(ForwardedStream(output, "stdout", terminals["stdout"])))
+            stack.enter_context(redirect_stderr(ForwardedStream(output, "stderr", terminals["stderr"])))
         try:
             summary = train(config)
         except Exception as error:
-            if is_for_users(error):
-                ray.get(desk.finish.remote(error=describe(error, config)))
+            if is_user_facing(error):
+                ray.get(output.finish.remote(error=describe_error(error, config)))
             raise
     if first:
-        ray.get(desk.finish.remote(summary=summary))
+        ray.get(output.finish.remote(summary=summary))

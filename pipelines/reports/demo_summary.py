@@ -1,0 +1,59 @@
+"""The screen at the end of `wmtp demo`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from weighted_mtp.pipelines.reports.console import new_console
+
+
+def print_results(root: Path, results: dict[str, dict[str, Any]], offsets: Sequence[int], seconds: float) -> None:
+    """Print the losses of every model on the held-out documentation, and commands to try next.
+
+    Args:
+        root: directory of the demo.
+        results: for each model the `summary.json` of its run.
+        offsets: prediction offsets of the students.
+        seconds: duration of the demo.
+    """
+    console = new_console()
+    console.print()
+    console.print(results_table(results, offsets))
+    loss = {name: result["eval_loss_1"] for name, result in results.items()}
+    console.print(
+        f"static Rho-1 against uniform: {loss['static Rho-1'] - loss['uniform']:+.4f} nats, "
+        f"against its shuffled control: {loss['static Rho-1'] - loss['shuffled control']:+.4f} nats "
+        "(negative is better; one seed)"
+    )
+    console.print(f"all files are in {root}; this run took {seconds:.0f} s\n")
+    console.print(
+        "try next:\n"
+        f"  wmtp inspect {root / 'scored'} --column excess_loss\n"
+        f"  wmtp verify {root / 'scored'}\n"
+        f"  wmtp evaluate --model {root / 'models' / 'static-rho-1'} --input {root / 'tokens' / 'held-out'}\n"
+        f"  wmtp train --input {root / 'scored'} --model {root / 'models' / 'base' / 'model'} --output runs/mine "
+        "--sequence_length 256 --max_steps 100 --weights.preset soft-threshold"
+    )
+
+
+def results_table(results: dict[str, dict[str, Any]], offsets: Sequence[int]) -> Table:
+    """One row for each model: losses, tokens, share of targets with weight, and time."""
+    table = Table(title="held-out documentation: loss in nats per token", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for offset in offsets:
+        table.add_column(f"offset {offset}", justify="right")
+    for column in ("tokens", "selected", "time"):
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        losses = [result.get(f"eval_loss_{offset}") for offset in offsets]
+        table.add_row(
+            name,
+            *("-" if loss is None else f"{loss:.4f}" for loss in losses),
+            f"{result['tokens']:,}",
+            f"{result['selected_share']:.0%}",
+            f"{result['seconds']:.0f} s",
+            end_section=name == "reference",
+        )
+    return table

@@ -1,0 +1,94 @@
+"""The tokens with the highest and lowest scores of a column, in their text."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.table import Table
+from rich.text import Text
+
+from weighted_mtp.pipelines.reports.token_text import decode, printable
+from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+
+TOKENS_BEFORE = 24
+TOKENS_AFTER = 8
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """One token with its score and the token ids around it."""
+
+    score: float
+    document_id: str
+    position: int
+    before: list[int]
+    token: int
+    after: list[int]
+
+
+def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredToken], list[ScoredToken]]:
+    """The `count` highest and the `count` lowest scoring tokens, the most extreme first; ties go to the first token.
+
+    Memory stays constant, because row groups are read one at a time. Tokens without a score are skipped.
+    """
+    highest: list[ScoredToken] = []
+    lowest: list[ScoredToken] = []
+    total = shard_set.manifest.tokens
+    with ProgressBar(total=total, unit="tok", unit_scale=True, desc=column, leave=False) as progress:
+        for number, shard in enumerate(shard_set.manifest.shards):
+            for group in range(shard.row_groups):
+                table = shard_set.read(number, ["document_id", "start", "input_ids", column], group)
+                scores = flat_values(table[column]).astype(np.float32)
+                scored = np.flatnonzero(np.isfinite(scores))
+                ascending = scored[np.argsort(scores[scored], kind="stable")]
+                descending = scored[np.argsort(-scores[scored], kind="stable")]
+                lowest += [token_at(table, column, int(index)) for index in ascending[:count]]
+                highest += [token_at(table, column, int(index)) for index in descending[:count]]
+                lowest = sorted(lowest, key=lambda token: token.score)[:count]
+                highest = sorted(highest, key=lambda token: -token.score)[:count]
+                progress.update(len(scores))
+    return highest, lowest
+
+
+def token_at(table: pa.Table, column: str, index: int) -> ScoredToken:
+    """The token `index` of the concatenated lists of a row group."""
+    ends = np.cumsum(list_lengths(table["input_ids"]))
+    row = int(np.searchsorted(ends, index, side="right"))
+    ids = table["input_ids"][row].as_py()
+    at = index - (int(ends[row]) - len(ids))
+    return ScoredToken(
+        score=float(table[column][row][at].as_py()),
+        document_id=table["document_id"][row].as_py(),
+        position=table["start"][row].as_py() + at,
+        before=ids[max(0, at - TOKENS_BEFORE) : at],
+        token=ids[at],
+        after=ids[at + 1 : at + 1 + TOKENS_AFTER],
+    )
+
+
+def extremes_table(title: str, tokens: list[ScoredToken], tokenizer: Any) -> Table:
+    """One row for each token: its score, its position, and its text with the token marked."""
+    table = Table("score", "document", "token", "text, with »the token«", title=title, title_justify="left")
+    for token in tokens:
+        before, marked, after = split_text(tokenizer, token)
+        text = Text.assemble(before, ("»" + marked + "«", "bold reverse"), after, overflow="fold")
+        table.add_row(f"{token.score:.3f}", Text(token.document_id, overflow="fold"), str(token.position), text)
+    if not tokens:
+        table.caption = "no token has a score"
+    return table
+
+
+def split_text(tokenizer: Any, token: ScoredToken) -> tuple[str, str, str]:
+    """Text before the token, of the token, and after it.
+
+    The ids are decoded together, since some tokenizers decode the first token of a text differently.
+    """
+    before = decode(tokenizer, token.before)
+    until = decode(tokenizer, [*token.before, token.token])
+    whole = decode(tokenizer, [*token.before, token.token, *token.after])
+    marked = until[len(before) :] if until.startswith(before) else decode(tokenizer, [token.token])
+    after = whole[len(until) :] if whole.startswith(until) else decode(tokenizer, token.after)
+    return printable(before), printable(marked), printable(after)

@@ -1,0 +1,46 @@
+"""Errors that users can fix end in one line, bugs in a traceback."""
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from weighted_mtp.pipelines.cli.main import main
+from weighted_mtp.schemas.configs import Config
+from weighted_mtp.schemas.errors import UserError
+
+SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("corpus: empty; add text"), "wmtp score: error: corpus: empty; add text"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/shard"),
+            "wmtp score: error: out/shard: No space left on device; free some space and rerun the same command",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), "change the permissions or choose another path"),
+        (OSError("can't load tokenizer\n\nfor 'x'"), "wmtp score: error: can't load tokenizer for 'x'"),
+    ],
+)
+def test_what_the_user_can_fix_ends_in_one_line(
+    error: Exception, expected: str, replace_command: Callable[..., None], complaint: Callable[[list[str], int], str]
+) -> None:
+    def fail(_: Config) -> None:
+        raise error
+
+    replace_command("score", fail)
+    assert complaint(SCORE, 1).endswith(expected)
+    for debug in (["--debug", *SCORE], [*SCORE, "--debug"]):
+        with pytest.raises(type(error)):
+            main(debug)
+
+
+def test_a_bug_shows_its_traceback(replace_command: Callable[..., None]) -> None:
+    def fail(_: Config) -> None:
+        raise ZeroDivisionError
+
+    replace_command("score", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(SCORE)

@@ -1,0 +1,95 @@
+"""Wrong usage ends in one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
+PREPARE = ["prepare", "--input", "a", "--output", "b", "--tokenizer", "c"]
+ITERATE = ["iterate", "--input", "a", "--output", "b", "--reference", "c", "--base", "d"]
+TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "wmtp: error: no command given; choose from prepare, score"),
+        (["scor"], "wmtp: error: unknown command 'scor'; choose from"),
+        (["score", "--input", "a"], "wmtp score: error: --output missing; see 'wmtp score --help'"),
+        (["inspect"], "wmtp inspect: error: SET missing"),
+        ([*SCORE, "--short_contex", "5"], "--short_contex 5 (did you mean --short_context?)"),
+        ([*SCORE, "--short"], "unknown argument --short"),
+        ([*SCORE, "--short_context", "1"], "--short_context: should be greater than or equal to 2, not '1'"),
+        ([*SCORE[:5], "--entropy"], "--reference missing; give a model to score with, there or in --conditions, or"),
+        ([*SCORE[:5], "--contrasts", "{a: loss_b - loss_c}", "--entropy"], "--entropy needs --reference"),
+        ([*SCORE[:5], "--conditions.one.model", "m", "--base", "b"], "--base needs --reference"),
+        ([*SCORE, "--conditions", "{base: {model: m}}"], "--conditions: 'base' has flags of its own; choose another"),
+        ([*SCORE, "--conditions", "{a-b: {model: m}}"], "--conditions: 'a-b' is no name for a column; use letters"),
+        ([*SCORE, "--conditions", "{a: {modl: m}}"], "--conditions: Option 'modl' is not accepted"),
+        ([*SCORE, "--contrasts", "{a: loss_b}"], "--contrasts: a should be the difference of two columns"),
+        ([*SCORE, "--contrasts", "{excess_loss: a - b}"], "--contrasts: excess_loss is the name of another column"),
+        ([*SCORE, "--short_stride", "5"], "--short_stride needs --short_context"),
+        ([*SCORE, "--short_context", "5", "--short_stride", "5"], "--short_stride must be smaller than"),
+        ([*SCORE, "--engine", "jax"], "--engine: should be one of 'auto', 'vllm', 'transformers', not 'jax'"),
+        ([*SCORE, "--workers", "many"], "--workers: should be a valid integer"),
+        ([*PREPARE, "--number_fields", "reward"], "--number_fields: should be a list such as '[a,b]', not 'reward'"),
+        ([*PREPARE, "--number_fields", "[start]"], "--number_fields: 'start' is a name that wmtp uses itself;"),
+        ([*PREPARE, "--label_fields", "[excess_loss_b]"], "'excess_loss_b' is a name that wmtp uses itself;"),
+        ([*PREPARE, "--label_fields", "[gradient_x]"], "'gradient_x' is a name that wmtp uses itself; rename"),
+        ([*PREPARE, "--label_fields", "[a-b]"], "--label_fields: 'a-b' is no name for a column; use letters"),
+        ([*PREPARE, "--label_fields", "[class]"], "--label_fields: 'class' is a name that wmtp uses itself"),
+        ([*PREPARE, "--number_fields", "[live]"], "--number_fields: 'live' is a name that wmtp uses itself;"),
+        ([*PREPARE, "--label_fields", "[a,a]"], "--number_fields and --label_fields name 'a' twice"),
+        ([*PREPARE, "--label_fields", "[a]", "--number_fields", "[a]"], "name 'a' twice; name each field once"),
+        ([*SCORE, "--contrasts", "{live: loss_a - loss_b}"], "--contrasts: 'live' is a name that wmtp uses itself;"),
+        ([*SCORE, "--contrasts", "{in: loss_a - loss_b}"], "--contrasts: 'in' is a name that wmtp uses itself; choose"),
+        (
+            ["weights", "a", "--weights.preset", "rho1"],
+            "to use in its place, for example --live_column loss_base",
+        ),
+        (["weights", "a", "--live_column", "loss_base"], "--live_column: these weights do not depend on the model"),
+        (["weights", "a,"], "SET: should have a path on both sides of every comma;"),
+        (["weights"], "wmtp weights: error: SET missing"),
+        ([*TRAIN, "--weights.fraction", "1.5"], "--weights.fraction: should be less than or equal to 1, not '1.5'"),
+        ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
+        ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),
+        ([*TRAIN, "--heads.offsets", "[1,0]"], "--heads.offsets: should be greater than 0"),
+        ([*TRAIN, "--input", "a,"], "--input: should have a path on both sides of every comma;"),
+        ([*TRAIN, "--seed", "x"], "--seed: should be a valid integer"),
+        ([*TRAIN, "--mix", "{b: 0.5, c: 0.5}"], "--mix: shares should sum to less than 1"),
+        ([*TRAIN, "--mix", "{b: 0}"], "--mix: should be greater than 0, not '0'"),
+        ([*TRAIN, "--mix", "{tape://b: 0.5}"], "--mix: Unsupported filesystem: 'tape'"),
+        ([*ITERATE, "--score.input", "a"], "--score.input: is set by 'wmtp iterate'; leave it out"),
+        ([*ITERATE, "--score.short_contex", "5"], "--score.short_contex: no such setting; see 'wmtp score --help'"),
+        ([*ITERATE, "--train.weights.preset", "rho2"], "--train.weights.preset: should be 'uniform', 'rho1'"),
+        ([*ITERATE, "--train.ray_address", "x"], "--train: --ray_address needs --ray_workers"),
+        (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
+    ],
+)
+def test_wrong_usage_ends_in_one_line(
+    arguments: list[str], expected: str, complaint: Callable[[list[str], int], str]
+) -> None:
+    line = complaint(arguments, 2)
+    assert expected in line
+    assert "Annotated" not in line
+    assert "errors.pydantic.dev" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("inputt: a\n", "--config: unknown setting 'inputt' (did you mean --input?)"),
+        ("input: [\n", "--config: not valid YAML"),
+        ("input: \ud800\n", "--config: not valid YAML (UnicodeDecodeError); correct the file"),
+        ("input: " + "[" * 5000 + "]" * 5000, "--config: not valid YAML (RecursionError); correct the file"),
+        ("- input\n", "--config: not a mapping of settings to values; correct the file"),
+        ("short_context: -1\n", "--short_context: should be greater than or equal to 2, not '-1'"),
+    ],
+)
+def test_a_wrong_file_ends_in_one_line(
+    text: str, expected: str, tmp_path: Path, complaint: Callable[[list[str], int], str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, errors="surrogatepass")
+    assert expected in complaint(["score", "--config", str(file)], 2)
