@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.table import Table
 
 from weighted_mtp.pipelines import list as catalogue
-from weighted_mtp.pipelines.score import describe_conditions, describe_request, finish
 from weighted_mtp.schemas.configs import ListConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, TokenizerInfo, read_manifest, write_manifest
@@ -46,9 +45,12 @@ from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.driver import ScoringJob
-from weighted_mtp.scoring.job.ray_cluster import Pool, ray_session
+from weighted_mtp.scoring.job.finish import finish
+from weighted_mtp.scoring.job.ray_cluster import ray_session
 from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.setup import describe_conditions, describe_request
 from weighted_mtp.scoring.job.units import find_done, gather
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.weighting import make_weighting
 
@@ -180,7 +182,7 @@ class Run:
         """Score all shards; return the seconds since the first worker was ready. `at_end`: workers still live."""
         load = partial(FakeEngine, rate=self.rate and self.rate * len(self.plan.models))
         units = self.source.manifest.shards
-        job = ScoringJob(self.task, units, Pool(self.workers, self.workers, 1.0, 0.0), print, load)
+        job = ScoringJob(self.task, units, WorkerPool(self.workers, self.workers, 1.0, 0.0), print, load)
         ended = 0.0
         for progress in job.run():
             if not self.started and progress.workers:
@@ -242,7 +244,7 @@ def run_driver(units: int, work: Path) -> dict[str, Any]:
 
 def measure_driver(units: int, work: Path) -> dict[str, Any]:
     """All steps of a run of `units` units, and of what reads its result."""
-    with ray_session(None, Pool(2, 2, 1.0, 0.0)):
+    with ray_session(None, WorkerPool(2, 2, 1.0, 0.0)):
         warm_up = Run(make_set(work / "warm_up", WARM_UP, 64), work / "warm_up_scored", 2, ("reference",))
         warm_up.score()
         catalogue_of(warm_up.finish().path)
@@ -306,7 +308,7 @@ def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
     source = make_set(work / "tokens", arguments.shards, arguments.shard_tokens)
     run = Run(source, work / "scored", 1, rate=arguments.rate)
     cpu: list[float] = []
-    with ray_session(None, Pool(1, 1, 1.0, 0.0)):
+    with ray_session(None, WorkerPool(1, 1, 1.0, 0.0)):
         wall = run.score(lambda: cpu.append(cpu_seconds(run.process) - run.base_cpu))
         started = time.perf_counter()
         gather(run.output, [shard.name for shard in source.manifest.shards])
@@ -353,7 +355,7 @@ def memory_report(arguments: argparse.Namespace, work: Path) -> Table:
         source = make_set(work / f"tokens-{units}", units, arguments.held_tokens)
         run = Run(source, work / f"scored-{units}", 1)
         peaks: list[int] = []
-        with ray_session(None, Pool(1, 1, 1.0, 0.0)):
+        with ray_session(None, WorkerPool(1, 1, 1.0, 0.0)):
             run.score(lambda run=run, peaks=peaks: peaks.append(memory(run.process, "VmHWM") - run.base_rss))
         alone = alone or peaks[0]
         row = f"{peaks[0] / MIB:,.0f}", f"{peaks[0] / arguments.held_tokens:.0f}", f"{peaks[0] / alone:.2f}"

@@ -26,7 +26,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from upath import UPath
 
-from weighted_mtp.pipelines.reports.score_summary import Scored
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import (
     Column,
@@ -43,8 +42,8 @@ from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files
 from weighted_mtp.schemas.storage.locations import Location, locate
 from weighted_mtp.scoring.job.scorer import ScoringTask, load_model
-from weighted_mtp.scoring.job.units import Attempt, commit, find_done
-from weighted_mtp.scoring.job.worker import ScoringWorker, Unit
+from weighted_mtp.scoring.job.units import Unit, commit, find_done, new_attempt
+from weighted_mtp.scoring.job.worker import ScoringWorker
 
 PRELOADED = [
     "weighted_mtp.training.run.train",
@@ -202,37 +201,36 @@ def start_process() -> Callable[..., BaseProcess]:
 
 
 @pytest.fixture(scope="session")
-def score_in_process() -> Callable[..., Scored]:
+def score_in_process() -> Callable[..., None]:
     """What can stand for `score_missing`: its worker is in this process, which Ray takes seconds to start.
 
     It loads engines with `load`.
     """
 
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> Scored:
+    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> None:
         worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load)
         done = find_done(task.output, shards)
-        units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
+        units = [Unit(shard, new_attempt(shard.name)) for shard in shards if shard.name not in done]
         for outcome in [worker.start(), *map(worker.score, units)]:
             if outcome.error:
                 raise outcome.error
             assert outcome.kind == "done"
         for unit in units:
             commit(task.output, unit.attempt)
-        return Scored()
 
     return score
 
 
 @pytest.fixture
-def score_here(score_in_process: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
+def score_here(score_in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
     """Let the worker of a run be in this process; gives the tasks that it had."""
     tasks: list[ScoringTask] = []
 
-    def score(task: ScoringTask, *rest: object) -> Scored:
+    def score(task: ScoringTask, *rest: object) -> None:
         tasks.append(task)
-        return score_in_process(task, *rest)
+        score_in_process(task, *rest)
 
-    monkeypatch.setattr("weighted_mtp.pipelines.score.score_missing", score)
+    monkeypatch.setattr("weighted_mtp.scoring.job.run.score_missing", score)
     return tasks
 
 

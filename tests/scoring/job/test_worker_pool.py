@@ -1,12 +1,12 @@
-from weighted_mtp.scoring.job.ray_cluster import Pool
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 
 def plan(workers: int, gpus: int, tensor_parallel_size: int = 1, share: float | None = None) -> tuple[int, float]:
-    pool = Pool.plan(
-        workers, least=None, cpus=1, gpus_per_worker=share, gpus=gpus, tensor_parallel_size=tensor_parallel_size
+    pool = WorkerPool.plan(
+        workers, min_workers=None, cpus=1, gpus_per_worker=share, gpus=gpus, tensor_parallel_size=tensor_parallel_size
     )
-    assert pool.least == pool.most
-    return pool.most, pool.gpus
+    assert pool.min_workers == pool.max_workers
+    return pool.max_workers, pool.gpus
 
 
 def test_workers_share_the_gpus_evenly():
@@ -25,10 +25,10 @@ def test_workers_share_the_gpus_evenly():
 def test_places_are_counted_node_by_node():
     """A share of a GPU lies on one GPU, and the GPUs of one engine on one node."""
     node = {"CPU": 16.0, "GPU": 3.0}
-    assert Pool(1, 1, 1, 1).places_on(node) == 3
-    assert Pool(1, 1, 1, 2).places_on(node) == 1
-    assert Pool(1, 1, 1, 1 / 3).places_on(node) == 9
-    assert Pool(1, 1, 1, 0.4).places_on(node) == 6
-    assert Pool(1, 1, 4, 0.4).places_on(node) == 4
-    assert Pool(1, 1, 0.5, 0).places_on({"CPU": 2.0}) == 4
-    assert Pool(1, 1, 1, 1).places_on({"CPU": 2.0}) == 0
+    assert WorkerPool(1, 1, 1, 1).places_on(node) == 3
+    assert WorkerPool(1, 1, 1, 2).places_on(node) == 1
+    assert WorkerPool(1, 1, 1, 1 / 3).places_on(node) == 9
+    assert WorkerPool(1, 1, 1, 0.4).places_on(node) == 6
+    assert WorkerPool(1, 1, 4, 0.4).places_on(node) == 4
+    assert WorkerPool(1, 1, 0.5, 0).places_on({"CPU": 2.0}) == 4
+    assert WorkerPool(1, 1, 1, 1).places_on({"CPU": 2.0}) == 0
