@@ -1,15 +1,15 @@
-"""What a scoring run costs besides its engines: memory and time of the driver, and what a worker adds to its engines.
+"""Cost of a scoring run besides its engines: time and memory of the driver, and overhead of a worker.
 
     .venv/bin/python benchmarks/scaling.py [--units 1000 4000] [--parts driver overhead memory]
 
 Everything is the real thing (Ray, the job, workers, shards, manifests) except for the engines: these return made-up
-losses, at once or at a given speed. The driver is measured on sets of many shards of a few tokens, one set in a process
-of its own, after a run of a few units that makes everything that is made only once. "Kept" is how much more resident
-memory the process has after a step than before the first one, "peak" the most that it had meanwhile, each by unit.
+losses, at once or at a given speed. The driver is measured on sets of many shards of a few tokens, each set in its own
+process, after a short warm-up run. "Kept" is the resident memory after a step above that before the first one, "peak"
+the most during the step, both per unit.
 
 The work around the engines is measured on one worker whose engines take exactly --rate tokens of the corpus per second.
-What a worker holds is measured with engines that take no time, so that reading and writing are never done before the
-engines are.
+The memory of a worker is measured with engines that take no time, which is the worst case: reading and writing are
+always behind.
 """
 
 import argparse
@@ -61,7 +61,7 @@ MIB = 1 << 20
 
 
 class FakeEngine:
-    """Losses from token ids and positions, spread like real ones; `rate` is how many tokens it takes per second."""
+    """Losses from token ids and positions, distributed like real ones; `rate` is in tokens per second."""
 
     def __init__(self, model: Path, config: EngineConfig, rate: float | None = None) -> None:
         (model / "pid").write_text(str(os.getpid()))
@@ -121,7 +121,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
-    """A token set of `units` shards, all with the same content."""
+    """Write a token set of `units` shards, all with the same content."""
     length = min(LENGTH, shard_tokens)
     lengths = np.full(shard_tokens // length, length)
     ids = np.random.default_rng(0).zipf(1.3, lengths.sum()) % VOCABULARY
@@ -196,7 +196,7 @@ class Run:
         return ended - self.started
 
     def finish(self) -> ShardSet:
-        """Put the scored set together."""
+        """Finish the scored set."""
         return finish(self.output, self.source, self.origins, self.request)
 
 
@@ -223,7 +223,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Measure a block; memory in bytes above what it was at first."""
+        """Measure a block; memory in bytes above that at the start."""
         (self.process / "clear_refs").write_text("5")
         started, cpu = time.perf_counter(), time.process_time()
         yield
@@ -243,7 +243,7 @@ def run_driver(units: int, work: Path) -> dict[str, Any]:
 
 
 def measure_driver(units: int, work: Path) -> dict[str, Any]:
-    """All steps of a run of `units` units, and of what reads its result."""
+    """Measure all steps of a run of `units` units, and of the commands that read its result."""
     with ray_session(None, WorkerPool(2, 2, 1.0, 0.0)):
         warm_up = Run(make_set(work / "warm_up", WARM_UP, 64), work / "warm_up_scored", 2, ("reference",))
         warm_up.score()
@@ -304,7 +304,7 @@ def driver_report(results: list[dict[str, Any]]) -> Table:
 
 
 def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
-    """What a worker's run takes beyond the time of its engines."""
+    """Time of a one-worker run beyond that of its engines."""
     source = make_set(work / "tokens", arguments.shards, arguments.shard_tokens)
     run = Run(source, work / "scored", 1, rate=arguments.rate)
     cpu: list[float] = []
@@ -346,7 +346,7 @@ def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
 
 
 def memory_report(arguments: argparse.Namespace, work: Path) -> Table:
-    """The most memory that a worker has above what it has once its engines are loaded."""
+    """Peak memory of a worker above that with loaded engines."""
     table = Table("a worker that scores", title=f"shards of {arguments.held_tokens:,} tokens, 3 columns")
     for name in ("MiB above loaded", "bytes per token of a shard", "of one shard"):
         table.add_column(name, justify="right")

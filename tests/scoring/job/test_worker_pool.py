@@ -17,7 +17,7 @@ def test_workers_share_the_gpus_evenly():
     assert plan(4, 8) == (4, 1.0)
     assert plan(0, 8, 2) == (4, 2.0)
     assert plan(1, 8, 2) == (1, 2.0)
-    assert plan(0, 1, 2) == (1, 2.0), "which no cluster of one GPU can place"
+    assert plan(0, 1, 2) == (1, 2.0), "a cluster of one GPU cannot place it"
     assert plan(0, 8, share=0.25) == (32, 0.25)
     assert plan(3, 8, share=0.25) == (3, 0.25)
 
