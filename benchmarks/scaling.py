@@ -1,15 +1,15 @@
-"""What a scoring run costs besides its engines: memory and time of the driver, and what a worker adds to its engines.
+"""Cost of a scoring run besides its engines: time and memory of the driver, and overhead of a worker.
 
     .venv/bin/python benchmarks/scaling.py [--units 1000 4000] [--parts driver overhead memory]
 
 Everything is the real thing (Ray, the job, workers, shards, manifests) except for the engines: these return made-up
-losses, at once or at a given speed. The driver is measured on sets of many shards of a few tokens, one set in a process
-of its own, after a run of a few units that makes everything that is made only once. "Kept" is how much more resident
-memory the process has after a step than before the first one, "peak" the most that it had meanwhile, each by unit.
+losses, at once or at a given speed. The driver is measured on sets of many shards of a few tokens, each set in its own
+process, after a short warm-up run. "Kept" is the resident memory after a step above that before the first one, "peak"
+the most during the step, both per unit.
 
 The work around the engines is measured on one worker whose engines take exactly --rate tokens of the corpus per second.
-What a worker holds is measured with engines that take no time, so that reading and writing are never done before the
-engines are.
+The memory of a worker is measured with engines that take no time, which is the worst case: reading and writing are
+always behind.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.table import Table
 
 from weighted_mtp.pipelines import list as catalogue
-from weighted_mtp.pipelines.score import describe_conditions, describe_request, finish
 from weighted_mtp.schemas.configs import ListConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, TokenizerInfo, read_manifest, write_manifest
@@ -47,9 +46,12 @@ from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.driver import ScoringJob
-from weighted_mtp.scoring.job.ray_cluster import Pool, ray_session
+from weighted_mtp.scoring.job.finish import finish
+from weighted_mtp.scoring.job.ray_cluster import ray_session
 from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.setup import describe_conditions, describe_request
 from weighted_mtp.scoring.job.units import find_done, gather
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.weighting import make_weighting
 
@@ -60,7 +62,7 @@ MIB = 1 << 20
 
 
 class FakeEngine:
-    """Losses from token ids and positions, spread like real ones; `rate` is how many tokens it takes per second."""
+    """Losses from token ids and positions, distributed like real ones; `rate` is in tokens per second."""
 
     def __init__(self, model: Path, config: EngineConfig, rate: float | None = None) -> None:
         (model / "pid").write_text(str(os.getpid()))
@@ -120,7 +122,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
-    """A token set of `units` shards, all with the same content."""
+    """Write a token set of `units` shards, all with the same content."""
     length = min(LENGTH, shard_tokens)
     lengths = np.full(shard_tokens // length, length)
     ids = np.random.default_rng(0).zipf(1.3, lengths.sum()) % VOCABULARY
@@ -181,7 +183,7 @@ class Run:
         """Score all shards; return the seconds since the first worker was ready. `at_end`: workers still live."""
         load = partial(FakeEngine, rate=self.rate and self.rate * len(self.plan.models))
         units = self.source.manifest.shards
-        job = ScoringJob(self.task, units, Pool(self.workers, self.workers, 1.0, 0.0), print, load)
+        job = ScoringJob(self.task, units, WorkerPool(self.workers, self.workers, 1.0, 0.0), print, load)
         ended = 0.0
         for progress in job.run():
             if not self.started and progress.workers:
@@ -195,7 +197,7 @@ class Run:
         return ended - self.started
 
     def finish(self) -> ShardSet:
-        """Put the scored set together."""
+        """Finish the scored set."""
         return finish(self.output, self.source, self.origins, self.request)
 
 
@@ -222,7 +224,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Measure a block; memory in bytes above what it was at first."""
+        """Measure a block; memory in bytes above that at the start."""
         (self.process / "clear_refs").write_text("5")
         started, cpu = time.perf_counter(), time.process_time()
         yield
@@ -242,8 +244,8 @@ def run_driver(units: int, work: Path) -> dict[str, Any]:
 
 
 def measure_driver(units: int, work: Path) -> dict[str, Any]:
-    """All steps of a run of `units` units, and of what reads its result."""
-    with ray_session(None, Pool(2, 2, 1.0, 0.0)):
+    """Measure all steps of a run of `units` units, and of the commands that read its result."""
+    with ray_session(None, WorkerPool(2, 2, 1.0, 0.0)):
         warm_up = Run(make_set(work / "warm_up", WARM_UP, 64), work / "warm_up_scored", 2, ("reference",))
         warm_up.score()
         catalogue_of(warm_up.finish().path)
@@ -303,11 +305,11 @@ def driver_report(results: list[dict[str, Any]]) -> Table:
 
 
 def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
-    """What a worker's run takes beyond the time of its engines."""
+    """Time of a one-worker run beyond that of its engines."""
     source = make_set(work / "tokens", arguments.shards, arguments.shard_tokens)
     run = Run(source, work / "scored", 1, rate=arguments.rate)
     cpu: list[float] = []
-    with ray_session(None, Pool(1, 1, 1.0, 0.0)):
+    with ray_session(None, WorkerPool(1, 1, 1.0, 0.0)):
         wall = run.score(lambda: cpu.append(cpu_seconds(run.process) - run.base_cpu))
         started = time.perf_counter()
         gather(run.output, [shard.name for shard in source.manifest.shards])
@@ -345,7 +347,7 @@ def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
 
 
 def memory_report(arguments: argparse.Namespace, work: Path) -> Table:
-    """The most memory that a worker has above what it has once its engines are loaded."""
+    """Peak memory of a worker above that with loaded engines."""
     table = Table("a worker that scores", title=f"shards of {arguments.held_tokens:,} tokens, 3 columns")
     for name in ("MiB above loaded", "bytes per token of a shard", "of one shard"):
         table.add_column(name, justify="right")
@@ -354,7 +356,7 @@ def memory_report(arguments: argparse.Namespace, work: Path) -> Table:
         source = make_set(work / f"tokens-{units}", units, arguments.held_tokens)
         run = Run(source, work / f"scored-{units}", 1)
         peaks: list[int] = []
-        with ray_session(None, Pool(1, 1, 1.0, 0.0)):
+        with ray_session(None, WorkerPool(1, 1, 1.0, 0.0)):
             run.score(lambda run=run, peaks=peaks: peaks.append(memory(run.process, "VmHWM") - run.base_rss))
         alone = alone or peaks[0]
         row = f"{peaks[0] / MIB:,.0f}", f"{peaks[0] / arguments.held_tokens:.0f}", f"{peaks[0] / alone:.2f}"

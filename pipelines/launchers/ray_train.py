@@ -21,7 +21,8 @@ from ray.train.torch import TorchTrainer
 from weighted_mtp.pipelines.cli.errors import debugging, describe_error, is_user_facing, silence_libraries
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.scoring.job.ray_cluster import Pool, describe_nodes, last_reason, ray_session
+from weighted_mtp.scoring.job.ray_cluster import count_places, describe_nodes, last_reason, ray_session
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.run.train import train
 
 RESTARTS = 3
@@ -79,7 +80,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
         UserError: the cluster is too small, a worker reported one, or workers kept dying.
     """
     assert config.ray_workers is not None
-    with ray_session(config.ray_address, Pool(config.ray_workers, config.ray_workers, cpus=1, gpus=0)):
+    with ray_session(config.ray_address, WorkerPool(config.ray_workers, config.ray_workers, cpus=1, gpus=0)):
         scaling = place_workers(config.ray_workers)
         output = ray.remote(num_cpus=0)(DriverOutput).remote()
         job = {
@@ -122,11 +123,11 @@ def place_workers(workers: int) -> ScalingConfig:
         UserError: the cluster cannot hold the workers.
     """
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    pool = Pool(workers, workers, cpus=1, gpus=float(use_gpu))
-    if pool.places() < workers:
+    pool = WorkerPool(workers, workers, cpus=1, gpus=float(use_gpu))
+    if count_places(pool) < workers:
         raise UserError(
             f"--ray_workers {workers}: each needs {pool.needs()}, and the Ray cluster ({describe_nodes()}) can hold "
-            f"{pool.places()}; lower --ray_workers or add nodes"
+            f"{count_places(pool)}; lower --ray_workers or add nodes"
         )
     return ScalingConfig(num_workers=workers, use_gpu=use_gpu)
 

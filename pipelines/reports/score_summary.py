@@ -1,4 +1,4 @@
-"""What `wmtp score` prints: the screen at its end, and the one of a dry run."""
+"""Screens of `wmtp score`: the summary at its end, and the dry run."""
 
 from dataclasses import dataclass
 
@@ -9,23 +9,28 @@ from weighted_mtp.pipelines.reports.console import new_console
 from weighted_mtp.pipelines.reports.shard_set_report import STATISTICS, size_cells, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.scoring.conditions.plan import ScoringPlan
+from weighted_mtp.scoring.job.report import DryRun
 from weighted_mtp.scoring.job.units import read_records
 
-PRESETS = {"excess_loss": "rho1-static", "long_short": "dense"}
-"""A weighting scheme for each contrast, for the command that comes next."""
+SUGGESTED_PRESETS = {"excess_loss": "rho1-static", "long_short": "dense"}
+"""The preset of weights to suggest for the next command, by contrast."""
 H100_FLOPS = 989e12
+"""Dense bfloat16 FLOP/s of an H100 or H200."""
 UTILISATION = 0.4
-"""Dense bfloat16 FLOP/s of an H100 or H200, and the share of it that scoring is assumed to reach."""
+"""Assumed share of `H100_FLOPS` that scoring reaches."""
 SAMPLED_RECORDS = 64
 FREQUENT_REASONS = 5
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run did: tokens scored, shards that were done before, seconds since the first worker was ready, incidents.
+    """A run in numbers.
 
-    Incidents are lost workers and memory that ran out.
+    Attributes:
+        tokens: tokens scored by this run.
+        resumed: shards completed by earlier runs.
+        seconds: from the first ready worker to the last shard.
+        incidents: lost workers, out-of-memory errors, waits for resources.
     """
 
     tokens: int = 0
@@ -35,7 +40,7 @@ class Scored:
 
 
 def print_summary(shards: ShardSet, scored: Scored) -> None:
-    """Print what the columns hold, how fast it went, and the next command."""
+    """Print statistics of the columns, the speed, and the next command."""
     manifest = shards.manifest
     sizes = size_cells(shards)
     table = Table("column")
@@ -58,19 +63,20 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
         console.print(f"{rejects:,} sequences could not be scored, see {shards.path / REJECTS}")
         for line in frequent_reasons(shards.path / REJECTS):
             console.print(f"    {line}")
-    preset = next((PRESETS[name] for name in manifest.columns if name in PRESETS), "uniform")
+    preset = next((SUGGESTED_PRESETS[name] for name in manifest.columns if name in SUGGESTED_PRESETS), "uniform")
     console.print(f"next: wmtp train --input {shards.path} --model MODEL --output RUN --weights.preset {preset}")
 
 
 def frequent_reasons(rejects: Location) -> list[str]:
-    """The most frequent reasons in a `rejects.jsonl` of scoring, with numbers in them left out."""
+    """The most frequent reasons in a `rejects.jsonl` of scoring, with every number in them replaced by N."""
     reason = pl.col("reason").str.replace_all(r"\d+", "N")
     found = pl.read_ndjson(rejects.read_bytes()).group_by("model", reason).len().sort("len", descending=True)
     return [f"{count:,} x {model}: {why}" for model, why, count in found.head(FREQUENT_REASONS).iter_rows()]
 
 
-def print_dry_run(output: Location, source: ShardSet, plan: ScoringPlan, done: set[str]) -> None:
-    """Print what a run would compute, what that costs, and what is there."""
+def print_dry_run(run: DryRun) -> None:
+    """Print what a run would compute, its estimated cost, and what is done already."""
+    output, source, plan, done = run.output, run.source, run.plan, run.done
     shards = source.manifest.shards
     missing = [shard for shard in shards if shard.name not in done]
     tokens, sequences = sum(shard.tokens for shard in missing), sum(shard.rows for shard in missing)

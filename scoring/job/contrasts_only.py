@@ -1,19 +1,18 @@
-"""Contrasts of stored columns alone: no model is asked, so there are no engines and no workers."""
+"""Contrasts of stored columns alone: no model runs, so there are no engines and no workers."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from uuid import uuid4
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shards import read_shard
-from weighted_mtp.scoring.job.driver import Progress
+from weighted_mtp.scoring.job.report import Progress
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_model, write_unit
-from weighted_mtp.scoring.job.units import Attempt, commit
+from weighted_mtp.scoring.job.units import commit, new_attempt
 
 
 def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
-    """Score units one after the other in this process, for a plan of contrasts alone, which takes no engine.
+    """Score units one after the other in this process, for a plan of contrasts alone.
 
     Raises:
         UserError: a shard is damaged.
@@ -26,7 +25,7 @@ def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
         started = time.monotonic()
         table = read_shard(task.source / shard.name)
         read_seconds = time.monotonic() - started
-        attempt = Attempt(shard.name, uuid4().hex[:12])
+        attempt = new_attempt(shard.name)
         write_unit(task, attempt, scorer.score(shard.name, table), read_seconds)
         commit(task.output, attempt)
         progress = replace(progress, units=progress.units + 1, tokens=progress.tokens + shard.tokens)

@@ -1,8 +1,7 @@
-"""Faults of engines, contained: one bad sequence costs its own scores, not its shard's.
+"""Faults of engines, contained: one bad sequence costs its own scores, not those of its shard.
 
-Sequences whose scoring raises are found by halving, those with numbers that no loss can be are seen in the result; each
-is tried once more alone before it is given up. What is no fault of a sequence is told apart: memory that ran out, and
-engines that do not work at all any more.
+Sequences that make the engine raise are found by halving; impossible losses are found in the result. Each such sequence
+is tried once more alone before it is given up. Running out of memory, and engines that stopped working, are raised.
 """
 
 from collections.abc import Callable
@@ -15,20 +14,20 @@ from weighted_mtp.schemas.errors import first_line
 from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
 
 ROUNDING = 0.01
-"""Losses and entropies are not negative, but computed ones may be, by a little."""
+"""Rounding errors may make computed losses and entropies slightly negative."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
 class OutOfMemoryError(Exception):
-    """An engine ran out of memory; with a smaller batch it may not."""
+    """An engine ran out of memory; a smaller batch may help."""
 
 
 class BrokenEngineError(Exception):
-    """An engine that failed on a sequence and fails on everything since."""
+    """An engine failed on a sequence and has failed on everything since."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, of a GPU or of the machine."""
+    """Whether an exception means that memory of a GPU or of the machine ran out."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error).lower() for words in OUT_OF_MEMORY
     )
@@ -40,7 +39,12 @@ def reason_for(error: BaseException) -> str:
 
 
 def fault_in(scores: np.ndarray, first_scored: list[int]) -> str | None:
-    """What is wrong with the scores of a sequence, float32 [measurements, tokens], from the first scored ones on."""
+    """Describe the first impossible score of a sequence, None if there is none.
+
+    Args:
+        scores: float32 [measurements, tokens].
+        first_scored: first token with a score, for each measurement.
+    """
     expected = np.arange(scores.shape[1]) >= np.asarray(first_scored)[:, None]
     bad = expected & ~((scores >= -ROUNDING) & (scores <= FLOAT16_MAX))
     if not bad.any():
@@ -55,24 +59,24 @@ def measure_each(
     find_fault: Callable[[int, np.ndarray], str | None],
     check_engine: Callable[[], object],
 ) -> tuple[dict[int, np.ndarray], dict[int, str]]:
-    """Measure sequences, leaving out those that cannot be.
+    """Measure sequences, leaving out those that cannot be scored.
 
     Args:
-        measure: returns the scores of the sequences with the given numbers, each float32 [measurements, tokens].
-        rows: numbers of the sequences.
-        find_fault: says what is wrong with the scores of the sequence with the given number.
-        check_engine: raises if the engine does not work any more.
+        measure: returns the scores of the given rows, each float32 [measurements, tokens].
+        rows: rows of the sequences.
+        find_fault: describes what is wrong with the scores of a row, if anything.
+        check_engine: raises if the engine has stopped working.
 
     Returns:
-        The scores of the sequences that have some, and why the others have none.
+        Scores by row, and for the other rows the reasons why they have none.
 
     Raises:
         OutOfMemoryError: memory ran out.
-        BrokenEngineError: after a sequence that failed alone, everything fails.
+        BrokenEngineError: a sequence failed alone, and the engine has not worked since.
     """
     try:
         found = dict(zip(rows, measure(rows), strict=True))
-    except Exception as error:  # whatever the engine has to say
+    except Exception as error:  # engines raise exceptions of any type
         if is_out_of_memory(error):
             raise OutOfMemoryError(reason_for(error)) from error
         if len(rows) == 1:
@@ -82,8 +86,9 @@ def measure_each(
                 raise BrokenEngineError(reason_for(error)) from broken
             return {}, {rows[0]: reason_for(error)}
         half = len(rows) // 2
-        parts = [measure_each(measure, some, find_fault, check_engine) for some in (rows[:half], rows[half:])]
-        return parts[0][0] | parts[1][0], parts[0][1] | parts[1][1]
+        first, first_reasons = measure_each(measure, rows[:half], find_fault, check_engine)
+        second, second_reasons = measure_each(measure, rows[half:], find_fault, check_engine)
+        return first | second, first_reasons | second_reasons
     faults = {row: fault for row, scores in found.items() if (fault := find_fault(row, scores))}
     for row in faults:
         del found[row]

@@ -1,4 +1,4 @@
-"""Scoring one shard: read it, let the engines compute token losses, write it with its score columns."""
+"""Scoring one shard: the engines compute token losses, contrasts are subtracted, the score columns are written."""
 
 import socket
 import time
@@ -21,8 +21,8 @@ from weighted_mtp.scoring.engines.loading import load_engine
 from weighted_mtp.scoring.job.faults import OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
 from weighted_mtp.scoring.job.units import (
     Attempt,
-    Reject,
-    Suspect,
+    RejectedSequence,
+    SequenceKey,
     UnitRecord,
     count_values,
     write_attempt,
@@ -30,13 +30,14 @@ from weighted_mtp.scoring.job.units import (
 )
 
 CONTRAST_STEP = np.float32(2.0**-9)
-PROBE = Request(np.array([0, 1], dtype=np.int32))
-"""A sequence for every model: does the engine still work?"""
+"""Contrasts are stored as multiples of this, in nats."""
+PROBE_REQUEST = Request(np.array([0, 1], dtype=np.int32))
+"""A request that every model can score, to check that an engine works."""
 
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What a worker needs to know to score any shard of a set; both locations are absolute."""
+    """Everything a worker needs to score any shard of a set; both locations are absolute."""
 
     source: Location
     output: Location
@@ -46,15 +47,15 @@ class ScoringTask:
 
 
 @dataclass(frozen=True)
-class Caution:
-    """How to treat a shard that workers died of: sequence by sequence.
+class OneByOne:
+    """Scores a shard that lost workers one sequence at a time.
 
     Attributes:
-        given_up: reasons for which sequences are not tried again, by model fingerprint and row.
+        given_up: sequences not to try, and why.
         announce: called with model fingerprint and row before each sequence.
     """
 
-    given_up: Mapping[Suspect, str]
+    given_up: Mapping[SequenceKey, str]
     announce: Callable[[str, int], None]
 
 
@@ -63,7 +64,7 @@ class ScoredShard:
     """A shard with its score columns, not yet written."""
 
     table: pa.Table
-    rejects: list[Reject]
+    rejects: list[RejectedSequence]
     score_seconds: float
 
 
@@ -71,7 +72,7 @@ def load_model(model: ScoringModel, config: EngineConfig) -> Engine:
     """Load a model into an engine.
 
     Raises:
-        UserError: its files on this machine are not those that the driver found.
+        UserError: its files on this machine differ from those that the driver found.
     """
     directory = model.directory
     if model_fingerprint(directory) != model.fingerprint:
@@ -90,11 +91,11 @@ class ShardScorer:
 
         Args:
             task: what to score.
-            load: makes an engine; `load_model` but for tests and measurements.
+            load: makes an engine; `load_model` except in tests and benchmarks.
 
         Raises:
-            UserError: an engine cannot load its model.
-            OutOfMemoryError: there is not enough memory for it.
+            UserError: an engine cannot load or run its model.
+            OutOfMemoryError: memory does not suffice for it.
         """
         self.task = task
         self.engines: dict[str, Engine] = {}
@@ -103,10 +104,10 @@ class ShardScorer:
             engine = replace(task.engine, max_length=task.engine.max_length + task.plan.longest_prompt(model))
             try:
                 loaded = self.engines[model.fingerprint] = load(model, engine)
-                loaded.score([PROBE])  # an engine may load what it cannot run
+                loaded.score([PROBE_REQUEST])  # an engine may load a model that it cannot run
             except UserError:
                 raise
-            except Exception as error:  # whatever the engine has to say
+            except Exception as error:  # engines raise exceptions of any type
                 if is_out_of_memory(error):
                     raise OutOfMemoryError(reason_for(error)) from error
                 remedy = "try --engine transformers" if task.engine.name == "vllm" else "check the checkpoint"
@@ -118,29 +119,29 @@ class ShardScorer:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the engines have computed so far."""
+        """Tokens that the engines have computed so far, without probes at the start."""
         return sum(engine.computed_tokens for engine in self.engines.values()) - self.probed_tokens
 
-    def score(self, shard: str, table: pa.Table, caution: Caution | None = None) -> ScoredShard:
+    def score(self, shard: str, table: pa.Table, one_by_one: OneByOne | None = None) -> ScoredShard:
         """Append the score columns to the rows of a shard.
 
         Args:
             shard: its name.
             table: its content.
-            caution: how to go about it if workers died of this shard.
+            one_by_one: if the shard lost workers, how to score its sequences one by one.
 
         Raises:
-            UserError: not one sequence of the shard can be scored.
+            UserError: no sequence of the shard can be scored.
             OutOfMemoryError: an engine ran out of memory.
-            BrokenEngineError: an engine does not work any more.
+            BrokenEngineError: an engine stopped working.
         """
         started = time.monotonic()
         lengths = list_lengths(table["input_ids"])
         sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
-        scores: dict[str, np.ndarray] = {}
-        rejects: list[Reject] = []
+        scores: dict[str, np.ndarray] = {}  # by column, float32 [tokens of the shard]
+        rejects: list[RejectedSequence] = []
         for model in self.task.plan.models:
-            reasons, scored = self._score_model(model, sequences, table, caution, scores)
+            reasons, scored = self._score_model(model, sequences, table, one_by_one, scores)
             if reasons and not scored:
                 raise UserError(
                     f"{model.name}: no sequence of {shard} can be scored ({min(reasons.items())[1]}); "
@@ -148,7 +149,7 @@ class ShardScorer:
                 )
             for row, reason in sorted(reasons.items()):
                 of_row = {name: table[name][row].as_py() for name in ("document_id", "start")}
-                rejects.append(Reject(shard=shard, row=row, **of_row, model=model.name, reason=reason))
+                rejects.append(RejectedSequence(shard=shard, row=row, **of_row, model=model.name, reason=reason))
         for name, contrast in self.task.plan.contrasts.items():
             minuend, subtrahend = (
                 scores[side] if side in scores else stored_scores(table, side)
@@ -165,17 +166,17 @@ class ShardScorer:
         model: ScoringModel,
         sequences: list[np.ndarray],
         table: pa.Table,
-        caution: Caution | None,
+        one_by_one: OneByOne | None,
         scores: dict[str, np.ndarray],
     ) -> tuple[dict[int, str], int]:
-        """Add the columns that a model measures to `scores`.
+        """Add the columns that a model measures to `scores`, each float32 [tokens of the shard].
 
         Returns:
-            Why sequences could not be scored, by their number, and how many could.
+            Reasons why sequences could not be scored, by row, and the number of scored sequences.
         """
         plan, engine = self.task.plan, self.engines[model.fingerprint]
         wanted = plan.measured_by(model)
-        known = None
+        known = None  # stored losses under the full context, float32 [tokens] for each row
         if column := plan.stored_losses(model):
             known = np.split(stored_scores(table, column), np.cumsum([len(ids) for ids in sequences])[:-1])
 
@@ -188,16 +189,16 @@ class ShardScorer:
             firsts = [first_scored(of, sequences[row], self.task.bos_token_id) for of in wanted.values()]
             return fault_in(scores, firsts)
 
-        known_faults = caution.given_up if caution else {}
+        known_faults = one_by_one.given_up if one_by_one else {}
         given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
-        # Sequences that this model could not score when their losses were stored have their line in the rejects.
+        # Rows whose stored losses are NaN were rejected by an earlier run, which has a line for each.
         rejected = {row for row, losses in enumerate(known or []) if np.isnan(losses[1:]).any()}
         rows = [row for row in range(len(sequences)) if row not in given_up.keys() | rejected]
-        found: dict[int, np.ndarray] = {}
-        for some in [[row] for row in rows] if caution else [rows]:
-            if caution:
-                caution.announce(model.fingerprint, some[0])
-            measured, reasons = measure_each(measure_rows, some, find_fault, lambda: engine.score([PROBE]))
+        found: dict[int, np.ndarray] = {}  # by row, float32 [measurements, tokens of the row]
+        for some in [[row] for row in rows] if one_by_one else [rows]:
+            if one_by_one:
+                one_by_one.announce(model.fingerprint, some[0])
+            measured, reasons = measure_each(measure_rows, some, find_fault, lambda: engine.score([PROBE_REQUEST]))
             found |= measured
             given_up |= reasons
         scored = len(found)
@@ -224,7 +225,7 @@ def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_se
 
 
 def stored_scores(table: pa.Table, column: str) -> np.ndarray:
-    """A score column of a shard, float32, the sequences one after the other."""
+    """A score column of a shard, float32 [tokens of the shard]."""
     return flat_values(table[column]).astype(np.float32)
 
 
@@ -235,24 +236,24 @@ def measure(
     bos_token_id: int | None,
     known_losses: list[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """All measurements of one model.
+    """Compute all measurements of one model.
 
-    Full sequences, prompted ones and windows go to the engine together, so that it can fill its batches.
+    Full sequences, prompted ones and windows go to the engine in one call, which fills its batches best.
 
     Args:
         engine: the model.
         sequences: token ids, int32.
-        measurements: what is wanted.
-        bos_token_id: the token that starts a window, and stands before a prompt, where it starts the sequence.
-        known_losses: float32 losses of each sequence under the full context, where they are stored. Short contexts
-            leave the first tokens their full context: it is not computed again for them alone.
+        measurements: what to measure.
+        bos_token_id: BOS; where it starts a sequence, it also starts windows and stands before prompts.
+        known_losses: for each sequence its float32 losses under the full context, if they are stored. The first tokens
+            of a short context keep their full-context loss, which is then not computed again.
 
     Returns:
         For each sequence a float32 array [measurements, tokens].
     """
     scores = [np.full((len(measurements), len(ids)), np.nan, dtype=np.float32) for ids in sequences]
     requests: list[Request] = []
-    places: list[tuple[int, list[int], int]] = []  # sequence, measurements and first token of each request
+    targets: list[tuple[int, list[int], int]] = []  # of each request: sequence, measurements, first token
     for prompt in dict.fromkeys(of.prompt for of in measurements):
         lines = [line for line, of in enumerate(measurements) if of.prompt == prompt]
         if known_losses is not None and all(measurements[line].window for line in lines):
@@ -264,29 +265,29 @@ def measure(
             prompted, first = prompt.before(ids, bos_token_id) if prompt else (ids, 0)
             if first < len(prompted):
                 requests.append(Request(prompted, first, quantities))
-                places.append((number, lines, len(ids) - (len(prompted) - first)))
+                targets.append((number, lines, len(ids) - (len(prompted) - first)))
     for line, window in enumerate(of.window for of in measurements):
         if window is None:
             continue
         for number, ids in enumerate(sequences):
             for span in plan_windows(len(ids), window.size, window.stride):
                 requests.append(Request(window_ids(ids, span, bos_token_id), span.first_scored - span.start))
-                places.append((number, [line], span.first_scored))
-    for (number, lines, first), result in zip(places, engine.score(requests), strict=True):
+                targets.append((number, [line], span.first_scored))
+    for (number, lines, first), result in zip(targets, engine.score(requests), strict=True):
         scores[number][lines, first : first + result.shape[1]] = result
     return scores
 
 
 def first_scored(measurement: Measurement, ids: np.ndarray, bos_token_id: int | None) -> int:
-    """The first token of a sequence that something comes before: 0 after a prompt, unless BOS comes before that."""
+    """The first token with a score: 0 after a prompt, unless the sequence starts with BOS, else 1."""
     return 0 if measurement.prompt and ids[0] != bos_token_id else 1
 
 
 def round_contrast(contrast: np.ndarray) -> np.ndarray:
-    """Round to multiples of 1/512 nat and to the range of float16; float32 in and out.
+    """Round to multiples of 1/512 nat and clip to the range of float16; float32 in and out.
 
-    A difference is often near 0, where float16 would keep digits far below what its two losses are good for (they are
-    stored with a spacing of 1/512 from 2 nats on, and engines differ by about 0.03). Those digits cost storage.
+    Differences near 0 would have float16 digits far below the precision of their two losses (stored with a spacing of
+    1/512 from 2 nats on; engines differ by about 0.03), and these digits would cost storage.
     """
-    rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # the sum turns -0 into 0
+    rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # adding 0 turns -0 into 0
     return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)

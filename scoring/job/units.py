@@ -1,14 +1,15 @@
-"""The state of a scoring run on disk: which units are done, and what they gave.
+"""Units of work, and the state of a scoring run on disk: which units are done, and their records.
 
-A unit is a shard. A worker writes what it scored under names of its own into `.progress/`. The driver, which alone
-holds the output, moves the shard to its final name and then its record to where records count. So a unit counts once
-however many workers had it, and one that was thought dead and goes on writing changes nothing that counts.
+A unit is a shard. A worker writes its results under names of its own into `.progress/`. The driver, which alone holds
+the output, moves the shard to its final name and then its record. So a unit counts once however many workers had it,
+and a worker that was given up as dead and goes on writing changes nothing.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,13 +23,13 @@ from weighted_mtp.schemas.storage.locations import Location, list_files
 
 RECORD_KEY = b"record"
 READERS = 32
-"""Records read at once: object stores answer slowly, but many at a time."""
-Suspect = tuple[str, int]
-"""A sequence that may have taken down a worker: the fingerprint of a model, and the row."""
+"""Records read at once: object stores answer slowly, but many requests at a time."""
+SequenceKey = tuple[str, int]
+"""A sequence of a unit under one model: the model's fingerprint, and the row."""
 
 
-class Reject(ManifestRecord):
-    """A sequence that a model could not score; its scores under that model are NaN."""
+class RejectedSequence(ManifestRecord):
+    """A sequence that a model could not score; its scores under that model are NaN. A line of `rejects.jsonl`."""
 
     shard: str
     row: int
@@ -39,10 +40,10 @@ class Reject(ManifestRecord):
 
 
 class UnitRecord(ManifestRecord):
-    """What a scored unit gave besides its value counts. Seconds of reading, of the engines, of writing."""
+    """Result of a unit besides its value counts, with the seconds of reading, of the engines and of writing."""
 
     entry: ShardEntry
-    rejects: list[Reject]
+    rejects: list[RejectedSequence]
     read_seconds: float
     score_seconds: float
     write_seconds: float = 0.0
@@ -50,7 +51,7 @@ class UnitRecord(ManifestRecord):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One worker's try at a unit: the unit's shard name, and a name that no other try has."""
+    """One worker's attempt at a unit: the unit's shard name, and a unique name."""
 
     unit: str
     name: str
@@ -64,17 +65,39 @@ class Attempt:
         return output / PROGRESS / f"{self.unit}.{self.name}.record"
 
     def note(self, output: Location) -> Location:
-        """Where a careful worker notes which sequence it tries next."""
-        return output / PROGRESS / f"{self.unit}.{self.name}.suspect"
+        """Where a worker that scores one by one notes the sequence that it tries next."""
+        return output / PROGRESS / f"{self.unit}.{self.name}.sequence"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A shard to score, and the attempt at it.
+
+    Attributes:
+        shard: the shard.
+        attempt: names of the files that the worker writes.
+        one_by_one: whether to score one sequence at a time, and to note each before it is tried.
+        given_up: sequences not to try, and why.
+    """
+
+    shard: ShardEntry
+    attempt: Attempt
+    one_by_one: bool = False
+    given_up: dict[SequenceKey, str] = field(default_factory=dict)
+
+
+def new_attempt(unit: str) -> Attempt:
+    """A new attempt at the unit with this shard name."""
+    return Attempt(unit, uuid4().hex[:12])
 
 
 def write_attempt(output: Location, attempt: Attempt, table: pa.Table, rejects: int) -> ShardEntry:
-    """Write a scored shard where the driver finds it; return its entry. `write_record` must follow."""
+    """Write a scored shard where the driver finds it; return its manifest entry. `write_record` must follow."""
     return replace(write_shard(attempt.shard(output), table), name=attempt.unit, rejects=rejects)
 
 
 def write_record(output: Location, attempt: Attempt, record: UnitRecord, counts: dict[str, ValueCounts]) -> None:
-    """Write the record of a scored shard: one Parquet file with the value counts and, as metadata, the rest."""
+    """Write the record of a scored shard: a Parquet file of its value counts, with `record` as metadata."""
     table = to_table(counts).replace_schema_metadata({RECORD_KEY: record.model_dump_json()})
     with atomic_write(attempt.record(output)) as file:
         pq.write_table(
@@ -96,7 +119,7 @@ def count_values(table: pa.Table, columns: tuple[str, ...]) -> dict[str, ValueCo
 
 
 def commit(output: Location, attempt: Attempt) -> None:
-    """Make an attempt count: the shard gets its name, then the record, which is what makes the unit done."""
+    """Move a finished attempt to its final names: the shard, then the record, which makes the unit done."""
     move(attempt.shard(output), output / attempt.unit)
     move(attempt.record(output), output / PROGRESS / attempt.unit)
 
@@ -107,15 +130,15 @@ def find_done(output: Location, units: list[ShardEntry]) -> set[str]:
     return {unit.name for unit in units} & done
 
 
-def note_suspect(output: Location, attempt: Attempt, model: str, row: int) -> None:
-    """Note which sequence of a unit is tried next: if the worker dies now, it is a suspect."""
+def note_sequence(output: Location, attempt: Attempt, model: str, row: int) -> None:
+    """Note the sequence that is tried next, so that the driver can find it if the worker dies."""
     write_text(attempt.note(output), f"{model} {row}")
 
 
-def read_suspect(output: Location, attempt: Attempt) -> Suspect | None:
-    """The sequence that was noted last, None if there is none or all were scored; forget the note."""
+def take_note(output: Location, attempt: Attempt) -> SequenceKey | None:
+    """Read and remove the note of an attempt; None if no sequence was noted or all were scored."""
     note = attempt.note(output)
-    if note.name not in list_files(note.parent):  # a store's own answer may be one from before the note
+    if note.name not in list_files(note.parent):  # `exists` of a store may be answered from an older cache
         return None
     model, row = note.read_text().split()
     note.unlink()
@@ -123,7 +146,7 @@ def read_suspect(output: Location, attempt: Attempt) -> Suspect | None:
 
 
 def clear_attempts(output: Location) -> None:
-    """Remove what workers of earlier, killed runs left, and records whose shard is gone."""
+    """Remove the files of unfinished attempts in earlier runs, and records whose shard is gone."""
     shards = list_files(output)
     for name in list_files(output / PROGRESS):
         if ".parquet." in name or (name.endswith(".parquet") and name not in shards):
@@ -132,19 +155,19 @@ def clear_attempts(output: Location) -> None:
 
 @dataclass
 class Gathered:
-    """What all units of a run gave: their entries and rejects in order, their timings, and value counts by column."""
+    """Results of all units: entries, rejects and timings in order, and the summed value counts of each column."""
 
     entries: list[ShardEntry]
-    rejects: list[Reject]
+    rejects: list[RejectedSequence]
     timings: Timings
     counts: dict[str, ValueCounts]
 
 
 def gather(output: Location, units: list[str]) -> Gathered:
-    """Put the records of all units together.
+    """Combine the records of all units.
 
     Raises:
-        UserError: a shard is not as it was written; it will be scored again.
+        UserError: a shard or record was damaged; the next run scores it again.
     """
     try:
         return _gather(output, units)
@@ -171,7 +194,7 @@ def _gather(output: Location, units: list[str]) -> Gathered:
 
 
 class DamagedUnitError(UserError):
-    """A unit whose shard or record is not as it was written."""
+    """The shard or record of a unit is damaged."""
 
     def __init__(self, output: Location, unit: str) -> None:
         super().__init__(
@@ -182,7 +205,7 @@ class DamagedUnitError(UserError):
 
 
 def read_records(output: Location, units: list[str]) -> Iterator[tuple[UnitRecord, pa.Table]]:
-    """Records of units that are done, in order, each with its table of value counts; a few are read ahead.
+    """Records of completed units in order, each with its table of value counts; up to `READERS` are read ahead.
 
     Raises:
         DamagedUnitError: a record cannot be read.

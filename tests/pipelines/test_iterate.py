@@ -123,7 +123,7 @@ def test_stopped_and_repeated_is_unbroken(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("weighted_mtp.pipelines.score.finish", stop)
+        patch.setattr("weighted_mtp.scoring.job.run.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
     save = RunDirectory.save_checkpoint

@@ -8,11 +8,10 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 
-from weighted_mtp.pipelines.reports.score_summary import Scored
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.scoring.job.scorer import ScoringTask, load_model
-from weighted_mtp.scoring.job.units import Attempt, commit, find_done
-from weighted_mtp.scoring.job.worker import ScoringWorker, Unit
+from weighted_mtp.scoring.job.units import Unit, commit, find_done, new_attempt
+from weighted_mtp.scoring.job.worker import ScoringWorker
 
 PRELOADED = [
     "weighted_mtp.training.run.train",
@@ -43,35 +42,34 @@ def start_process() -> Callable[..., BaseProcess]:
 
 
 @pytest.fixture(scope="session")
-def score_in_process() -> Callable[..., Scored]:
+def score_in_process() -> Callable[..., None]:
     """A replacement for `score_missing` with its worker in this process: Ray takes seconds to start one.
 
     The worker loads engines with `load`.
     """
 
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> Scored:
+    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> None:
         worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load)
         done = find_done(task.output, shards)
-        units = [Unit(shard, Attempt(shard.name, "here")) for shard in shards if shard.name not in done]
+        units = [Unit(shard, new_attempt(shard.name)) for shard in shards if shard.name not in done]
         for outcome in [worker.start(), *map(worker.score, units)]:
             if outcome.error:
                 raise outcome.error
             assert outcome.kind == "done"
         for unit in units:
             commit(task.output, unit.attempt)
-        return Scored()
 
     return score
 
 
 @pytest.fixture
-def score_here(score_in_process: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
+def score_here(score_in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
     """Run the worker of `wmtp score` in this process; returns the list of its tasks."""
     tasks: list[ScoringTask] = []
 
-    def score(task: ScoringTask, *rest: object) -> Scored:
+    def score(task: ScoringTask, *rest: object) -> None:
         tasks.append(task)
-        return score_in_process(task, *rest)
+        score_in_process(task, *rest)
 
-    monkeypatch.setattr("weighted_mtp.pipelines.score.score_missing", score)
+    monkeypatch.setattr("weighted_mtp.scoring.job.run.score_missing", score)
     return tasks

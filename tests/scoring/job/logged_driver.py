@@ -1,7 +1,7 @@
-"""`wmtp` with engines that log each row they score, known by its first two tokens.
+"""`wmtp` with engines that log each row they score, identified by its first two tokens, but not the probe.
 
 Run as a script, so that Ray sends what is defined here by value. Arguments: the log, seconds that a shard takes at
-least, constants of `scoring.job.driver` as JSON, the arguments of `wmtp`. Engines wait while the log has a sibling
+least, constants of `scoring.job.fleet` as JSON, the arguments of `wmtp`. Engines wait while the log has a sibling
 `.hold`.
 """
 
@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from weighted_mtp.pipelines import score
 from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
-from weighted_mtp.scoring.job import driver
+from weighted_mtp.scoring.job import fleet, run
 from weighted_mtp.scoring.job.driver import ScoringJob
-from weighted_mtp.scoring.job.scorer import load_model
+from weighted_mtp.scoring.job.scorer import PROBE_REQUEST, load_model
 
 
 class LoggedEngine:
@@ -34,6 +33,8 @@ class LoggedEngine:
         return self.engine.computed_tokens
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
+        if [request.input_ids.tolist() for request in requests] == [PROBE_REQUEST.input_ids.tolist()]:
+            return self.engine.score(requests)
         rows = [int(request.input_ids[0]) * 250 + int(request.input_ids[1]) for request in requests]
         with open(self.log, "ab", buffering=0) as file:
             file.write("".join(f"{row} {os.getpid()}\n" for row in rows).encode())
@@ -49,7 +50,7 @@ def load_logged(model: ScoringModel, config: EngineConfig, *, log: Path, seconds
 
 if __name__ == "__main__":
     log, seconds, constants, *arguments = sys.argv[1:]
-    vars(driver).update(json.loads(constants))
+    vars(fleet).update(json.loads(constants))
     load = partial(load_logged, log=Path(log), seconds=float(seconds))
-    score.ScoringJob = partial(ScoringJob, load=load)
+    run.ScoringJob = partial(ScoringJob, load=load)
     sys.exit(main(arguments))

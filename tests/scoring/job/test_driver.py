@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import ray
 
-from weighted_mtp.pipelines import score as command
-from weighted_mtp.pipelines.reports.score_summary import Scored
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
@@ -24,7 +22,8 @@ from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
 from weighted_mtp.scoring.engines.loading import load_engine
-from weighted_mtp.scoring.job import driver
+from weighted_mtp.scoring.job import policy
+from weighted_mtp.scoring.job import run as scoring_run
 from weighted_mtp.scoring.job.driver import ScoringJob
 from weighted_mtp.scoring.job.scorer import load_model
 
@@ -99,7 +98,7 @@ def score(
     tmp_path: Path,
     log: Path,
     plain: Engine,
-    score_in_process: Callable[..., Scored],
+    score_in_process: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., ShardSet]:
     """Scores twelve sequences in three shards, with failing tokens put into some of them.
@@ -119,9 +118,9 @@ def score(
         defaults = {"input": tokens.path, "output": tmp_path / "scored", "reference": str(reference_model)}
         with monkeypatch.context() as patch:
             if in_process:
-                patch.setattr(command, "score_missing", partial(score_in_process, load=fail))
+                patch.setattr(scoring_run, "score_missing", partial(score_in_process, load=fail))
             else:
-                patch.setattr(command, "ScoringJob", partial(ScoringJob, load=fail))
+                patch.setattr(scoring_run, "ScoringJob", partial(ScoringJob, load=fail))
             shards = run(ScoreConfig.model_validate(defaults | {"engine": "transformers"} | settings))
         assert shards is not None
         requests = [Request(np.array(ids, dtype=np.int32)) for ids in sequences]
@@ -210,7 +209,7 @@ def test_memory_that_runs_out_lowers_the_batch(score, log, capfd):
 
 
 def test_memory_that_never_suffices_stops_the_run(score, monkeypatch):
-    monkeypatch.setattr(driver, "LEAST_BATCH", 3000)
+    monkeypatch.setattr(policy, "MIN_BATCH_TOKENS", 3000)
     with pytest.raises(UserError, match=r"out of memory even with 4000 tokens at once \(RuntimeError: CUDA out of"):
         score({6: EXHAUST}, batch_tokens=4000)
 

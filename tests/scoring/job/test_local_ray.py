@@ -13,7 +13,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
 @pytest.fixture
 def run(scoring, many_tokens):
     return scoring(
-        many_tokens(40), seconds=0.5, constants={"HEAD_SECONDS": 2.0, "PLACES_SECONDS": 2.0, "STALLED_SECONDS": 10.0}
+        many_tokens(40), seconds=0.5, constants={"HEAD_SECONDS": 2.0, "PLACEMENT_SECONDS": 2.0, "STALLED_SECONDS": 10.0}
     )
 
 

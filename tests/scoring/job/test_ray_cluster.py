@@ -60,7 +60,7 @@ def test_workers_that_cannot_be_placed(nodes, tokens, reference_model, tmp_path)
 @pytest.mark.slow
 def test_last_node_dies(nodes, scoring, tokens):
     node = nodes.add()
-    run = scoring(tokens, "--ray_address", nodes.address, constants={"PLACES_SECONDS": 3.0})
+    run = scoring(tokens, "--ray_address", nodes.address, constants={"PLACEMENT_SECONDS": 3.0})
     run.start()
     run.wait_until(lambda: run.done() > 3)
     nodes.kill(node)

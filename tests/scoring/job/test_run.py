@@ -199,7 +199,7 @@ def test_killed_run_is_continued_and_gives_the_same_bytes(
     (killed / ".shard-00039-of-00040.parquet.1.tmp").write_bytes(b"half")
 
     resumed = run(config(input=tokens.path, output=killed))
-    monkeypatch.setattr("weighted_mtp.pipelines.score.score_missing", score_in_process)
+    monkeypatch.setattr("weighted_mtp.scoring.job.run.score_missing", score_in_process)
     fresh = run(config(input=tokens.path, output=whole))
     untouched = [name for name, modified in before.items() if (killed / name).stat().st_mtime_ns == modified]
     assert done[0].name in untouched
@@ -222,7 +222,7 @@ def test_only_missing_parts_are_scored(config, score_here, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weighted_mtp.pipelines.score.finish", stop)
+        patch.setattr("weighted_mtp.scoring.job.run.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(config(**settings))
     (scored.path / PROGRESS / shards[1]).unlink()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from weighted_mtp.pipelines.reports.score_summary import Scored
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
@@ -27,7 +26,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     make_shard_set: Callable[..., ShardSet],
     reference_model: Path,
     base_model: Path,
-    score_in_process: Callable[..., Scored],
+    score_in_process: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -37,7 +36,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     settings = {"engine": "transformers", "short_context": 2}
     models = {"reference": str(reference_model), "base": str(base_model)}
     with monkeypatch.context() as patch:
-        patch.setattr("weighted_mtp.pipelines.score.score_missing", score_in_process)
+        patch.setattr("weighted_mtp.scoring.job.run.score_missing", score_in_process)
         there = {"input": tokens.path, "output": tmp_path / "scored"}
         local = run(ScoreConfig.model_validate(settings | models | there))
     remote = {
@@ -51,7 +50,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("weighted_mtp.pipelines.score.finish", stop)
+        patch.setattr("weighted_mtp.scoring.job.run.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(ScoreConfig.model_validate(settings | remote))
     done = {name for name in walk(s3 / "scored") if name.startswith(PROGRESS) and name.endswith(".parquet")}
@@ -59,7 +58,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     (s3 / "scored" / PROGRESS / tokens.manifest.shards[1].name).unlink()
     (s3 / "scored" / PROGRESS / f"{tokens.manifest.shards[1].name}.0123.record").write_bytes(b"of a killed worker")
 
-    monkeypatch.setattr("weighted_mtp.pipelines.score.score_missing", score_in_process)
+    monkeypatch.setattr("weighted_mtp.scoring.job.run.score_missing", score_in_process)
     scored = run(ScoreConfig.model_validate(settings | remote))
     assert local is not None
     assert scored is not None

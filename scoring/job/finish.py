@@ -1,0 +1,60 @@
+"""The end of a scoring run: manifest, statistics and rejects of a set whose shards are all in place."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Manifest, ScoreColumn
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, finish_shard_set
+from weighted_mtp.schemas.storage.files import write_text
+from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.scoring.job.units import RejectedSequence, gather
+
+
+def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
+    """Combine the records of all units, and write rejects, statistics and manifest.
+
+    Args:
+        output: directory with the scored shards and their records.
+        source: the set that was scored.
+        origins: description of each new column.
+        request: JSON that identifies the run.
+
+    Raises:
+        UserError: a shard or record was damaged.
+    """
+    shards = source.manifest.shards
+    found = gather(output, [shard.name for shard in shards])
+    rejects = earlier_rejects(source) + found.rejects
+    if rejects:
+        write_text(output / REJECTS, "".join(reject.model_dump_json() + "\n" for reject in rejects))
+    sequences = Counter(shard for shard, _ in {(reject.shard, reject.row) for reject in rejects})
+    entries = [replace(entry, rejects=sequences[entry.name]) for entry in found.entries]
+    counts = source.value_counts() | {name: found.counts[name] for name in origins}
+    new = {name: ScoreColumn(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
+    manifest = Manifest(
+        corpus=source.manifest.corpus,
+        tokenizer=source.manifest.tokenizer,
+        columns=source.manifest.columns | new,
+        shards=entries,
+        derived_from=source.manifest.digest,
+        timings=found.timings,
+        request=json.loads(request),
+    )
+    return finish_shard_set(output, manifest, counts)
+
+
+def earlier_rejects(source: ShardSet) -> list[RejectedSequence]:
+    """The input's own `rejects.jsonl`: sequences without scores in the columns that it has.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    file = source.path / REJECTS
+    if not any(shard.rejects for shard in source.manifest.shards):
+        return []
+    try:
+        return [RejectedSequence.model_validate_json(line) for line in file.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: missing or damaged ({first_line(error)}); restore it") from error

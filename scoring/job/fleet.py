@@ -1,0 +1,218 @@
+"""The Ray side of the scoring job: actors, their calls, and the clocks that watch them."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
+from ray.exceptions import RayError
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.scoring.conditions.models import ScoringModel
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig
+from weighted_mtp.scoring.job.policy import UNITS_PER_WORKER, Worker
+from weighted_mtp.scoring.job.ray_cluster import cause_of_death, count_places, describe_nodes, head_answers, node_died
+from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.units import Unit
+from weighted_mtp.scoring.job.worker import Outcome, ScoringWorker
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
+
+PLACEMENT_SECONDS = 60.0
+"""How long a job waits for nodes when no node can hold a worker."""
+HEAD_SECONDS = 30.0
+"""How long a job waits for the head of the cluster to answer; after 60 seconds Ray would end the driver."""
+STALLED_SECONDS = 1800.0
+"""How long a worker with units may compute nothing before it counts as dead: processes may hang."""
+START_SECONDS = 4 * STALLED_SECONDS
+"""How long a worker may take to load its models, downloads included."""
+QUERIES_PER_CHECK = 32
+"""Workers whose progress is queried at a time: answers of a thousand at once would keep the driver busy."""
+
+
+@dataclass
+class Actor:
+    """The Ray actor of a worker.
+
+    Attributes:
+        handle: the actor.
+        computed: tokens that its engines have computed, as of its last answer.
+        computed_before: the same when its last unit was done.
+        progress_at: time of last observed progress; 0 as long as the actor has not run.
+        queried_at: time of the last query for its progress.
+    """
+
+    handle: Any
+    computed: int = 0
+    computed_before: int = 0
+    progress_at: float = 0.0
+    queried_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in progress: a unit, a query for progress, or, with neither, the start of the worker."""
+
+    worker: Worker
+    unit: Unit | None = None
+    query: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A worker returned the outcome of a unit, or, without a unit, of its start."""
+
+    worker: Worker
+    unit: Unit | None
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker died, by itself, with its node, or because Ray ended it for its memory."""
+
+    worker: Worker
+    reason: str
+    with_node: bool
+    out_of_memory: bool
+
+
+class WorkerFleet:
+    """Ray actors of the workers of one job, on the connected cluster.
+
+    Args:
+        pool: resources of a worker.
+        load: makes an engine.
+    """
+
+    def __init__(self, pool: WorkerPool, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
+        self.pool = pool
+        self.load = load
+        self.actor_class = ray.remote(ScoringWorker)
+        self.actors: dict[Worker, Actor] = {}
+        self.calls: dict[Any, Call] = {}
+        self.head_seen_at = self.placed_at = time.monotonic()
+
+    def start(self, worker: Worker, task: ScoringTask) -> None:
+        """Start the actor of a worker and let it load its models."""
+        handle = self.actor_class.options(
+            num_cpus=self.pool.cpus,
+            num_gpus=self.pool.gpus,
+            max_restarts=0,
+            max_concurrency=UNITS_PER_WORKER + 1,  # and a query for progress
+            scheduling_strategy="SPREAD",
+        ).remote(task, self.load)
+        self.actors[worker] = Actor(handle)
+        self.calls[handle.start.remote()] = Call(worker)
+
+    def assign(self, worker: Worker, unit: Unit) -> None:
+        """Send a unit to a worker; the clock of an idle worker starts."""
+        actor = self.actors[worker]
+        if len(worker.units) == 1:
+            actor.progress_at = time.monotonic()
+        self.calls[actor.handle.score.remote(unit)] = Call(worker, unit)
+
+    def results(self, timeout: float) -> Iterator[Result | Death]:
+        """Wait up to `timeout` seconds for a call to end; yield the results of all that have ended.
+
+        Calls of a worker that is dropped meanwhile are left out. Answers to queries only move the clocks.
+        """
+        refs = list(self.calls)
+        if not ray.wait(refs, timeout=timeout)[0]:
+            return
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+            call = self.calls.pop(ref, None)
+            if call is None:
+                continue
+            try:
+                answer = ray.get(ref)
+            except RayError as error:
+                memory = isinstance(error, RayOutOfMemoryError)
+                yield Death(call.worker, cause_of_death(error), node_died(error), memory)
+                continue
+            if call.query:
+                self._note_progress(self.actors[call.worker], answer)
+            else:
+                yield Result(call.worker, call.unit, answer)
+
+    def _note_progress(self, actor: Actor, computed: int) -> None:
+        # Workers answer while they load their models: the first answer starts the clock.
+        if computed != actor.computed or not actor.progress_at:
+            actor.progress_at = time.monotonic()
+        actor.computed = computed
+
+    def unit_done(self, worker: Worker) -> None:
+        """Start the clock and the count of tokens of the worker's next unit."""
+        actor = self.actors[worker]
+        actor.computed_before = actor.computed
+        actor.progress_at = time.monotonic()
+
+    def computed_tokens(self, worker: Worker) -> int:
+        """Tokens that a worker's engines have computed since its last unit was done, as of its last answer."""
+        actor = self.actors[worker]
+        return actor.computed - actor.computed_before
+
+    def drop(self, worker: Worker) -> None:
+        """Kill the actor of a worker and forget its calls."""
+        ray.kill(self.actors.pop(worker).handle)
+        self.calls = {ref: call for ref, call in self.calls.items() if call.worker is not worker}
+
+    def close(self) -> None:
+        """Kill all actors."""
+        for worker in list(self.actors):
+            self.drop(worker)
+
+    def head_answers(self) -> bool:
+        """Whether the head of the cluster answers.
+
+        Raises:
+            UserError: it has not answered for `HEAD_SECONDS`.
+        """
+        if head_answers():
+            self.head_seen_at = time.monotonic()
+            return True
+        if time.monotonic() - self.head_seen_at > HEAD_SECONDS:
+            raise UserError(
+                "the head of the Ray cluster does not answer any more; start it again and rerun the same command, "
+                "which continues"
+            )
+        return False
+
+    def stalled(self) -> dict[Worker, str]:
+        """Workers that made no progress for too long, and the reason in words."""
+        stalled: dict[Worker, str] = {}
+        for worker, actor in self.actors.items():
+            seconds = time.monotonic() - actor.progress_at if actor.progress_at else 0.0
+            if not worker.ready and seconds > START_SECONDS:
+                stalled[worker] = f"it did not load its models within {START_SECONDS:g} seconds"
+            elif worker.ready and worker.units and seconds > STALLED_SECONDS:
+                stalled[worker] = f"it computed nothing for {STALLED_SECONDS:g} seconds"
+        return stalled
+
+    def query_progress(self) -> None:
+        """Query the progress of the workers whose last query is the longest ago."""
+        queried = {call.worker for call in self.calls.values() if call.query}
+        actors = [(worker, actor) for worker, actor in self.actors.items() if worker not in queried]
+        for worker, actor in sorted(actors, key=lambda pair: pair[1].queried_at)[:QUERIES_PER_CHECK]:
+            actor.queried_at = time.monotonic()
+            self.calls[actor.handle.computed_tokens.remote()] = Call(worker, query=True)
+
+    def check_placement(self, report: Callable[[str], None]) -> None:
+        """Report a job whose workers all wait for resources that others use.
+
+        Raises:
+            UserError: for `PLACEMENT_SECONDS` no node could hold a worker.
+        """
+        now = time.monotonic()
+        if any(actor.progress_at for actor in self.actors.values()):
+            self.placed_at = now
+        elif count_places(self.pool):
+            if now - self.placed_at > PLACEMENT_SECONDS:
+                report(f"still waiting for {self.pool.needs()} that nothing else on the Ray cluster uses")
+                self.placed_at = now
+        elif now - self.placed_at > PLACEMENT_SECONDS:
+            raise UserError(
+                f"no node of the Ray cluster ({describe_nodes()}) can hold a worker any more, which needs "
+                f"{self.pool.needs()}; add nodes and rerun the same command, which continues"
+            )

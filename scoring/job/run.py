@@ -1,0 +1,86 @@
+"""Stage one as a function: token shards to scored shards.
+
+A run that stops is continued by the same call; a run that is finished is left alone.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import ray
+
+from weighted_mtp.schemas.configs import ScoreConfig
+from weighted_mtp.schemas.shard_set.manifest import ShardEntry
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished
+from weighted_mtp.schemas.storage.claims import check_claim, claim_output
+from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files
+from weighted_mtp.schemas.storage.locations import remove_tree
+from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.scoring.job.contrasts_only import subtract
+from weighted_mtp.scoring.job.driver import ScoringJob
+from weighted_mtp.scoring.job.finish import finish
+from weighted_mtp.scoring.job.ray_cluster import ray_session
+from weighted_mtp.scoring.job.report import DryRun, Report
+from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.setup import check_inputs, set_up
+from weighted_mtp.scoring.job.units import clear_attempts, find_done
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
+
+
+def score(config: ScoreConfig, report: Report) -> ShardSet:
+    """Score a shard set.
+
+    Args:
+        config: the settings of `wmtp score`; `dry_run` is ignored, see `dry_run`.
+        report: receives warnings, progress and incidents.
+
+    Raises:
+        UserError: the input, a model, the output or the machine is not as it must be.
+        OSError: a shard cannot be read or written.
+    """
+    inputs = check_inputs(config, report.warning)
+    with exclusive(config.output), cluster(config.ray_address):
+        run = set_up(config, inputs)
+        if finished := find_finished(run.output, run.request):
+            report.already_complete(finished)
+            return finished
+        if not claim_output(run.output, run.request):
+            remove_tree(run.output / TOKENIZER)  # left by an earlier claim under which nothing was done
+        clear_attempts(run.output)
+        copy_files(run.source.tokenizer_path, run.output / TOKENIZER)
+        score_missing(run.task, run.source.manifest.shards, run.pool, report)
+        return finish(run.output, run.source, run.origins, run.request)
+
+
+def dry_run(config: ScoreConfig, report: Report) -> DryRun | None:
+    """Check everything that `score` checks before it starts, and write nothing; None if the set is complete.
+
+    Raises:
+        UserError: as for `score`.
+    """
+    inputs = check_inputs(config, report.warning)
+    with cluster(config.ray_address):
+        run = set_up(config, inputs)
+        if finished := find_finished(run.output, run.request):
+            report.already_complete(finished)
+            return None
+        check_claim(run.output, run.request)
+        return DryRun(run.output, run.source, run.plan, find_done(run.output, run.source.manifest.shards))
+
+
+def cluster(address: str | None) -> AbstractContextManager[None]:
+    """The connection to the Ray cluster at `address`, if there is one."""
+    return ray_session(address) if address else nullcontext()
+
+
+def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: WorkerPool, report: Report) -> None:
+    """Score the shards that are not done yet, on the connected Ray cluster or one that is started for it."""
+    done = find_done(task.output, shards)
+    missing = [shard for shard in shards if shard.name not in done]
+    needs_ray = bool(task.plan.models) or ray.is_initialized()  # contrasts of stored columns need no engines
+    pool = pool.for_units(len(missing) if needs_ray else 1)
+    report.start(shards, done, pool.max_workers)
+    if not missing:
+        return
+    with ray_session(None, pool) if needs_ray else nullcontext():
+        job = ScoringJob(task, missing, pool, report.incident).run() if needs_ray else subtract(task, missing)
+        for progress in job:
+            report.progress(progress)

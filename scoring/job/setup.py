@@ -1,0 +1,243 @@
+"""The settings of a scoring run, resolved: the only module of the job that reads the config.
+
+Everything that can be wrong with settings, input and models is found here, before an engine starts. `check_inputs`
+needs no cluster; `set_up` follows once the cluster is connected.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import torch
+
+from weighted_mtp.schemas.configs import ScoreConfig
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Quantity
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.locations import Location, resolve
+from weighted_mtp.scoring.conditions.models import ScoringModel, check_length, check_model
+from weighted_mtp.scoring.conditions.plan import (
+    ScoringPlan,
+    measure_condition,
+    parse_contrast,
+    plan_columns,
+    reuse_columns,
+)
+from weighted_mtp.scoring.conditions.prompts import make_prompt
+from weighted_mtp.scoring.conditions.short_context import make_short_context
+from weighted_mtp.scoring.engines.base import EngineConfig, EngineMethod, EngineName
+from weighted_mtp.scoring.engines.choice import choose_engine, choose_method, engine_version, runs_on_gpu
+from weighted_mtp.scoring.engines.vllm_arguments import SPEED_ARGS, check_engine_args
+from weighted_mtp.scoring.job.finish import earlier_rejects
+from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.worker_pool import WorkerPool
+
+
+@dataclass(frozen=True)
+class ScoringInputs:
+    """What a run scores: the token set, everything that is asked for, and the engine with its method (vLLM only)."""
+
+    source: ShardSet
+    plan: ScoringPlan
+    engine: EngineName
+    method: EngineMethod | None
+
+
+@dataclass(frozen=True)
+class ScoringSetup:
+    """A run that is ready to start.
+
+    Attributes:
+        source: the shard set to score.
+        output: directory of the new one.
+        plan: the columns that are left to compute.
+        engine: how the engines run.
+        pool: number and resources of the workers.
+        origins: the manifest's description of each new column.
+        request: JSON that identifies the run; a stopped run is continued only by the same request.
+    """
+
+    source: ShardSet
+    output: Location
+    plan: ScoringPlan
+    engine: EngineConfig
+    pool: WorkerPool
+    origins: dict[str, Condition | Contrast]
+    request: str
+
+    @property
+    def task(self) -> ScoringTask:
+        """What workers need to know."""
+        return ScoringTask(
+            source=resolve(self.source.path),
+            output=resolve(self.output),
+            plan=self.plan,
+            engine=self.engine,
+            bos_token_id=self.source.manifest.tokenizer.bos_token_id,
+        )
+
+
+def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInputs:
+    """Open the input, find and check the models, and plan all columns that are asked for.
+
+    Raises:
+        UserError: the input, a model or a setting of the engine is unusable.
+    """
+    if resolve(config.input) == resolve(config.output):
+        raise UserError(f"--output {config.output}: is the --input; choose another, which will hold its columns too")
+    source = ShardSet.open(config.input)
+    source.value_counts(), earlier_rejects(source)  # both are needed at the end: fail now if they are damaged
+    find = ModelFinder(source)
+    reference = find(config.reference, "--reference") if config.reference else None
+    base = find(config.base, "--base") if config.base else None
+    window = make_short_context(config.short_context, config.short_stride) if config.short_context else None
+    plan = plan_columns(reference, base, window, further_quantities(config.entropy, config.gradient))
+    for name, of in config.conditions.items():
+        prompt = make_prompt(of.prompt, f"--conditions.{name}.prompt", source)
+        model = find(of.model, f"--conditions.{name}", len(prompt.input_ids) if prompt else 0)
+        plan.measurements.update(measure_condition(name, model, prompt, further_quantities(of.entropy, of.gradient)))
+    plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
+    engine = choose_engine(config.engine)
+    if engine == "vllm":
+        method = plan_method(config.engine_method, config.engine_args, plan, warn)
+        return ScoringInputs(source, plan, engine, method)
+    if config.engine_method != "auto" or config.engine_args or config.tensor_parallel_size > 1:
+        raise UserError(
+            "--engine_method, --engine_args and --tensor_parallel_size are settings of vLLM; "
+            "leave them out with --engine transformers"
+        )
+    return ScoringInputs(source, plan, engine, None)
+
+
+class ModelFinder:
+    """Finds the models of a run and checks that they fit the corpus, each only once."""
+
+    def __init__(self, source: ShardSet) -> None:
+        self.corpus = source.manifest
+        self.found: dict[str, ScoringModel] = {}
+
+    def __call__(self, name: str, flag: str, prompt_tokens: int = 0) -> ScoringModel:
+        """The model called `name`; `flag` is for messages, `prompt_tokens` the length of its prompt.
+
+        Raises:
+            UserError: not found, another tokenizer, or a context that is too short.
+        """
+        model = self.found[name] = self.found.get(name) or check_model(name, flag, self.corpus.tokenizer)
+        check_length(model, flag, self.corpus.longest, prompt_tokens)
+        return model
+
+
+def further_quantities(entropy: bool, gradient: bool) -> list[Quantity]:
+    """The quantities that are measured besides the loss."""
+    wanted: dict[Quantity, bool] = {"entropy": entropy, "gradient": gradient}
+    return [quantity for quantity, flag in wanted.items() if flag]
+
+
+def plan_method(
+    wanted: Literal["auto", "pooler", "prompt_logprobs"],
+    engine_args: Mapping[str, Any],
+    plan: ScoringPlan,
+    warn: Callable[[str], None],
+) -> EngineMethod:
+    """Choose how vLLM returns losses.
+
+    Raises:
+        UserError: unknown settings of vLLM, or quantities that it does not compute.
+    """
+    if "gradient" in plan.quantities:
+        raise UserError(
+            "--gradient: vLLM computes no gradients; add --engine transformers, in a run of its own if need be"
+        )
+    check_engine_args(engine_args)
+    recurrent = [model.name for model in plan.models if model.recurrent]
+    method = choose_method(wanted, recurrent)
+    if method == "prompt_logprobs" and "entropy" in plan.quantities:
+        raise UserError("--entropy: prompt_logprobs returns no entropies; leave it out or use --engine transformers")
+    if wanted == "auto" and recurrent:
+        warn(
+            f"{recurrent[0]} has a recurrent state, with which scoring inside vLLM is not tested: "
+            "using prompt_logprobs, which is slower; --engine_method pooler overrides that"
+        )
+    return method
+
+
+def set_up(config: ScoreConfig, inputs: ScoringInputs) -> ScoringSetup:
+    """Place the workers on the connected cluster, or this machine, and leave out the columns that the input has.
+
+    Raises:
+        UserError: no such GPU, or a new column whose name is taken.
+    """
+    manifest = inputs.source.manifest
+    cpus, gpus = count_devices(inputs.engine)
+    if config.gpus_per_worker and not gpus:
+        raise UserError(
+            f"--gpus_per_worker {config.gpus_per_worker:g}: no GPU that {inputs.engine} could use here; leave it out"
+        )
+    pool = WorkerPool.plan(
+        config.workers,
+        min_workers=config.min_workers,
+        cpus=config.cpus_per_worker or 1.0,
+        gpus_per_worker=config.gpus_per_worker,
+        gpus=gpus,
+        tensor_parallel_size=config.tensor_parallel_size,
+    )
+    engine = EngineConfig(
+        name=inputs.engine,
+        method=inputs.method,
+        dtype=("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype,
+        batch_tokens=config.batch_tokens,
+        max_length=manifest.longest,
+        threads=max(1, int(config.cpus_per_worker or cpus / pool.max_workers)),
+        on_gpu=gpus > 0,
+        tensor_parallel_size=config.tensor_parallel_size,
+        engine_args=config.engine_args,
+    )
+    plan = reuse_columns(inputs.plan, describe_conditions(inputs.plan, engine), manifest.columns, config.suffix)
+    if clash := [name for name in plan.columns if name in manifest.corpus.sequence_columns]:
+        raise UserError(
+            f"--input {inputs.source.path}: has a column '{clash[0]}' of its corpus; give the contrast another name"
+        )
+    origins = describe_conditions(plan, engine) | plan.contrasts
+    request = describe_request(inputs.source, origins)
+    return ScoringSetup(inputs.source, config.output, plan, engine, pool, origins, request)
+
+
+def count_devices(engine: EngineName) -> tuple[int, int]:
+    """CPUs and usable GPUs of the connected cluster, or of this machine; no GPUs for an engine without GPU support."""
+    if ray.is_initialized():
+        resources = ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    else:
+        cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return cpus, gpus if runs_on_gpu(engine) else 0
+
+
+def describe_conditions(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Condition]:
+    """The manifest's description of each measured column."""
+    return {
+        name: Condition(
+            model=measurement.model.name,
+            revision=measurement.model.revision,
+            fingerprint=measurement.model.fingerprint,
+            device="cuda" if engine.on_gpu else "cpu",
+            dtype=engine.dtype,
+            engine=engine.name,
+            engine_version=engine_version(engine.name),
+            engine_method=engine.method,
+            engine_args={name: value for name, value in engine.engine_args.items() if name not in SPEED_ARGS},
+            tensor_parallel_size=engine.tensor_parallel_size,
+            window=measurement.window,
+            prompt=measurement.prompt.text if measurement.prompt else None,
+            quantity=measurement.quantity,
+        )
+        for name, measurement in plan.measurements.items()
+    }
+
+
+def describe_request(source: ShardSet, origins: Mapping[str, Condition | Contrast]) -> str:
+    """The request as JSON: digest of the input, and the columns, but not where models lie or how fast they run."""
+    columns = {name: origin.model_dump(mode="json", exclude={"model", "revision"}) for name, origin in origins.items()}
+    return json.dumps({"command": "score", "input": source.manifest.digest, "columns": columns}, indent=2)
