@@ -83,13 +83,7 @@ def column(shards: ShardSet, name: str) -> np.ndarray:
     return np.concatenate(parts).astype(np.float64)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "transformers",
-        *(pytest.param(f"vllm-{way}", marks=pytest.mark.integration) for way in ("pooler", "prompt_logprobs")),
-    ],
-)
+@pytest.mark.parametrize("name", ["transformers", "vllm-pooler", "vllm-prompt_logprobs"])
 def test_losses_after_a_prompt_equal_those_of_the_concatenated_ids(
     name, request, reference_model, sequences, prompt_ids, load
 ):

@@ -31,7 +31,7 @@ ENGINES = ["transformers", "vllm-pooler", "vllm-prompt_logprobs"]
 
 def engine_config(name: str, batch_tokens: int) -> EngineConfig:
     name, _, method = name.partition("-")
-    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=1)
+    return EngineConfig(name, method or None, "float32", batch_tokens=batch_tokens, max_length=256, threads=2)
 
 
 def loop_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
@@ -63,10 +63,7 @@ def expected(sequences: list[np.ndarray], reference_model: Path) -> list[np.ndar
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param((name, size), marks=() if name == "transformers" else pytest.mark.integration)
-        for name, size in itertools.product(ENGINES, ["small", "large"])
-    ],
+    params=itertools.product(ENGINES, ["small", "large"]),
 )
 def engine(request: pytest.FixtureRequest, reference_model: Path) -> Engine:
     name, size = request.param
