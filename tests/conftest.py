@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the markers that follow from others or from fixtures, and choose the order of the files.
+    """Add the markers that follow from others, fixtures or parameters, and choose the order of the files.
 
     Long files come first, to keep parallel processes busy until the end. `test_vllm_scorer.py` comes last: vLLM
     permanently rewrites classes of transformers in its process.
@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker("slow")
-        if not INTEGRATION_FIXTURES.isdisjoint(item.fixturenames):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not INTEGRATION_FIXTURES.isdisjoint(item.fixturenames) or any("vllm" in str(value) for value in parameters):
             item.add_marker("integration")
     order = {**dict.fromkeys(LONG_FILES, 0), "test_vllm_scorer.py": 2}
     items.sort(key=lambda item: order.get(item.path.name, 1))
