@@ -11,7 +11,7 @@ LINE_SECONDS = 30.0
 """Minimum time between two lines of one bar in a log."""
 LINE = "{desc}: {n_fmt} {unit}, {elapsed} elapsed, {rate_fmt}{postfix}"
 LINE_WITH_TOTAL = (
-    "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+    "{desc}: {percentage:.0f}%, {n_fmt}/{total_fmt} {unit}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 )
 
 
@@ -41,7 +41,7 @@ class ProgressBar(tqdm):
             super().display(msg, pos)
         elif msg is None and time.monotonic() >= self.line_at:
             self.line_at = time.monotonic() + LINE_SECONDS
-            print(str(self), file=self.fp, flush=True)
+            print(" ".join(str(self).split()), file=self.fp, flush=True)
 
     def clear(self, nolock: bool = False) -> None:
         """Remove the bar from a terminal. Lines in a log stay."""

@@ -15,8 +15,8 @@ MAX_NUMBER = 1e38
 
 
 def as_floats(condition: Any) -> Any:
-    """1.0 where a condition holds, else 0.0, float32."""
-    return condition.astype(np.float32) if isinstance(condition, np.ndarray) else condition.float()
+    """1.0 where a condition (array, tensor or bool) holds, else 0.0, float32."""
+    return condition.float() if hasattr(condition, "float") else np.asarray(condition, dtype=np.float32)
 
 
 def _quotient(library: ModuleType, left: Any, right: Any) -> Any:

@@ -33,10 +33,10 @@ def test_a_log_gets_a_plain_line_every_so_often(monkeypatch: pytest.MonkeyPatch,
                 bar.write("lost a worker", file=sys.stderr)
     lines = capsys.readouterr().err.split("\n")
     assert [line.partition(" tok, ")[0] for line in lines] == [
-        "scoring: 30%, 3 of 10",
+        "scoring: 30%, 3/10",
         "lost a worker",
-        "scoring: 60%, 6 of 10",
-        "scoring: 90%, 9 of 10",
+        "scoring: 60%, 6/10",
+        "scoring: 90%, 9/10",
         "",
     ]
     assert not any("\r" in line for line in lines)

@@ -25,6 +25,8 @@ def test_composed_formulas_by_hand(make_shard_set: MakeSet) -> None:
         "softmax(s, by=sequence)": [0, *(3 * np.exp([-1, 0, 1]) / np.exp([-1, 0, 1]).sum())],
         "interpolate(normalise(loss_a, by=sequence), 0.5)": [0, 5 / 7, 13 / 14, 19 / 14],
         "top(loss_a + loss_b, 0.3, by=sequence) * abs(s)": [0, 0, 0, 1],
+        "loss_a * (exp(2) > 1)": [0, 1, 2, 4],  # comparisons of constants
+        "loss_a + (clip(3, 0, 1) < 1)": [0, 1, 2, 4],
         "exp(100 * loss_a)": [0, *[math.exp(11)] * 3],
     }
     for formula, expected in cases.items():
