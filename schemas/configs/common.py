@@ -41,6 +41,7 @@ def is_reserved(name: str) -> bool:
 
 
 Positive = Annotated[int, Field(gt=0)]
+EngineChoice = Literal["auto", "vllm", "transformers"]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]

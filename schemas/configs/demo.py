@@ -1,18 +1,17 @@
 """The settings of `wmtp demo`."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
-from weighted_mtp.schemas.configs.common import Config, Positive, Seed
+from weighted_mtp.schemas.configs.common import Config, EngineChoice, Positive, Seed
 
 
 class DemoConfig(Config):
     """Run the whole job on text that every Python installation has."""
 
     output: Path = Field(Path("runs/demo"), description="directory of all files that the demo writes")
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="engine of the scoring step")
+    engine: EngineChoice = Field("auto", description="engine of the scoring step")
     base_steps: Positive = Field(400, description="training steps of the base model")
     reference_steps: Positive = Field(100, description="training steps of the reference model, from the base model")
     student_steps: Positive = Field(200, description="training steps of each student")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_reserved
+from weighted_mtp.schemas.configs.common import Config, EngineChoice, Positive, check_identifier, is_reserved
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
 
@@ -57,9 +57,7 @@ class ScoreConfig(Config):
     suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
         "", description="added to the names of new columns, for inputs that already have columns of these names"
     )
-    engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto is vllm if it is installed, else transformers"
-    )
+    engine: EngineChoice = Field("auto", description="auto is vllm if it is installed, else transformers")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
     )

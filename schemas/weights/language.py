@@ -29,7 +29,7 @@ from weighted_mtp.schemas.weights.nodes import (
     depth,
     is_signed,
     waits_for_batch,
-    walk,
+    walk_nodes,
 )
 from weighted_mtp.schemas.weights.operators import constant, operate
 
@@ -40,7 +40,7 @@ SYMBOLS: dict[type[ast.AST], str] = {
 }  # fmt: skip
 
 
-def parse(text: str) -> Node:
+def parse_formula(text: str) -> Node:
     """Parse a formula.
 
     Raises:
@@ -57,7 +57,7 @@ def parse(text: str) -> Node:
         raise FormulaError(f"'{_shortened(text)}': cannot be read ({reason})") from None
     if depth(node) > MAX_DEPTH:
         raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} nested operations")
-    for inner in walk(node):
+    for inner in walk_nodes(node):
         if is_signed(inner) and inner is not node:
             raise FormulaError(f"'{_shortened(text)}': signed() goes around the whole formula")
     return node
@@ -147,7 +147,7 @@ def _read_scope(tree: ast.AST) -> str:
 
 
 def _check_scope(name: str, function: Function, x: Node, by: str) -> None:
-    if not any(isinstance(inner, ColumnRef) for inner in walk(x)):
+    if not any(isinstance(inner, ColumnRef) for inner in walk_nodes(x)):
         raise FormulaError(f"{name}() of a number")
     if waits_for_batch(x) and by not in ("batch", "sequence"):
         raise FormulaError(f"{name}(by={by}) of values known only for the current batch; use by=batch or sequence")
@@ -156,5 +156,5 @@ def _check_scope(name: str, function: Function, x: Node, by: str) -> None:
     if not function.by_label:
         by_label = " or ".join(f"{key}()" for key, other in FUNCTIONS.items() if other.by_label)
         raise FormulaError(f"{name}(by={by}): is one of {', '.join(SCOPES)}; only {by_label} takes a label column")
-    if any(isinstance(inner, Call) and inner.by for inner in walk(x)):
+    if any(isinstance(inner, Call) and inner.by for inner in walk_nodes(x)):
         raise FormulaError(f"{name}(by={by}) of values that already compare tokens")

@@ -5,11 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
+from weighted_mtp.schemas.configs.common import EngineChoice
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.engines.base import EngineMethod, EngineName
 
 
-def choose_engine(name: Literal["auto", "vllm", "transformers"]) -> EngineName:
+def choose_engine(name: EngineChoice) -> EngineName:
     """Resolve `auto`: vLLM if it is installed, else transformers.
 
     Raises:

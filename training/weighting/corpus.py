@@ -15,6 +15,7 @@ import pyarrow.compute
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.rounding import float16_bits
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.distribution import Distribution
@@ -27,11 +28,10 @@ from weighted_mtp.training.weighting.expressions import (
     TableLookup,
     Tokens,
     columns_read,
-    evaluate,
+    evaluate_expression,
     fold,
     map_values,
 )
-from weighted_mtp.training.weighting.segments import float16_bits
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 
@@ -112,7 +112,7 @@ class CorpusResolver:
         for shard in range(len(self.shards.first.manifest.shards)):
             table = self.shards.read_sequences(shard, ["input_ids", *names])
             scored = scored_tokens(table, names)
-            values = np.broadcast_to(evaluate(x, scored.tokens), scored.mask.sum())
+            values = np.broadcast_to(evaluate_expression(x, scored.tokens), scored.mask.sum())
             found.append(Distribution.from_values(values, np.ones(len(values), dtype=np.int64)))
         values, counts = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "counts"))
         return Distribution.from_values(values, counts)
@@ -131,7 +131,7 @@ class CorpusResolver:
         counts = ValueCounts()
         for table in self._row_groups(names):
             scored = scored_tokens(table, names)
-            values = np.asarray(evaluate(x, scored.tokens), dtype=np.float32)
+            values = np.asarray(evaluate_expression(x, scored.tokens), dtype=np.float32)
             counts.add(float16_bits(values).view(np.float16))
         return counts
 
@@ -157,7 +157,7 @@ class CorpusResolver:
             table = self.shards.read_sequences(shard, ["start", label, *names])
             table = table.filter(pa.compute.equal(table["start"], 0))
             columns = {name: table[name].to_numpy() for name in names}
-            values = pl.Series(np.asarray(evaluate(x, Tokens(columns, {})), dtype=np.float64))
+            values = pl.Series(np.asarray(evaluate_expression(x, Tokens(columns, {})), dtype=np.float64))
             documents = pl.DataFrame({"label": pl.Series(pl.from_arrow(table[label])), "x": values})
             sums.append(documents.group_by("label").agg(n=pl.len(), s=pl.sum("x"), q=pl.col("x").pow(2).sum()))
         total = pl.concat(sums).group_by("label").agg(pl.sum("n", "s", "q"))
