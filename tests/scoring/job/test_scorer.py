@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShortContext
 from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
@@ -16,7 +15,7 @@ from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns
 from weighted_mtp.scoring.conditions.short_context import plan_windows
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, round_contrast, write_unit
-from weighted_mtp.scoring.job.units import Attempt, commit, find_done, gather
+from weighted_mtp.scoring.job.units import Attempt, commit, gather
 
 CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
 BOS = 256
@@ -171,22 +170,6 @@ def test_record_describes_the_shard(scorer):
     expected = ValueCounts()
     expected.add(flat_values(read_shard(scorer.task.output / name)["long_short"]))
     np.testing.assert_array_equal(found.counts["long_short"].counts, expected.counts)
-
-
-def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_size(scorer):
-    name, output = "shard-00000-of-00001.parquet", scorer.task.output
-    units = gather(output, [name]).entries
-    assert find_done(output, units) == {name}
-    shard = output / name
-    content = shard.read_bytes()
-    shard.unlink()
-    assert find_done(output, units) == set()
-    shard.write_bytes(content[:-1])
-    assert find_done(output, units) == {name}
-    with pytest.raises(UserError, match=f"{name}: the shard or its record is not as it was written; rerun"):
-        gather(output, [name])
-    shard.write_bytes(content)
-    assert find_done(output, units) == set(), "it will be scored again"
 
 
 def test_list_columns_keep_sequences_apart(scorer, sequences):
