@@ -72,7 +72,7 @@ def test_an_architecture_without_checkpointing_names_the_flag(
 ) -> None:
     model = build("llama", offsets=(1,))
     monkeypatch.setattr(type(model.trunk), "supports_gradient_checkpointing", False)
-    with pytest.raises(UserError, match="does not support gradient checkpointing.*; train it without --activation"):
+    with pytest.raises(UserError, match=r"does not support gradient checkpointing.*; train it without --activation"):
         checkpoint_activations(model)
 
 
