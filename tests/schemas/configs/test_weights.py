@@ -2,7 +2,7 @@
 
 import pytest
 
-from weighted_mtp.schemas.configs import TrainConfig, WeightsConfig
+from weighted_mtp.schemas.configs import WeightsConfig
 
 
 def test_settings_become_part_of_the_formula() -> None:
@@ -35,10 +35,3 @@ def test_columns_of_a_scheme_are_renamed() -> None:
 def test_settings_that_contradict_each_other(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WeightsConfig(**settings)
-
-
-def test_the_sum_of_live_weights_must_be_known() -> None:
-    settings = {"input": "set", "model": "m", "output": "run", "normalization": "weight_sum"}
-    with pytest.raises(ValueError, match="--normalization weight_sum needs the sum of the weights before"):
-        TrainConfig(**settings, weights=WeightsConfig(preset="longce", live=True))
-    assert TrainConfig(**settings, weights=WeightsConfig(preset="rho1")).weights.is_live

@@ -21,7 +21,6 @@ from weighted_mtp.scoring.conditions.plan import Measurement
 from weighted_mtp.scoring.conditions.prompts import Prompt, make_prompt
 from weighted_mtp.scoring.engines.base import EngineConfig
 from weighted_mtp.scoring.engines.loading import load_engine
-from weighted_mtp.scoring.job.faults import fault_in
 from weighted_mtp.scoring.job.scorer import measure
 from weighted_mtp.scoring.job.units import Attempt, commit
 
@@ -276,13 +275,6 @@ def test_a_dry_run_counts_the_tokens_of_prompts(config, reference_model, base_mo
     extra = len(LENGTHS) * (len(prompt_ids(BETTER)) + len(prompt_ids(WORSE)))
     assert f"at most {3 * sum(LENGTHS) + extra:,} by {reference_model}" in printed
     assert f"at most {sum(LENGTHS):,} by {base_model}" in printed
-
-
-def test_a_token_after_a_prompt_must_have_a_score():
-    nan = np.nan
-    assert fault_in(np.array([[nan, 1, 2], [3, 1, 2]], np.float32), [1, 0]) is None
-    assert fault_in(np.array([[nan, 1, 2], [nan, 1, 2]], np.float32), [1, 0]) == "token 0 has the score nan"
-    assert fault_in(np.array([[nan]], np.float32), [1]) is None
 
 
 def test_what_cannot_be_is_said_before_any_work(config, tokens, make_model, tokenizer_dir):

@@ -6,9 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShortContext
-from weighted_mtp.schemas.shard_set.rounding import round_contrast
 from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import PROGRESS
@@ -17,7 +15,7 @@ from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns
 from weighted_mtp.scoring.conditions.short_context import plan_windows
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, write_unit
-from weighted_mtp.scoring.job.units import Attempt, commit, find_done, gather
+from weighted_mtp.scoring.job.units import Attempt, commit, gather
 
 CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
 BOS = 256
@@ -174,31 +172,8 @@ def test_record_describes_the_shard(scorer):
     np.testing.assert_array_equal(found.counts["long_short"].counts, expected.counts)
 
 
-def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_size(scorer):
-    name, output = "shard-00000-of-00001.parquet", scorer.task.output
-    units = gather(output, [name]).entries
-    assert find_done(output, units) == {name}
-    shard = output / name
-    content = shard.read_bytes()
-    shard.unlink()
-    assert find_done(output, units) == set()
-    shard.write_bytes(content[:-1])
-    assert find_done(output, units) == {name}
-    with pytest.raises(UserError, match=f"{name}: the shard or its record is not as it was written; rerun"):
-        gather(output, [name])
-    shard.write_bytes(content)
-    assert find_done(output, units) == set(), "it will be scored again"
-
-
 def test_list_columns_keep_sequences_apart(scorer, sequences):
     table = read_shard(scorer.task.output / "shard-00000-of-00001.parquet")
     long_short = table["long_short"].to_pylist()
     assert [len(row) for row in long_short] == [len(ids) for ids in sequences]
     assert all(np.isnan(row[0]) for row in long_short)
-
-
-def test_contrasts_are_multiples_of_a_512th():
-    contrast = np.array([np.nan, 0.001, -0.0005, 1 / 512 + 1e-5, 70000, -70000], np.float32)
-    rounded = round_contrast(contrast)
-    np.testing.assert_array_equal(rounded, np.array([np.nan, 1 / 512, 0, 1 / 512, 65504, -65504], np.float32))
-    assert not np.signbit(rounded[2])

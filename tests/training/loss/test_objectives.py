@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from comparing import logged
-from pydantic import ValidationError
 from torch import Tensor
 
 from weighted_mtp.schemas.configs import HeadsConfig, ObjectiveConfig, TrainConfig
@@ -204,21 +203,6 @@ def test_negative_live_weights_push_away_and_rows_of_weight_zero_are_left_out() 
         torch.autograd.grad(result.total, leaves), torch.autograd.grad(values @ signs, leaves), strict=True
     ):
         torch.testing.assert_close(own, reference)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"beta": -0.25}, "need --objective.kind diversity_or_precision"),
-        ({"lambda_tail": -0.1}, "need --objective.kind diversity_or_precision"),
-        ({"top_k": 5}, "need --objective.kind diversity_or_precision"),
-        ({"kind": "diversity_or_precision", "top_k": 5}, "--objective.top_k needs"),
-        ({"kind": "diversity_or_precision", "beta": -1.5}, "greater than or equal to -1"),
-    ],
-)
-def test_settings_that_do_nothing_are_refused(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
-        ObjectiveConfig(**settings)
 
 
 def test_defaults_are_those_of_the_paper() -> None:

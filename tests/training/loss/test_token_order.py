@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from comparing import logged
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -215,18 +214,6 @@ def test_starts_as_the_unembedding_of_a_pretrained_trunk_and_random_of_a_new_one
     assert new.top is not None
     assert new.top.weight.std().item() == pytest.approx(new.trunk.config.initializer_range, rel=0.05)
     assert build_model(path, HeadsConfig(offsets=(1,)), from_scratch=False).top is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"top_window": 4}, "--heads.top_window needs --heads.top_coefficient"),
-        ({"top_coefficient": -1.0}, "greater than or equal to 0"),
-    ],
-)
-def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
-        HeadsConfig(**settings)
 
 
 @pytest.fixture

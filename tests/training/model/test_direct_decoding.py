@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from comparing import logged
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -152,20 +151,6 @@ def test_with_token_order_prediction_both_read_the_same_hidden_states(model_dir:
     for values in sums:
         torch.testing.assert_close(values[1], values[0])  # a window of 1 and a copy of the unembedding
     torch.testing.assert_close(loss.detach(), 2 * sums.weighted_loss[0])
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"dmtd": {"cycle": 4}}, "needs --heads.dmtd.decoding_layers"),
-        ({"dmtd": {"decoding_layers": 4}}, "need --heads.dmtd.cycle above 1"),
-        ({"dmtd": {"encoding_layers": 1}}, "need --heads.dmtd.cycle above 1"),
-        ({"dmtd": {"cycle": 2, "decoding_layers": 1}, "offsets": (1, 2)}, r"needs --heads.offsets \[1\]"),
-    ],
-)
-def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
-        HeadsConfig(**{"offsets": (1,)} | settings)
 
 
 @pytest.mark.parametrize(("encoding", "decoding"), [(0, 3), (2, 1), (5, 5)])

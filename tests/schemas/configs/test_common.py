@@ -1,0 +1,66 @@
+"""Field types that several commands share."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from weighted_mtp.schemas.configs.common import (
+    RESERVED,
+    Config,
+    Positive,
+    check_identifier,
+    exact,
+    is_reserved,
+    split_paths,
+)
+
+
+def test_paths_are_split_at_commas_unless_a_directory_has_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x,y").mkdir()
+    assert split_paths("a, b") == ["a", "b"]
+    assert split_paths("x,y") == ["x,y"]
+    assert split_paths("a") == ["a"]
+    assert split_paths(["a,b"]) == ["a,b"], "a list is taken as it is"
+    for wrong in ("a,", ",a", "a,,b"):
+        with pytest.raises(ValueError, match="should have a path on both sides of every comma"):
+            split_paths(wrong)
+
+
+def test_shares_are_the_decimals_that_were_written() -> None:
+    assert exact(0.1) + exact(0.2) == Fraction(3, 10)
+    assert sum(map(exact, [0.1] * 10)) == 1 != sum([0.1] * 10)
+
+
+@pytest.mark.parametrize("name", ["a", "_", "loss_2", "Class"])
+def test_names_of_columns(name: str) -> None:
+    check_identifier(name)
+    assert not is_reserved(name)
+
+
+@pytest.mark.parametrize("name", ["", "2a", "a-b", "a b", "é", "a\n"])
+def test_what_is_no_name_of_a_column(name: str) -> None:
+    with pytest.raises(ValueError, match="is no name for a column; use letters, digits and underscores"):
+        check_identifier(name)
+
+
+@pytest.mark.parametrize("name", [*RESERVED, "class", "in", "None"])
+def test_reserved_names(name: str) -> None:
+    assert is_reserved(name)
+
+
+def test_settings_are_immutable_finite_and_known() -> None:
+    class Example(Config):
+        count: Positive = 1
+        share: float = 0.5
+
+    example = Example()
+    with pytest.raises(ValidationError, match="frozen"):
+        example.count = 2
+    for wrong in ({"count": 0}, {"share": float("nan")}, {"share": float("inf")}, {"other": 1}):
+        with pytest.raises(ValidationError):
+            Example.model_validate(wrong)

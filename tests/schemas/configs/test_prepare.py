@@ -1,0 +1,35 @@
+"""The settings of `wmtp prepare`: names of columns."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from weighted_mtp.schemas.configs import PrepareConfig
+
+SETTINGS = {"input": "corpus.jsonl", "tokenizer": "t", "output": "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"number_fields": ("a-b",)}, "'a-b' is no name for a column"),
+        ({"label_fields": ("input_ids",)}, "'input_ids' is a name that wmtp uses itself; rename the field"),
+        ({"label_fields": ("lambda",)}, "'lambda' is a name that wmtp uses itself"),
+        *[
+            ({"number_fields": (name,)}, f"'{name}' is a name that wmtp uses itself")
+            for name in ("loss_a", "entropy_a", "gradient_a", "excess_loss_2", "long_short")
+        ],
+        ({"number_fields": ("a",), "label_fields": ("a",)}, "name 'a' twice; name each field once"),
+        ({"input": ""}, "at least 1 item"),
+        ({"max_length": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        PrepareConfig(**SETTINGS | settings)
+
+
+def test_names_that_only_resemble_those_of_scores() -> None:
+    config = PrepareConfig(**SETTINGS, number_fields=("my_loss_a",), label_fields=("loss", "entropy"))
+    assert (config.number_fields, config.label_fields) == (("my_loss_a",), ("loss", "entropy"))
