@@ -1,6 +1,6 @@
 """The entry point of `wmtp`. Parses the arguments and calls `run(config)` in the module of the command.
 
-Every user mistake ends in one line on stderr: exit status 2 for wrong usage, 1 for every other error that is not a bug.
+User mistakes print one line on stderr. The exit status is 2 for wrong usage and 1 for other errors that are not bugs.
 """
 
 import importlib

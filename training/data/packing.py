@@ -93,7 +93,7 @@ def pack(
     positions[first] = np.append(0, -last[:-1])  # ones with a jump back at each piece: the sum restarts at 0
     np.cumsum(positions, out=positions)
     source = np.ones(size, dtype=np.int64)
-    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])  # likewise restarts at the start of each piece
+    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])  # also restarts at each piece
     np.cumsum(source, out=source)
     np.take(input_ids, source, out=packed_ids, mode="clip")  # the source of padding is meaningless
     for channel, values in zip(channels, packed_weights, strict=True):

@@ -1,9 +1,9 @@
 """Weighted losses of all heads against one shared unembedding, without the logits of all rows in memory.
 
-Weights are known before the forward pass. It therefore skips rows of weight 0 and computes gradients one chunk of
-logits at a time (see `training.loss.chunked_loss`). Heads run and are differentiated one after another (arXiv
-2404.19737, section 2). Until the backward pass, memory holds one gradient per input and parameter, one chunk of logits
-and the activations of one head, regardless of the number of heads.
+Weights are known in advance, so the forward pass skips rows of weight 0 and computes gradients, one chunk of logits at
+a time (see `training.loss.chunked_loss`). Heads run and are differentiated one after another (arXiv 2404.19737, section
+2). Until the backward pass, memory holds one gradient per input and parameter, one chunk of logits and the activations
+of one head, regardless of the number of heads.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,7 @@
 
 Weights by batch are computed on the CPU from the rows of the whole optimizer step. Live weights are computed in the
 forward pass of each device, for every head separately: losses several tokens ahead are larger than stored losses of the
-next token, so a threshold shared by all heads would exclude the near ones. The step computes the live loss anyway, so
+next token, so a common threshold would exclude targets of near heads. The step computes the live loss anyway, so
 there is no second model.
 """
 
