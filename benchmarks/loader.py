@@ -1,14 +1,12 @@
-"""Tokens per CPU second of the training loader, and what a training step waits for it.
+"""Throughput of the training loader in tokens per CPU second, and the time a training step waits for it.
 
     .venv/bin/python benchmarks/loader.py [--set SCORED_SET] [--rounds 5] [--steps 150]
 
-Everything reads the ids and one score column of the same shards, with one thread on one core: this project's loader
-(row groups in random order, weights, packing, rows shuffled), `datasets` streaming the sequences as torch tensors and
-as Python lists, and pyarrow reading the row groups and no more. The readers take turns, and figures are medians over
-the rounds. Without --set the shards hold the Python standard library's text, repeated, with made-up scores.
-
-Before that a very small Llama is trained with the code of `wmtp train` on all cores, with the time measured for which
-each step waits for its rows.
+First, the code of `wmtp train` trains a very small Llama on all cores, to measure how long each step waits for its
+rows. Then several readers read the ids and one score column of the same shards, with one thread on one core: this
+project's loader (row groups in random order, weights, packing, shuffled rows), `datasets` streaming the sequences as
+torch tensors and as Python lists, and pyarrow reading only the row groups. The readers take turns; results are medians
+over the rounds. Without --set, the shards contain the Python standard library's text, repeated, with synthetic scores.
 """
 
 import argparse
@@ -56,10 +54,10 @@ STEP = {"sequence_length": 512, "batch_size": 16, "micro_batch_size": 16}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", type=Path, help=f"scored shard set with {COLUMN}; default: one is made")
-    parser.add_argument("--tokens", type=int, default=1 << 23, help="tokens of the set that is made")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each reader reads the set")
-    parser.add_argument("--steps", type=int, default=150, help="training steps; a block of the loader is 128 of them")
+    parser.add_argument("--set", type=Path, help=f"scored shard set with {COLUMN}; default: generate one")
+    parser.add_argument("--tokens", type=int, default=1 << 23, help="tokens of the generated set")
+    parser.add_argument("--rounds", type=int, default=5, help="number of times each reader reads the set")
+    parser.add_argument("--steps", type=int, default=150, help="training steps; a block of the loader lasts 128 steps")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     disable_progress_bars()
@@ -72,7 +70,7 @@ def main() -> None:
         shards = ShardSet.open(arguments.set) if arguments.set else make_set(Path(work) / "set", arguments.tokens)
         cores = os.sched_getaffinity(0)
         print(f"{len(cores)} cores, load average before {os.getloadavg()[0]:.1f}, in {shards.path}", flush=True)
-        # As `wmtp` does it, in a process whose threads were not told to share one core.
+        # In a separate process, as with `wmtp`, whose threads are not limited to one core.
         command = [sys.executable, __file__, "--set", str(shards.path), "--train", work]
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
         subprocess.run([*command, "--steps", str(arguments.steps)], env=environment, check=True)
@@ -84,7 +82,7 @@ def main() -> None:
 
 
 def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> ShardSet:
-    """A scored set of at least `tokens` tokens in shards of 2^22, made of real texts and random contrasts."""
+    """A scored set of at least `tokens` tokens in shards of 2^22, with real texts and random contrasts."""
     texts = [text for _, text in [*documentation(), *sources()]]
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts[::5], VOCABULARY, show_progress=False)
@@ -140,14 +138,14 @@ def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> Shard
 
 
 def make_loader(shards: ShardSet, preset: str, sequence_length: int = LENGTH) -> RowLoader:
-    """The loader as `wmtp train` makes it."""
+    """The loader, as in `wmtp train`."""
     zipped = ZippedSets((shards,))
     config = WeightsConfig(preset=preset, column=None if preset == "uniform" else COLUMN)
     return RowLoader(zipped, make_weighting(config, zipped), sequence_length)
 
 
 def read_loader(shards: ShardSet, preset: str) -> int:
-    """Rows of the loader's stream until it gave as many tokens as the set has."""
+    """Read as many tokens from the loader as the set has."""
     tokens = 0
     for batch in make_loader(shards, preset).batches(BATCH):
         tokens += int(batch.tokens.sum())
@@ -157,14 +155,14 @@ def read_loader(shards: ShardSet, preset: str) -> int:
 
 
 def read_datasets(shards: ShardSet, form: str | None) -> int:
-    """All sequences of the set, one after the other, in a format of `datasets`."""
+    """Read all sequences of the set one by one, in a format of `datasets`."""
     files = [str(shards.path / shard.name) for shard in shards.manifest.shards]
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["input_ids", COLUMN])
     return sum(len(row["input_ids"]) for row in (rows.with_format(form) if form else rows))
 
 
 def read_pyarrow(shards: ShardSet) -> int:
-    """All row groups of the set as Arrow tables."""
+    """Read all row groups of the set as Arrow tables."""
     tokens = 0
     for shard in shards.manifest.shards:
         with pq.ParquetFile(shards.path / shard.name) as file:
@@ -174,7 +172,7 @@ def read_pyarrow(shards: ShardSet) -> int:
 
 
 def throughput(shards: ShardSet, rounds: int) -> Table:
-    """Every reader reads the whole set `rounds` times, in turns; what else the machine does must not count."""
+    """Let each reader read the whole set `rounds` times, in turns. CPU time excludes other processes."""
     readers: dict[str, Callable[[], int]] = {
         "loader, rho1-static": lambda: read_loader(shards, "rho1-static"),
         "loader, dense": lambda: read_loader(shards, "dense"),
@@ -193,7 +191,7 @@ def throughput(shards: ShardSet, rounds: int) -> Table:
     slowest = rates["datasets streaming, torch"]
     title = f"{shards.manifest.tokens:,} tokens, {shards.manifest.rows:,} sequences, rows of {LENGTH}, one thread"
     table = Table("reader", title=title)
-    for name in ("Mtok per CPU second", "least", "most", "times datasets, torch"):
+    for name in ("Mtok per CPU second", "minimum", "maximum", "times datasets, torch"):
         table.add_column(name, justify="right")
     for name, values in rates.items():
         ratio = statistics.median(own / other for own, other in zip(values, slowest, strict=True))
@@ -204,7 +202,7 @@ def throughput(shards: ShardSet, rounds: int) -> Table:
 
 
 def packing(shards: ShardSet) -> Table:
-    """How full rows of several lengths are over the first epoch."""
+    """Share of tokens that are not padding in the first epoch, for several row lengths."""
     table = Table("tokens per row", "rows", "not padding", title="packing")
     for length in (512, LENGTH, 8192, 32768):
         parts = list(make_loader(shards, "uniform", length).once(1024))
@@ -215,7 +213,7 @@ def packing(shards: ShardSet) -> Table:
 
 
 def waiting(shards: ShardSet, work: Path, steps: int) -> Table:
-    """Train a small model and measure what each step waits for its rows."""
+    """Train a small model and measure the time each step waits for its rows."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vocabulary = shards.manifest.tokenizer.vocab_size
     LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes).save_pretrained(work / "model")
@@ -242,9 +240,9 @@ def waiting(shards: ShardSet, work: Path, steps: int) -> Table:
     table.add_column("", justify="right")
     table.add_row("step, ms", f"{1000 * seconds / len(later):.1f}")
     table.add_row(
-        "waiting for rows, ms: median / most", f"{1000 * statistics.median(later):.2f} / {1000 * max(later):.2f}"
+        "waiting for rows, ms: median / maximum", f"{1000 * statistics.median(later):.2f} / {1000 * max(later):.2f}"
     )
-    table.add_row("waiting, of the time of all steps", f"{sum(later) / seconds:.2%}")
+    table.add_row("waiting, share of step time", f"{sum(later) / seconds:.2%}")
     table.add_row("waiting for the first rows of the run, ms", f"{1000 * first:.0f}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
     return table

@@ -1,17 +1,17 @@
-"""Time and memory of the weighted cross-entropy against those of PyTorch, Liger and cut-cross-entropy.
+"""Time and memory of the weighted cross-entropy, compared with PyTorch, Liger and cut-cross-entropy.
 
     .venv/bin/python benchmarks/loss.py [--dtype bfloat16] [--threads 2]
     .venv/bin/python benchmarks/loss.py --device cuda --dtype bfloat16 --rows 16384 --hidden 896 --vocabulary 151936
 
-The second command is for a GPU. There Liger and cut-cross-entropy run too, where they are installed.
+The second command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed.
 
-Every contestant computes the sum of weighted losses and its gradients for hidden states and unembedding. All but ours
-take no weights before the backward pass, so they compute all rows whether they carry weight or not. They take turns,
-and one that runs first in a round was last in the one before.
+Each implementation computes the sum of weighted losses and its gradients for hidden states and unembedding. All except
+ours receive the weights only in the backward pass, so they also compute rows of weight 0. They take turns, in an order
+that is reversed in each round.
 
-On a CPU time is that of one thread's own work (`--threads` above 1: of the clock), and memory is what PyTorch's
-allocator held at most, by its profiler. In bfloat16 matrix products may take minutes there, so fewer rows are the
-default; what a row costs hardly depends on how many there are.
+On a CPU, time is CPU time of one thread (with `--threads` above 1, wall-clock time), and memory is the peak of
+PyTorch's allocator, from its profiler. There bfloat16 matrix products may take minutes, so the default is fewer rows;
+the cost per row hardly depends on their number.
 """
 
 import argparse
@@ -58,14 +58,14 @@ class Problem(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, help="default 4096, with bfloat16 on a CPU 128")
+    parser.add_argument("--rows", type=int, help="default 4096; 128 for bfloat16 on a CPU")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--share", type=float, default=0.6, help="share of the rows that carry weight")
-    parser.add_argument("--rounds", type=int, help="default 3, with bfloat16 on a CPU 1")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU")
+    parser.add_argument("--share", type=float, default=0.6, help="share of rows with nonzero weight")
+    parser.add_argument("--rounds", type=int, help="default 3; 1 for bfloat16 on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads on a CPU")
     arguments = parser.parse_args()
     slow = arguments.dtype == "bfloat16" and arguments.device == "cpu"
     rows = arguments.rows or (128 if slow else 4096)
@@ -76,15 +76,15 @@ def main() -> None:
     few = problem._replace(weights=problem.weights * (torch.rand_like(problem.weights) < arguments.share))
     place = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} thread(s)"
     shape = f"{rows} x {arguments.hidden} x {arguments.vocabulary}, {arguments.dtype}, {place}"
-    runs = contestants(problem, few, arguments.share)
+    runs = implementations(problem, few, arguments.share)
     seconds = measure(runs, arguments.rounds or (1 if slow else 3), clock(arguments.device, arguments.threads))
     report_time(seconds, shape)
-    if not slow:  # there the operation computes in float32
+    if not slow:  # bfloat16 is computed in float32 on a CPU
         report_memory(problem, shape)
 
 
 def make_problem(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Problem:
-    """Random numbers; every row has a weight."""
+    """Random numbers; all rows have nonzero weight."""
     torch.manual_seed(0)
     return Problem(
         torch.randn(rows, hidden).to(device, dtype).requires_grad_(),
@@ -94,13 +94,13 @@ def make_problem(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, de
     )
 
 
-Contestant = tuple[Callable[[Problem], Tensor], Problem]
-"""What computes the sum of weighted losses, and of what."""
+Implementation = tuple[Callable[[Problem], Tensor], Problem]
+"""A function that computes the sum of weighted losses, and its input."""
 
 
-def contestants(dense: Problem, few: Problem, share: float) -> dict[str, Contestant]:
-    """What is compared, by name; the first is what ratios refer to."""
-    # In bfloat16 on a CPU the other policies use products that are many times slower.
+def implementations(dense: Problem, few: Problem, share: float) -> dict[str, Implementation]:
+    """The implementations to compare, by name; the first is the baseline of ratios."""
+    # With bfloat16 on a CPU, the other policies use matrix products that are many times slower.
     policy = "accurate" if dense.hidden.device.type == "cpu" else "auto"
     chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy=policy)
     runs = {
@@ -119,18 +119,18 @@ def contestants(dense: Problem, few: Problem, share: float) -> dict[str, Contest
             if find_spec(package):
                 runs[name] = run, dense
             else:
-                CONSOLE.print(f"{package}: not installed, left out")
+                CONSOLE.print(f"{package}: not installed, skipped")
     return runs
 
 
 def naive(problem: Problem) -> Tensor:
-    """All logits at once."""
+    """Compute all logits at once."""
     logits = F.linear(problem.hidden, problem.unembedding)
     return F.cross_entropy(logits, problem.targets, reduction="none").float() @ problem.weights
 
 
 def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) -> Tensor:
-    """PyTorch's own, which without options computes all logits at once, too."""
+    """PyTorch's function; without options it also computes all logits at once."""
     losses = F.linear_cross_entropy(
         problem.hidden, problem.unembedding, problem.targets, reduction="none", options=options
     )
@@ -138,7 +138,7 @@ def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) ->
 
 
 def ours(problem: Problem) -> Tensor:
-    """Rows that carry weight, as `training.loss.shifted_targets.select_targets` finds them."""
+    """Only rows of nonzero weight, as selected by `training.loss.shifted_targets.select_targets`."""
     [rows] = problem.weights.nonzero(as_tuple=True)
     return weighted_linear_cross_entropy(
         problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows]
@@ -146,14 +146,14 @@ def ours(problem: Problem) -> Tensor:
 
 
 def liger(problem: Problem) -> Tensor:
-    """Liger builds gradients in the forward pass and takes no weights of tokens: their plain sum."""
+    """Unweighted sum: Liger computes gradients in the forward pass and does not support token weights."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(problem.hidden, problem.unembedding, problem.targets, reduction="sum")
 
 
 def cut_cross_entropy(problem: Problem) -> Tensor:
-    """Apple's kernels, exact: without the filter that drops small gradients."""
+    """Apple's kernels, without the filter for small gradients, which makes them exact."""
     from cut_cross_entropy import linear_cross_entropy
 
     losses = linear_cross_entropy(
@@ -163,20 +163,20 @@ def cut_cross_entropy(problem: Problem) -> Tensor:
 
 
 def clock(device: str, threads: int) -> Callable[[], float]:
-    """Seconds: of the device's work, of this process's own work on one core, or of the wall clock."""
+    """A clock in seconds: CPU time for one CPU thread, else wall-clock time, on a GPU after all its work."""
     if device == "cuda":
         return synchronized_time
     return time.process_time if threads == 1 else time.perf_counter
 
 
 def synchronized_time() -> float:
-    """Seconds, once the GPU has done what it was told."""
+    """Wall-clock time in seconds, after all GPU work has finished."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def measure(runs: dict[str, Contestant], rounds: int, now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of forward and backward pass of each contestant in each round; on a GPU after two more rounds."""
+def measure(runs: dict[str, Implementation], rounds: int, now: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each forward and backward pass, by round; on a GPU after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     warm_up = 2 if now is synchronized_time else 0
     names = list(runs)
@@ -191,7 +191,7 @@ def measure(runs: dict[str, Contestant], rounds: int, now: Callable[[], float]) 
 
 
 def heads_memory(problem: Problem, heads: int) -> int:
-    """Bytes that the loss of residual heads on one trunk output needs beyond its arguments, gradients included."""
+    """Peak bytes of the loss of residual heads on one trunk output, with gradients but without its arguments."""
     trunk = SimpleNamespace(config=SimpleNamespace(hidden_size=problem.hidden.shape[1]))
     residual = ResidualHeads(trunk, range(1, heads + 1)).to(problem.hidden.device, problem.hidden.dtype)
     trunk_pass = TrunkOutput((problem.hidden[None],), torch.arange(len(problem.targets))[None], LayerCall())
@@ -210,7 +210,7 @@ def heads_memory(problem: Problem, heads: int) -> int:
 
 
 def peak_on_gpu(run: Callable[[], None]) -> int:
-    """Bytes that PyTorch's allocator held at most beyond those from before."""
+    """Peak bytes allocated by PyTorch during `run`, above those before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -218,7 +218,7 @@ def peak_on_gpu(run: Callable[[], None]) -> int:
 
 
 def peak_on_cpu(run: Callable[[], None]) -> int:
-    """The same, summed up from the allocations and releases in the profiler's trace."""
+    """The same, from the allocations and releases in the profiler's trace."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as directory:
@@ -230,10 +230,12 @@ def peak_on_cpu(run: Callable[[], None]) -> int:
 
 
 def report_memory(problem: Problem, shape: str) -> None:
-    """Print what one and four heads need, and their ratio, also with trunk output and unembedding counted."""
+    """Print the memory of one and four heads and their ratio, without and with trunk output and unembedding."""
     arguments = problem.hidden.nbytes + problem.unembedding.nbytes
     one, four = (heads_memory(problem, heads) for heads in (1, 4))
-    result = Table("heads", "peak memory of loss and gradients", "of one head", "with arguments", title=shape)
+    result = Table(
+        "heads", "peak memory of loss and gradients", "ratio to one head", "ratio with arguments", title=shape
+    )
     for heads, peak in ((1, one), (4, four)):
         share, total = peak / one, (peak + arguments) / (one + arguments)
         result.add_row(str(heads), f"{peak / 2**20:.0f} MiB", f"{share:.3f}", f"{total:.3f}")
@@ -241,9 +243,9 @@ def report_memory(problem: Problem, shape: str) -> None:
 
 
 def report_time(seconds: dict[str, list[float]], shape: str) -> None:
-    """Print fastest and median time of each, and how they compare with the first."""
+    """Print the fastest and median time of each, and their ratios to the first."""
     result = Table("forward and backward pass", title=shape)
-    for column in ("fastest, s", "median, s", "of the first", "of the first, median"):
+    for column in ("fastest, s", "median, s", "fastest, ratio to the first", "median, ratio to the first"):
         result.add_column(column, justify="right")
     first, *_ = seconds.values()
     for name, values in seconds.items():

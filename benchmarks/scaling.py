@@ -1,15 +1,14 @@
-"""Cost of a scoring run besides its engines: time and memory of the driver, and overhead of a worker.
+"""Cost of a scoring run excluding its engines: time and memory of the driver, and overhead of a worker.
 
     .venv/bin/python benchmarks/scaling.py [--units 1000 4000] [--parts driver overhead memory]
 
-Everything is the real thing (Ray, the job, workers, shards, manifests) except for the engines: these return made-up
-losses, at once or at a given speed. The driver is measured on sets of many shards of a few tokens, each set in its own
-process, after a short warm-up run. "Kept" is the resident memory after a step above that before the first one, "peak"
-the most during the step, both per unit.
+Everything is real (Ray, the job, workers, shards, manifests) except the engines: they return synthetic losses, either
+immediately or at a fixed rate. The driver is measured on sets of many small shards, each set in its own process, after
+a short warm-up run. Memory is resident memory per unit, above that before the first step: "kept" after a step, "peak"
+during it.
 
-The work around the engines is measured on one worker whose engines take exactly --rate tokens of the corpus per second.
-The memory of a worker is measured with engines that take no time, which is the worst case: reading and writing are
-always behind.
+The overhead is measured on one worker whose engines score exactly --rate tokens of the corpus per second. The memory of
+a worker is measured with engines that take no time. This is the worst case, because reading and writing always lag.
 """
 
 import argparse
@@ -62,7 +61,7 @@ MIB = 1 << 20
 
 
 class FakeEngine:
-    """Losses from token ids and positions, distributed like real ones; `rate` is in tokens per second."""
+    """Losses from token ids and positions, distributed like real losses; `rate` is in tokens per second."""
 
     def __init__(self, model: Path, config: EngineConfig, rate: float | None = None) -> None:
         (model / "pid").write_text(str(os.getpid()))
@@ -110,11 +109,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=["driver", "overhead", "memory"], default=["driver", "overhead", "memory"])
-    add("--units", type=int, nargs="+", default=[1000, 4000], help="sizes of the sets for the driver")
-    add("--rate", type=float, default=50_000, help="tokens of the corpus that a worker's engines score per second")
-    add("--shard_tokens", type=int, default=1 << 18, help="tokens of a shard for the work around the engines")
-    add("--shards", type=int, default=8, help="how many of them")
-    add("--held_tokens", type=int, default=1 << 22, help="tokens of a shard for what a worker holds")
+    add("--units", type=int, nargs="+", default=[1000, 4000], help="shards of each set for the driver")
+    add("--rate", type=float, default=50_000, help="tokens of the corpus scored per second by a worker's engines")
+    add("--shard_tokens", type=int, default=1 << 18, help="tokens per shard for the overhead")
+    add("--shards", type=int, default=8, help="number of shards for the overhead")
+    add("--held_tokens", type=int, default=1 << 22, help="tokens per shard for the memory of a worker")
     shm = Path("/dev/shm")
     add("--work", type=Path, default=shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir()), help="directory")
     add("--one", type=int, help=argparse.SUPPRESS)
@@ -152,7 +151,7 @@ def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
 
 @dataclass
 class Run:
-    """A scoring run with fake engines, step by step as `wmtp score` does it."""
+    """A scoring run with fake engines, with the steps of `wmtp score`."""
 
     source: ShardSet
     output: Path
@@ -180,7 +179,7 @@ class Run:
         copy_files(self.source.tokenizer_path, self.output / TOKENIZER)
 
     def score(self, at_end: Callable[[], None] = lambda: None) -> float:
-        """Score all shards; return the seconds since the first worker was ready. `at_end`: workers still live."""
+        """Score all shards; return the seconds since the first worker was ready. Calls `at_end` before workers stop."""
         load = partial(FakeEngine, rate=self.rate and self.rate * len(self.plan.models))
         units = self.source.manifest.shards
         job = ScoringJob(self.task, units, WorkerPool(self.workers, self.workers, 1.0, 0.0), print, load)
@@ -224,7 +223,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Measure a block; memory in bytes above that at the start."""
+        """Measure a block; memory is in bytes above the start."""
         (self.process / "clear_refs").write_text("5")
         started, cpu = time.perf_counter(), time.process_time()
         yield
@@ -236,7 +235,7 @@ class Steps:
 
 
 def run_driver(units: int, work: Path) -> dict[str, Any]:
-    """Measure a driver in a process of its own."""
+    """Measure a driver in its own process."""
     with tempfile.TemporaryDirectory(dir=work) as directory:
         command = [sys.executable, __file__, "--one", str(units), "--work", directory]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -244,7 +243,7 @@ def run_driver(units: int, work: Path) -> dict[str, Any]:
 
 
 def measure_driver(units: int, work: Path) -> dict[str, Any]:
-    """Measure all steps of a run of `units` units, and of the commands that read its result."""
+    """Measure all steps of a run with `units` units, and of the commands that read its result."""
     with ray_session(None, WorkerPool(2, 2, 1.0, 0.0)):
         warm_up = Run(make_set(work / "warm_up", WARM_UP, 64), work / "warm_up_scored", 2, ("reference",))
         warm_up.score()
@@ -260,7 +259,7 @@ def measure_driver(units: int, work: Path) -> dict[str, Any]:
             find_done(run.output, source.manifest.shards)
         with steps.step("gather"):
             gather(run.output, [shard.name for shard in source.manifest.shards])
-        with steps.step("finish, gather included"):
+        with steps.step("finish, including gather"):
             shards = run.finish()
     with steps.step("write the manifest again"):
         write_manifest(shards.path, shards.manifest)
@@ -305,7 +304,7 @@ def driver_report(results: list[dict[str, Any]]) -> Table:
 
 
 def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
-    """Time of a one-worker run beyond that of its engines."""
+    """Time of a one-worker run beyond its engines' time."""
     source = make_set(work / "tokens", arguments.shards, arguments.shard_tokens)
     run = Run(source, work / "scored", 1, rate=arguments.rate)
     cpu: list[float] = []
@@ -341,15 +340,15 @@ def overhead_report(arguments: argparse.Namespace, work: Path) -> Table:
     table.caption = (
         f"{sizes['input_ids']:.2f} bytes per token id, {scores:.2f} per token and score; a record has "
         f"{records / arguments.shards:,.0f} bytes, the driver gathers one in {gathered * 1000:.1f} ms\n"
-        f"the worker used {cpu[0]:.1f} CPU seconds, made-up losses included"
+        f"the worker used {cpu[0]:.1f} CPU seconds, including synthetic losses"
     )
     return table
 
 
 def memory_report(arguments: argparse.Namespace, work: Path) -> Table:
-    """Peak memory of a worker above that with loaded engines."""
+    """Peak memory of a worker, above its memory with loaded engines."""
     table = Table("a worker that scores", title=f"shards of {arguments.held_tokens:,} tokens, 3 columns")
-    for name in ("MiB above loaded", "bytes per token of a shard", "of one shard"):
+    for name in ("MiB above loaded", "bytes per token of a shard", "ratio to one shard"):
         table.add_column(name, justify="right")
     alone = 0
     for units in (1, 2, 4, 8):

@@ -1,22 +1,22 @@
-"""How fast token scoring is and what memory it takes: this project's engines against what one would write without them.
+"""Speed and memory of token scoring: this project's engines, compared with straightforward implementations.
 
     .venv/bin/python benchmarks/scoring.py [--model qwen2.5-0.5b] [--sequences 64] [--length 4096] [--json FILE]
 
-Every row scores the same random tokens with the same random weights in a process of its own. After one warm-up pass the
-fastest of --repeats passes counts, with all losses in NumPy arrays at its end; the table says how much longer the
-slowest took. The plain loop runs the model's own code on one sequence after the other. It is measured first, and all
-other losses are compared with its losses.
+Each row scores the same random tokens with the same random weights in a separate process. The result is the fastest of
+--repeats passes after one warm-up pass; a pass ends with all losses in NumPy arrays. The table also shows how much
+longer the slowest pass took. The plain loop runs the model's own code on one sequence at a time. It is measured first,
+as the reference for all other losses.
 
-Model FLOP utilisation is the FLOPs that the forward pass needs, per second, over the peak of the hardware. Per token:
+Model FLOP utilisation is the FLOPs of the forward pass per second, divided by the peak of the hardware. Per token:
 
     2 * (M + S * hidden size * vocabulary) + 4 * layers * query heads * head size * length / 2
 
-with M the parameters in matrices of the layers, S the share of tokens that are scored, and length / 2 the mean context
-of causal attention. Looking up an input embedding is free. This is the forward third of 6N + 12LHQT of appendix B of
-Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", which counts whole contexts.
+with M the matrix parameters of the layers, S the share of scored tokens, and length / 2 the mean context of causal
+attention. Embedding lookups are free. This is the forward third of 6N + 12LHQT in appendix B of Chowdhery et al. 2022,
+"PaLM: Scaling Language Modeling with Pathways", which counts full contexts.
 
-Memory is the peak while scoring, and how far that is above the engine once loaded, vLLM's cache included: bytes that
-PyTorch has allocated on a GPU, resident memory of the process on a CPU.
+Memory is the peak while scoring, also relative to the loaded engine including vLLM's cache. On a GPU it is memory
+allocated by PyTorch, on a CPU resident memory of the process.
 """
 
 import argparse
@@ -90,22 +90,27 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Settings, with defaults for the hardware at hand."""
+    """Settings, with defaults for the available hardware."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=SHAPES, default="qwen2.5-0.5b" if gpu else "tiny", help="a shape; weights are random")
+    add("--model", choices=SHAPES, default="qwen2.5-0.5b" if gpu else "tiny", help="model shape; weights are random")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--sequences", type=int, default=64 if gpu else 128)
-    add("--length", type=int, default=4096 if gpu else 512, help="tokens in each sequence")
-    add("--batch_tokens", type=int, default=8192, help="tokens computed at once, in all but the plain loop")
+    add("--length", type=int, default=4096 if gpu else 512, help="tokens per sequence")
+    add("--batch_tokens", type=int, default=8192, help="tokens computed at once, except in the plain loop")
     add("--engines", nargs="+", choices=METHODS, default=METHODS)
     add("--repeats", type=int, default=3)
-    add("--entropy", action="store_true", help="measure the pooler with entropies too")
-    add("--first_scored", type=float, default=0.0, help="measure the pooler with this share of context only too")
-    add("--peak_tflops", type=float, help="peak of the hardware; default: known for H100, H200 and A100 in bfloat16")
-    add("--json", type=Path, help="file for the setting and the rows")
+    add("--entropy", action="store_true", help="also measure the pooler with entropies")
+    add(
+        "--first_scored",
+        type=float,
+        default=0.0,
+        help="also measure the pooler with this share of each sequence as context only",
+    )
+    add("--peak_tflops", type=float, help="peak of the hardware; by default known for H100, H200 and A100 in bfloat16")
+    add("--json", type=Path, help="output file for the settings and rows")
     add("--one", choices=ENGINES, help=argparse.SUPPRESS)
     add("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -127,7 +132,7 @@ def selected(arguments: argparse.Namespace) -> list[str]:
 
 
 def describe(arguments: argparse.Namespace) -> dict[str, str]:
-    """What is measured on what."""
+    """Facts about hardware, software, model and tokens."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     machine = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     if torch.cuda.is_available():
@@ -144,7 +149,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Write model and tokens into the directory `work`; returns FLOPs per token, of the layers and of the head."""
+    """Write model and tokens into the directory `work`; returns FLOPs per token of the layers and the head."""
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     architecture, *numbers = SHAPES[arguments.model]
@@ -161,7 +166,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def run(name: str, arguments: argparse.Namespace, flops: tuple[float, float]) -> dict[str, Any]:
-    """One row, measured in a process of its own."""
+    """One row, measured in a separate process."""
     row: dict[str, Any] = {"engine": name}
     if name not in ("transformers", "loop") and not find_spec("vllm"):
         return row | {"error": "vLLM is not installed"}
@@ -182,7 +187,7 @@ def run(name: str, arguments: argparse.Namespace, flops: tuple[float, float]) ->
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Write one row into the directory `work`, or why there is none."""
+    """Write one row, or an error message, into the directory `work`."""
     result = arguments.work / f"{arguments.one}.json"
     try:
         result.write_text(json.dumps(measured(arguments)))
@@ -192,14 +197,14 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each pass, memory in bytes, scored tokens of a sequence, largest difference from the plain loop."""
+    """Seconds of each pass, memory in bytes, scored tokens per sequence, largest difference from the plain loop."""
     name, _, variant = arguments.one.partition("-")
     first = int(arguments.length * arguments.first_scored) if variant == "context" else 0
     tokens = np.load(arguments.work / "tokens.npy")
     requests = [Request(ids, first, ("loss", "entropy") if variant == "entropy" else ("loss",)) for ids in tokens]
     torch.set_num_threads(arguments.threads)
     engine = load(name, arguments)
-    engine.score([Request(tokens[0, :2])])  # weights may be read from disk at first use, which is a part of loading
+    engine.score([Request(tokens[0, :2])])  # part of loading: first use may read weights from disk
     loaded = peak_memory(reset=True)
     seconds = []
     for _ in range(1 + arguments.repeats):
@@ -220,7 +225,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_memory(reset: bool = False) -> int:
-    """The most bytes that were in use since the last reset: after a reset, those in use now."""
+    """Peak bytes in use since the last reset; with `reset`, the bytes in use now."""
     if torch.cuda.is_available():
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -232,7 +237,7 @@ def peak_memory(reset: bool = False) -> int:
 
 
 def load(name: str, arguments: argparse.Namespace) -> Engine:
-    """Load one of this project's engines, or one of those written here."""
+    """Load one of this project's engines, or one from this file."""
     method: EngineMethod | None = "prompt_logprobs" if name in ("dicts", "prompt_logprobs") else None
     config = EngineConfig(
         name="transformers" if name in ("transformers", "loop") else "vllm",
@@ -248,7 +253,7 @@ def load(name: str, arguments: argparse.Namespace) -> Engine:
 
 
 class PromptLogprobs:
-    """vLLM's offline interface, as a user would call it, with the engine arguments of this project."""
+    """vLLM's offline interface in its usual form, with this project's engine arguments."""
 
     def __init__(self, model: Path, config: EngineConfig) -> None:
         from vllm import LLM, SamplingParams
@@ -267,7 +272,7 @@ class PromptLogprobs:
 
 
 class PlainLoop:
-    """Hugging Face transformers, one sequence after the other."""
+    """Hugging Face transformers, one sequence at a time."""
 
     def __init__(self, model: Path, config: EngineConfig) -> None:
         self.device = "cuda" if config.on_gpu else "cpu"

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/storage.py [--set SCORED_SET] [--tokens 300000]
 
 Without --set the scores are real token losses in float32: a small Llama is trained on the Python standard library and
-scores it halfway and at the end. A set holds only float16 values; as float32 they compress better than real float32
-scores. The last row is the entropy of the float16 values, a lower bound for every code that treats tokens
+scores it halfway and at the end. A set holds only float16 values. Converted to float32, they compress better than real
+float32 scores. The last row is the entropy of the float16 values, a lower bound for any code that treats tokens
 independently.
 """
 
@@ -37,17 +37,17 @@ STEPS = 150
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", type=Path, help="scored shard set; default: compute scores")
-    parser.add_argument("--tokens", type=int, default=300_000, help="number of tokens to measure with")
+    parser.add_argument("--tokens", type=int, default=300_000, help="number of tokens")
     arguments = parser.parse_args()
     table = table_of_set(arguments.set, arguments.tokens) if arguments.set else computed_table(arguments.tokens)
     report(table)
 
 
 def table_of_set(path: Path, tokens: int) -> pa.Table:
-    """The first shards of a set, until they hold enough tokens."""
+    """Enough of the first shards of a set for `tokens` tokens."""
     shard_set = ShardSet.open(path)
     if not shard_set.manifest.columns:
-        raise SystemExit(f"{path}: has no score columns; add some with 'wmtp score'")
+        raise SystemExit(f"{path}: no score columns; add some with 'wmtp score'")
     tables, held = [], 0
     for index, shard in enumerate(shard_set.manifest.shards):
         if held >= tokens:
@@ -129,7 +129,7 @@ def bits_of_entropy(values: np.ndarray) -> float:
 
 
 def report(table: pa.Table) -> None:
-    """Write and read the table in every format, and print sizes and speeds."""
+    """Write and read the table in each format, and print sizes and speeds."""
     names = table.column_names[len(TOKEN_FIELDS) :]
     tokens = len(flat_values(table["input_ids"]))
     float32, float16 = with_scores_as(table, np.float32), with_scores_as(table, np.float16)

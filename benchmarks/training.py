@@ -1,18 +1,18 @@
-"""Seconds of a training step: what weights and heads cost, and what the trainers of others take for the same rows.
+"""Seconds per training step: the cost of weights and heads, and other trainers on the same rows.
 
     .venv/bin/python benchmarks/training.py [--only selection] [--rounds 10] [--threads 2]
     .venv/bin/python benchmarks/training.py --only weighting --rows 1 --rounds 20
     .venv/bin/python benchmarks/training.py --only objectives --rounds 10
     .venv/bin/python benchmarks/training.py --model qwen2.5-0.5b --rounds 20 [--compile] [--attention NAME]
 
-The fourth command is for a GPU, which is used where there is one. It also runs Hugging Face's Trainer with Liger's
-kernels, and prints memory and model FLOP utilisation. TRL comes with `pip install -e .[bench]`, Liger with
-`pip install liger-kernel`; what is missing is left out.
+The fourth command is for a GPU, which is used if available. It also runs Hugging Face's Trainer with Liger's kernels,
+and prints memory and model FLOP utilisation. `pip install -e .[bench]` installs TRL, `pip install liger-kernel` Liger;
+missing packages are skipped.
 
-Every step is a whole one: batch, forward and backward pass, clipping, AdamW. Ours go through `TrainingLoop`, rows come
-from a shard set of random tokens and scores, and all contestants start from the same random model. On a CPU they take
-turns, a step each in every round, and time is that of one thread's own work (`--threads` above 1: of the clock). On a
-GPU one runs after the other, so that each has the memory to itself.
+Each step is complete: batch, forward and backward pass, clipping, AdamW. Ours use `TrainingLoop`. Rows come from a
+shard set of random tokens and scores, and all implementations start from the same random model. On a CPU they take
+turns, one step each per round, and time is CPU time of one thread (with `--threads` above 1, wall-clock time). On a GPU
+they run one after another, to give each the whole memory.
 """
 
 import argparse
@@ -69,7 +69,7 @@ from weighted_mtp.training.weighting import make_weighting
 
 CONSOLE = Console(width=130)
 GPU = torch.cuda.is_available()
-WARM_UP = 3  # steps that do not count on a GPU, besides the first
+WARM_UP = 3  # unmeasured steps on a GPU, besides the first
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 ATTENTION_HEADS = ("num_attention_heads", "num_key_value_heads")
 CONFIGS = {
@@ -79,7 +79,7 @@ CONFIGS = {
     ),
 }
 SHAPES = {"small": (2, 256), "qwen2.5-0.5b": (4, 4096)}
-"""Rows of a step and their length, unless told otherwise."""
+"""Default number of rows per step and their length."""
 
 UNIFORM = WeightsConfig()
 DENSE = WeightsConfig(preset="dense", lam=0.25)
@@ -106,7 +106,7 @@ OURS = {
         ObjectiveConfig(),
     ),
 }
-"""Weights, heads and objective of each."""
+"""Weights, heads and objective of each implementation."""
 
 PACKAGES = {TRAINER: "transformers", LIGER: "liger_kernel", TRL: "trl"}
 COMPARISONS = {
@@ -121,11 +121,11 @@ COMPARISONS = {
     ],
     "trainers": [(PLAIN, TRAINER, 1.0), (PLAIN, LIGER, 1.0), (PLAIN, TRL, 1.0)],
 }
-"""What is divided by what, and the most that the quotient should be; of a thing and itself it shows the noise."""
+"""Numerator, denominator and upper bound of each ratio. A ratio of identical runs shows the noise."""
 
 
 class Job(NamedTuple):
-    """What all contestants share: arguments of the command, a directory with model and shard set, and a clock."""
+    """Shared by all implementations: command arguments, a directory with model and shard set, and a clock."""
 
     arguments: argparse.Namespace
     directory: Path
@@ -135,14 +135,14 @@ class Job(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(CONFIGS), default="small")
-    parser.add_argument("--only", choices=list(COMPARISONS), help="one group of comparisons; default all")
-    parser.add_argument("--rows", type=int, help="rows of a step; default 2, for qwen2.5-0.5b 4")
-    parser.add_argument("--length", type=int, help="tokens of a row; default 256, for qwen2.5-0.5b 4096")
-    parser.add_argument("--rounds", type=int, default=3, help="steps that count, of each contestant")
+    parser.add_argument("--only", choices=list(COMPARISONS), help="run one group of comparisons; default all")
+    parser.add_argument("--rows", type=int, help="rows per step; default 2, or 4 for qwen2.5-0.5b")
+    parser.add_argument("--length", type=int, help="tokens per row; default 256, or 4096 for qwen2.5-0.5b")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each implementation")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
     parser.add_argument("--compile", action="store_true", help="compile decoder layers with torch.compile")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads on a CPU")
     arguments = parser.parse_args()
     rows, length = SHAPES[arguments.model]
     arguments.rows, arguments.length = arguments.rows or rows, arguments.length or length
@@ -152,7 +152,7 @@ def main() -> None:
     comparisons = [c for group, found in COMPARISONS.items() if arguments.only in (None, group) for c in found]
     names = [name for name in (*OURS, *PACKAGES) if any(name in pair[:2] for pair in comparisons)]
     for name in [name for name in names if name in PACKAGES and not available(name)]:
-        CONSOLE.print(f"{name}: left out, {PACKAGES[name]} is not installed or needs a GPU")
+        CONSOLE.print(f"{name}: skipped, {PACKAGES[name]} is not installed or needs a GPU")
         names.remove(name)
     with tempfile.TemporaryDirectory() as directory:
         job = Job(arguments, Path(directory), now)
@@ -165,25 +165,25 @@ def main() -> None:
 
 
 def available(name: str) -> bool:
-    """Whether a trainer of others can run here."""
+    """Whether this external trainer can run here."""
     return find_spec(PACKAGES[name]) is not None and (name != LIGER or GPU)
 
 
 def title(arguments: argparse.Namespace) -> str:
-    """What is measured, and where."""
+    """Title with model, batch, dtype and hardware."""
     place = torch.cuda.get_device_name() if GPU else f"{arguments.threads} thread(s)"
     compiled = ", compiled" if arguments.compile else ""
     return f"{arguments.model}, {arguments.rows} x {arguments.length} tokens, {arguments.dtype}{compiled}, {place}"
 
 
 def synchronized_time() -> float:
-    """Seconds, once the GPU has done what it was told."""
+    """Wall-clock time in seconds, after all GPU work has finished."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def write_model(job: Job) -> None:
-    """The config of the model, and a tokenizer for trainers that want one."""
+    """Write the model config, and a tokenizer for trainers that need one."""
     config = CONFIGS[job.arguments.model]
     config.save_pretrained(job.directory / "model")
     backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
@@ -192,7 +192,7 @@ def write_model(job: Job) -> None:
 
 
 def write_shards(job: Job) -> None:
-    """A shard set of random tokens that packs well, with the score columns `excess_loss` and `long_short`."""
+    """Write a shard set of random tokens that packs well, with score columns `excess_loss` and `long_short`."""
     length, vocabulary = job.arguments.length, CONFIGS[job.arguments.model].vocab_size
     rng = np.random.default_rng(0)
     first = rng.integers(length // 8, length - length // 8, 64 * job.arguments.rows)
@@ -239,38 +239,38 @@ def write_shards(job: Job) -> None:
 
 
 def job_loader(job: Job, weights: WeightsConfig) -> RowLoader:
-    """The rows of a run; their order is the same for all weights."""
+    """The loader of a run; the row order is the same for all weights."""
     shards = ZippedSets.open([str(job.directory / "set")])
     return RowLoader(shards, make_weighting(weights, shards), job.arguments.length)
 
 
 def job_rows(job: Job, weights: WeightsConfig) -> Rows:
-    """The first rows of a run, enough for some steps."""
+    """The first rows of a run, enough for several steps."""
     return next(job_loader(job, weights).batches(8 * job.arguments.rows))
 
 
 def job_model(job: Job, heads: HeadsConfig) -> MTPModel:
-    """The model that everyone starts from."""
+    """The initial model of all implementations."""
     torch.manual_seed(0)
     source = str(job.directory / "model")
     model = build_model(source, heads, from_scratch=True, attention=job.arguments.attention)
-    model.trunk.config.use_cache = False  # else documents in a row see each other
+    model.trunk.config.use_cache = False  # otherwise documents in a row attend to each other
     return model
 
 
-class Contestant(ABC):
-    """Someone who takes optimizer steps."""
+class Implementation(ABC):
+    """An implementation of optimizer steps."""
 
     flops: float
-    """Operations of a step on average."""
+    """Mean FLOPs per step."""
 
     @abstractmethod
     def run(self, steps: int) -> list[float]:
         """Take steps and return the seconds of each."""
 
 
-class Ours(Contestant):
-    """Steps of `TrainingLoop`; one is taken before any that counts."""
+class Ours(Implementation):
+    """Steps of `TrainingLoop`, after one unmeasured step."""
 
     def __init__(self, job: Job, weights: WeightsConfig, heads: HeadsConfig, objective: ObjectiveConfig) -> None:
         arguments = job.arguments
@@ -288,7 +288,7 @@ class Ours(Contestant):
         accelerator = make_accelerator(arguments.dtype)
         model = job_model(job, config.heads)
         if heads.dmtd.cycle > 1:
-            freeze_embeddings(model.trunk)  # as they are in a pretrained model
+            freeze_embeddings(model.trunk)  # as with a pretrained model
         self.flops = mean_flops(model, job, weights)
         if arguments.compile:
             compile_layers(model)
@@ -312,8 +312,8 @@ class Ours(Contestant):
         return seconds
 
 
-class Others(Contestant):
-    """Steps of Hugging Face's `Trainer` or of what is derived from it; the first of every call does not count."""
+class Others(Implementation):
+    """Steps of Hugging Face's `Trainer` or a subclass; the first step of each call is not measured."""
 
     def __init__(self, job: Job, name: str) -> None:
         self.job, self.name = job, name
@@ -323,7 +323,7 @@ class Others(Contestant):
         self.rows = job_rows(job, UNIFORM)
 
     def run(self, steps: int) -> list[float]:
-        """Train for one step more."""
+        """Train for one additional step, and return the seconds of the others."""
         clock = StepClock(self.job.now)
         trainer = (self._sft_trainer if self.name == TRL else self._trainer)(steps + 1)
         trainer.add_callback(clock)
@@ -358,7 +358,7 @@ class Others(Contestant):
         return Trainer(self.model, settings, train_dataset=rows, data_collator=default_data_collator)
 
     def _sft_trainer(self, steps: int) -> Trainer:
-        """TRL packs rows without padding and, unless that would need a mask of (B T)^2, makes one row of a batch."""
+        """TRL packs rows without padding. It joins a batch into one row, unless that needs a mask of (B T)^2."""
         from trl import SFTConfig, SFTTrainer
 
         arguments = self.job.arguments
@@ -380,19 +380,19 @@ class Others(Contestant):
 
 
 class StepClock(TrainerCallback):
-    """When each step ended."""
+    """Records the end time of each step."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(self.now())
 
 
 def mean_flops(model: MTPModel, job: Job, weights: WeightsConfig) -> float:
-    """Operations of a step, on average over the first ones."""
+    """Mean FLOPs per step, over the first steps."""
     rows = job_rows(job, weights)
     ids, positions, values = (torch.from_numpy(array) for array in rows[:3])
     offsets = [int(prediction) if prediction.isdigit() else 1 for prediction in model.config.predictions]
@@ -401,41 +401,41 @@ def mean_flops(model: MTPModel, job: Job, weights: WeightsConfig) -> float:
     return StepFlops(model)(float(rows.tokens.sum()), pairs, selected) * job.arguments.rows / len(rows.tokens)
 
 
-def make(job: Job, name: str) -> Contestant:
-    """A contestant that is ready to run."""
+def make(job: Job, name: str) -> Implementation:
+    """Build an implementation, ready to run."""
     return Others(job, name) if name in PACKAGES else Ours(job, *OURS[name])
 
 
 def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """Seconds of each step of all, in rounds."""
+    """Seconds of each step of all implementations, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-        contestants = {name: make(job, name) for name in names}
+        implementations = {name: make(job, name) for name in names}
         for number in range(job.arguments.rounds):
             for name in names if number % 2 else names[::-1]:
-                seconds[name] += contestants[name].run(1)
+                seconds[name] += implementations[name].run(1)
     return seconds, {}
 
 
 def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """Seconds of each step of all but the first ones, and for each its peak memory and model FLOP utilisation."""
+    """Seconds of each measured step, with peak memory and model FLOP utilisation, one implementation at a time."""
     seconds, notes = {}, {}
     peak = peak_flops(torch.device("cuda"))
     for name in names:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            contestant = make(job, name)
+            implementation = make(job, name)
             torch.cuda.reset_peak_memory_stats()
-            seconds[name] = contestant.run(WARM_UP + job.arguments.rounds)[WARM_UP:]
-        used = contestant.flops / statistics.median(seconds[name]) / peak if peak else float("nan")
+            seconds[name] = implementation.run(WARM_UP + job.arguments.rounds)[WARM_UP:]
+        used = implementation.flops / statistics.median(seconds[name]) / peak if peak else float("nan")
         notes[name] = [f"{torch.cuda.max_memory_allocated() / 2**30:.1f}", f"{used:.1%}"]
-        del contestant
+        del implementation
         gc.collect()
         torch.cuda.empty_cache()
     return seconds, notes
 
 
 def report(seconds: dict[str, list[float]], notes: dict[str, list[str]], tokens: float, title: str) -> None:
-    """Print the time of a step, tokens per second, and on a GPU memory and utilisation."""
+    """Print step time and tokens per second, and on a GPU memory and utilisation."""
     result = Table("training step", title=title)
     for column in ("fastest, s", "median, s", "tokens/s", *(("GiB", "MFU") if notes else ())):
         result.add_column(column, justify="right")
@@ -447,7 +447,7 @@ def report(seconds: dict[str, list[float]], notes: dict[str, list[str]], tokens:
 
 
 def compare(seconds: dict[str, list[float]], comparisons: list[tuple[str, str, float | None]]) -> None:
-    """Print how contestants compare: fastest steps, median steps, and quartiles of the quotients in each round."""
+    """Print ratios of fastest steps and of median steps, and quartiles of the ratios in each round."""
     result = Table("step time of", "divided by", title="ratios")
     for column in ("fastest", "medians", "quartiles of rounds", "at most"):
         result.add_column(column, justify="right")

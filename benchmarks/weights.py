@@ -1,9 +1,9 @@
-"""Tokens weighted by the loader per CPU second and core, for every scheme that uses stored columns alone.
+"""Tokens weighted by the loader per CPU second, for each scheme that uses only stored columns.
 
     .venv/bin/python benchmarks/weights.py [--rounds 9]
 
-Each scheme is applied to row groups of a shard set, in memory, with one thread. The same weights, written as polars
-expressions on flat columns, must be equal. Both alternate; figures are medians over the rounds.
+Each scheme is applied to row groups of a shard set, in memory, with one thread. Equivalent polars expressions on flat
+columns must give equal weights. Both alternate; results are medians over the rounds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SEQUENCE = "sequence"
 
 
 def corpus_top(column: str, fraction: float) -> Callable[[pl.DataFrame], pl.Expr]:
-    """Whether a score is in the top of the whole frame; the threshold is computed once, as in this project."""
+    """Select the top scores of the whole frame; the threshold is computed once, as in this project."""
 
     def make(frame: pl.DataFrame) -> pl.Expr:
         kept = int(np.ceil(fraction * len(frame) - 1e-9))
@@ -45,7 +45,7 @@ def corpus_top(column: str, fraction: float) -> Callable[[pl.DataFrame], pl.Expr
 
 
 def mean_one(make: Callable[[pl.DataFrame], pl.Expr]) -> Callable[[pl.DataFrame], pl.Expr]:
-    """The same divided by its mean over the whole frame, which is computed once."""
+    """Divide weights by their mean over the whole frame, which is computed once."""
     return lambda frame: make(frame) / frame.select(make(frame).cast(pl.Float64).mean()).item()
 
 
@@ -82,7 +82,7 @@ SCHEMES: dict[str, Callable[[pl.DataFrame], pl.Expr]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="how often each scheme is applied")
+    parser.add_argument("--rounds", type=int, default=9, help="number of times each scheme is applied")
     rounds = parser.parse_args().rounds
     pa.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as work:
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def measure(shards: ZippedSets, rounds: int) -> Table:
-    """A line for each scheme."""
+    """Time all schemes; one table row for each."""
     groups = [
         shards.read(shard, COLUMNS, group)
         for shard, entry in enumerate(shards.first.manifest.shards)
@@ -102,7 +102,7 @@ def measure(shards: ZippedSets, rounds: int) -> Table:
     corpus = pl.concat(frames)
     tokens = shards.first.manifest.tokens
     table = Table("scheme", title=f"{tokens:,} tokens in {len(groups)} row groups, one thread")
-    for name in ("Mtok per CPU second", "least", "polars", "times polars"):
+    for name in ("Mtok per CPU second", "minimum", "polars", "times polars"):
         table.add_column(name, justify="right")
     for control in ("none", "shuffled", "random"):
         for preset, expression in SCHEMES.items():
@@ -124,18 +124,18 @@ def measure(shards: ZippedSets, rounds: int) -> Table:
 
 
 def weigh_tables(weighting: Weighting, groups: list[pa.Table]) -> list[np.ndarray]:
-    """This project's weights of row groups."""
+    """This project's weights for row groups."""
     rng = np.random.default_rng(0)
     return [weighting.weigh(group, rng) for group in groups]
 
 
 def weigh_frames(weights: pl.Expr, frames: list[pl.DataFrame]) -> list[pl.Series]:
-    """The weights by polars."""
+    """The weights computed by polars."""
     return [frame.select(weights).to_series() for frame in frames]
 
 
 def to_frame(table: pa.Table) -> pl.DataFrame:
-    """The scored tokens of a row group as flat float32 columns, and the number of each token's sequence."""
+    """The scored tokens of a row group as flat float32 columns, with each token's sequence number."""
     lengths = list_lengths(table["input_ids"])
     columns = {name: flat_values(table[name]).astype(np.float32) for name in COLUMNS}
     frame = pl.DataFrame({SEQUENCE: np.repeat(np.arange(len(lengths), dtype=np.uint32), lengths), **columns})
@@ -143,14 +143,14 @@ def to_frame(table: pa.Table) -> pl.DataFrame:
 
 
 def check_equal(preset: str, own: list[np.ndarray], others: list[pl.Series], groups: list[pa.Table]) -> None:
-    """Raise AssertionError unless both gave the same weights."""
+    """Raise AssertionError unless both computed the same weights."""
     for weights, expected, group in zip(own, others, groups, strict=True):
         scored = np.isfinite(flat_values(group["excess_loss"]))
         np.testing.assert_allclose(weights[scored], expected.to_numpy(), rtol=1e-4, atol=1e-6, err_msg=preset)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of the process."""
+    """CPU seconds used by `work`."""
     started = time.process_time()
     work()
     return time.process_time() - started

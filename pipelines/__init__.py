@@ -1,1 +1,1 @@
-"""The commands, one thin module each. They connect the stages and print for the user."""
+"""The commands, one thin module each. They connect the stages and print results."""

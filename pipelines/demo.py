@@ -1,8 +1,8 @@
-"""`wmtp demo`: the whole job on text that every Python installation has.
+"""`wmtp demo`: the whole pipeline on text from the Python installation.
 
-The setting is a small version of Rho-1's. A corpus mixes two domains: the sources of the standard library and, as the
-smaller part, its documentation. The documentation is the target domain. A reference model is tuned on more of it and
-scores the mixture. Students then start from one base model and train on the mixture with the same token budget: with
+The experiment is a small version of Rho-1's. The corpus mixes two domains: the standard library's source code and, as
+the smaller part, its documentation, which is the target domain. A reference model is tuned on more documentation and
+scores the mixture. Students start from the same base model and train on the mixture with the same token budget: with
 uniform weights, with static Rho-1 weights, and with these weights shuffled within each sequence. The shuffled control
 separates the effect of the scores from that of unequal weights. All models are evaluated on held-out documentation.
 """
@@ -45,7 +45,7 @@ ARMS = {
 
 
 def run(config: DemoConfig) -> None:
-    """Run all steps, skipping what is done, and print one table."""
+    """Run all unfinished steps and print one table."""
     started = time.monotonic()
     root = config.output
     seed = config.seed
@@ -61,10 +61,10 @@ def run(config: DemoConfig) -> None:
                 output=root / "tokens" / name,
                 id_field="id",
                 max_length=SEQUENCE_LENGTH,
-                workers=1,  # starting processes takes longer than the corpus
+                workers=1,  # the corpus takes less time than starting processes
             )
         )
-    announce(3, "base model on the mixture, reference model from it on the curated documentation")
+    announce(3, "base model on the mixture; reference model tuned from it on curated documentation")
     plain = HeadsConfig(offsets=(1,))
     mixture, curated = root / "tokens" / "mixture", root / "tokens" / "curated"
     results = {
@@ -106,7 +106,7 @@ def write_corpus(directory: Path, seed: int) -> None:
     try:
         parts = split(documentation(), mixture=0.5, curated=0.3, held_out=0.2)
     except ModuleNotFoundError as error:
-        raise UserError("this Python lacks its documentation (pydoc_data); use a complete Python") from error
+        raise UserError("this Python lacks its documentation (pydoc_data); use a complete installation") from error
     code: list[Document] = []
     everything = sorted(sources())
     random.Random(seed).shuffle(everything)
@@ -126,7 +126,7 @@ def characters(documents: list[Document]) -> int:
 
 
 def write_model_config(directory: Path, corpus: Path) -> None:
-    """Train a byte-level BPE tokenizer on the mixture; save it with the config of a Llama of 1.1 M parameters."""
+    """Train a byte-level BPE tokenizer on the mixture; save it with the config of a 1.1 M parameter Llama."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -7,7 +7,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 
 def run(config: InspectConfig) -> None:
-    """Print the report, and write it as an HTML page on request."""
+    """Print the report, and write it as an HTML page if requested."""
     check_page(config.html)
     shards = ShardSet.open(config.set)
     show(build_report(shards, config.column, config.samples), config.html)

@@ -1,8 +1,8 @@
-"""`wmtp iterate`: score and train in turn, with the model of each round as the reference of the next.
+"""`wmtp iterate`: alternates scoring and training; the model of each round is the reference of the next.
 
 This gives self-evolving references (Token Cleaning, arXiv 2502.01968). A round consists of `OUTPUT/round-N/scored`,
-which adds the columns of its reference to those of earlier rounds, and of `OUTPUT/round-N/run`. A stopped command
-resumes within the part that it was in, and skips the parts that are done.
+which adds its reference's columns to those of earlier rounds, and `OUTPUT/round-N/run`. A stopped command skips
+finished parts and resumes the unfinished one.
 """
 
 import gc
@@ -28,13 +28,13 @@ SUMMARY = "summary.json"
 
 
 def run(config: IterateConfig) -> None:
-    """Run all rounds, skipping what is done, and print one table.
+    """Run all unfinished rounds and print one table.
 
     Raises:
-        UserError: scoring or training fails, or this process is one of several.
+        UserError: scoring or training fails, or a launcher started several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this command starts its own processes; run it alone, with --train.ray_workers for several")
+        raise UserError("this command starts its own processes; run it without a launcher, and use --train.ray_workers")
     console = new_console()
     source: Location = config.input
     reference = config.reference
@@ -62,7 +62,7 @@ def run(config: IterateConfig) -> None:
 
 
 def use_round_columns(training: TrainConfig, added: Collection[str], suffix: str) -> TrainConfig:
-    """Training settings whose weights read the columns that the round added, where it added them."""
+    """Training settings whose weights read the columns added in this round, if there are any."""
     names = {column: name_in_round(column, added, suffix) for column in columns_of(training.weights.node)}
     return training.model_copy(update={"weights": training.weights.with_columns(names)})
 
@@ -70,7 +70,7 @@ def use_round_columns(training: TrainConfig, added: Collection[str], suffix: str
 def name_in_round(column: str, added: Collection[str], suffix: str) -> str:
     """Name of a column in a round. Columns shared by all rounds, such as `loss_base`, have no suffix.
 
-    Only the columns that the round added count: a user's own column may end in the suffix, too.
+    Only columns added in the round count, because a user's own column may also end in the suffix.
     """
     return column + suffix if column + suffix in added else column
 

@@ -9,10 +9,10 @@ from weighted_mtp.schemas.storage.locks import is_shard_set
 
 
 def run(config: ListConfig) -> None:
-    """Print the shard sets below the directories, with their columns. Only manifests are read.
+    """Print the shard sets below the directories, with their columns. Reads only manifests.
 
     Raises:
-        UserError: a directory does not exist, or none holds a shard set.
+        UserError: a directory does not exist, or none contains a shard set.
     """
     found: dict[Location, CatalogueEntry | UserError] = {}
     for directory in config.directories:

@@ -1,4 +1,4 @@
-"""`wmtp prepare`: a corpus to token shards."""
+"""`wmtp prepare`: turns a corpus into token shards."""
 
 import time
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""`wmtp score`: token shards to scored shards, with a progress bar and a summary."""
+"""`wmtp score`: scores token shards, with a progress bar and a summary."""
 
 import sys
 import time
@@ -14,10 +14,10 @@ from weighted_mtp.scoring.job.run import dry_run, score
 
 
 def run(config: ScoreConfig) -> ShardSet | None:
-    """Score a shard set and print a summary; with `dry_run`, print what a run would compute, and return None.
+    """Score a shard set and print a summary; with `dry_run`, only print the planned work, and return None.
 
     Raises:
-        UserError: the input, a model, the output or the machine is not as it must be.
+        UserError: the input, a model, the output or the machine is unsuitable.
     """
     with ScoreDisplay() as display:
         if config.dry_run:
@@ -31,7 +31,7 @@ def run(config: ScoreConfig) -> ShardSet | None:
 
 
 class ScoreDisplay(Report):
-    """Shows a scoring run on the terminal, and counts for the summary. A context manager that ends the bar."""
+    """Shows a scoring run on the terminal and counts for the summary. A context manager that closes the bar."""
 
     def __init__(self) -> None:
         self.bar: ProgressBar | None = None
@@ -51,13 +51,13 @@ class ScoreDisplay(Report):
         print(f"wmtp score: warning: {message}", file=sys.stderr)
 
     def already_complete(self, shards: ShardSet) -> None:
-        """Print what the finished set holds."""
+        """Print the size and columns of the finished set."""
         manifest = shards.manifest
         self.complete = True
         print(f"{shards.path} is already complete: {manifest.tokens:,} tokens, {', '.join(manifest.columns)}")
 
     def start(self, shards: list[ShardEntry], done: set[str], max_workers: int) -> None:
-        """Open the bar, if anything is left to score."""
+        """Open the bar if any shards remain to be scored."""
         self.shards, self.done, self.max_workers = len(shards), len(done), max_workers
         total = sum(shard.tokens for shard in shards)
         self.tokens = sum(shard.tokens for shard in shards if shard.name not in done)
@@ -68,13 +68,13 @@ class ScoreDisplay(Report):
             self.bar.set_postfix_str(f"{self.done}/{self.shards} shards, loading models")
 
     def progress(self, progress: Progress) -> None:
-        """Move the bar; the time before the first worker is ready does not count."""
+        """Advance the bar, ignoring the time before the first worker is ready."""
         assert self.bar is not None
         self.progress_at = time.monotonic()
         if not self.started_at and progress.workers:
             self.started_at = self.progress_at
             self.bar.unpause()
-        self.bar.n = max(self.bar.n, self.bar.initial + progress.tokens)  # an estimate may go down
+        self.bar.n = max(self.bar.n, self.bar.initial + progress.tokens)  # estimates may decrease
         workers = f"{progress.workers} of {self.max_workers} workers" if self.started_at else "loading models"
         state = f"{self.done + progress.units}/{self.shards} shards, {workers}"
         self.bar.set_postfix_str(state + f", {progress.rejects} rejects" * bool(progress.rejects))
@@ -85,5 +85,5 @@ class ScoreDisplay(Report):
         ProgressBar.write(f"wmtp score: {message}", file=sys.stderr)
 
     def scored(self) -> Scored:
-        """The run in numbers."""
+        """Statistics of the run."""
         return Scored(self.tokens, self.done, self.progress_at - self.started_at, self.incidents)

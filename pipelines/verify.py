@@ -12,7 +12,7 @@ def run(config: VerifyConfig) -> None:
     """Print one line for each fault and a summary.
 
     Raises:
-        UserError: not a shard set, or some of its files are missing, truncated or altered.
+        UserError: not a shard set, or some files are missing, truncated or altered.
     """
     manifest = read_manifest(config.set)
     console = new_console()

@@ -26,7 +26,7 @@ EXCERPT_TOKENS = 200
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a set: the number of its shard, and its number within that shard."""
+    """A row group of a set: its shard number, and its number within that shard."""
 
     shard: int
     number: int
@@ -42,7 +42,7 @@ def run(config: WeightsReportConfig) -> None:
     shards = ZippedSets.open(config.set)
     manifest = shards.first.manifest
     if manifest.tokens == manifest.rows:
-        raise UserError(f"{shards.first.path}: has no sequence of two tokens, so no target; prepare longer texts")
+        raise UserError(f"{shards.first.path}: no sequence has two tokens, so it has no targets; prepare longer texts")
     weights = config.weights.model_copy(update={"warmup_ratio": 0.0})  # weights after the warm-up
     weighting = make_weighting(weights, shards, config.live_column)
     groups = draw_groups(manifest, config.max_tokens, config.seed)
@@ -55,7 +55,7 @@ def run(config: WeightsReportConfig) -> None:
 def describe(
     config: WeightsReportConfig, weighting: Weighting, manifest: Manifest, groups: int, tokens: int
 ) -> dict[str, str]:
-    """The scheme and the sample, for the head of the report."""
+    """Facts about scheme and sample, for the top of the report."""
     total = sum(shard.row_groups for shard in manifest.shards)
     drawn = f": {groups:,} of {total:,} row groups, drawn at random with seed {config.seed}" if groups < total else ""
     facts = {
@@ -71,11 +71,11 @@ def describe(
         facts["batch"] = "each row group is treated as a batch"
     if config.weights.control != "none":
         facts["control"] = config.weights.control
-    return facts | {"looked at": f"{tokens:,} of {manifest.tokens:,} tokens{drawn}"}
+    return facts | {"sample": f"{tokens:,} of {manifest.tokens:,} tokens{drawn}"}
 
 
 def draw_groups(manifest: Manifest, max_tokens: int, seed: int) -> list[RowGroup]:
-    """All row groups of a set, or a random sample of about `max_tokens` tokens; in order."""
+    """All row groups of a set, or a random sample of about `max_tokens` tokens, in order."""
     ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
     total = int(ends[-1])
     wanted = max(1, round(total * max_tokens / manifest.tokens))
@@ -115,7 +115,7 @@ def weigh_row_groups(
 
 
 def draw_rows(lengths: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
-    """Distinct sequences of at least two tokens, drawn in proportion to their lengths (S,); in order."""
+    """Sequences of at least two tokens, drawn without replacement in proportion to `lengths` (S,), in order."""
     weights = np.where(lengths > 1, lengths, 0)
     count = min(count, int(np.count_nonzero(weights)))
     drawn = rng.choice(len(lengths), count, replace=False, p=weights / weights.sum()) if count else np.arange(0)
@@ -123,7 +123,7 @@ def draw_rows(lengths: np.ndarray, count: int, rng: np.random.Generator) -> list
 
 
 def excerpt(document_id: str, start: int, ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> Excerpt:
-    """At most `EXCERPT_TOKENS` consecutive tokens of a sequence (T,), from a random position."""
+    """Up to `EXCERPT_TOKENS` consecutive tokens of a sequence (T,), from a random position."""
     first = int(rng.integers(max(1, len(ids) - EXCERPT_TOKENS + 1)))
     last = min(first + EXCERPT_TOKENS, len(ids))
     shown = weights[first:last].copy()

@@ -1,4 +1,4 @@
-"""Settings, markers and order of all tests. Shared fixtures are in `support`; they build everything: no downloads."""
+"""Settings, markers and order of all tests. Shared fixtures are in `support`; they download nothing."""
 
 import signal
 
@@ -15,16 +15,16 @@ INTEGRATION_FIXTURES = {
 settings.register_profile("default", deadline=None)  # a busy machine is not a failure
 settings.load_profile("default")
 
-# A process that a shell starts in the background ignores SIGINT, and so do its children; tests send SIGINT to both.
+# Processes that a shell starts in the background ignore SIGINT, as do their children, but tests send them SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the markers that follow from others, fixtures or parameters, and choose the order of the files.
+    """Add markers derived from other markers, fixtures or parameters, and order the files.
 
-    Long files come first, to keep parallel processes busy until the end. `test_vllm_scorer.py` comes last: vLLM
-    permanently rewrites classes of transformers in its process.
+    Slow files come first, to keep parallel processes busy until the end. `test_vllm_scorer.py` comes last: vLLM
+    permanently modifies classes of transformers in its process.
     """
     for item in items:
         if item.get_closest_marker("soak"):

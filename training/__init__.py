@@ -1,1 +1,1 @@
-"""Stage two: scored shards to a model trained with a weighted multi-token-prediction loss."""
+"""Stage two: trains a model on scored shards with a weighted multi-token-prediction loss."""

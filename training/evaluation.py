@@ -22,7 +22,7 @@ from weighted_mtp.training.weighting import make_weighting
 
 
 class HeadLoss(NamedTuple):
-    """Mean loss (nats per target) and top-1 accuracy of one of `HeadsConfig.predictions` over `targets` tokens."""
+    """Mean loss (nats per target) and top-1 accuracy of one of `HeadsConfig.predictions`, over `targets` tokens."""
 
     prediction: str
     loss: float
@@ -48,7 +48,7 @@ def evaluate_model(
 ) -> list[HeadLoss]:
     """Unweighted losses of every prediction over a held-out set; each valid target counts once.
 
-    All processes share the work; `max_tokens` stops after that many tokens.
+    All processes share the work. Evaluation stops after `max_tokens` tokens.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
@@ -93,9 +93,9 @@ def _limited(batches: Iterator[Rows], max_tokens: int | None) -> Iterator[Rows]:
 
 
 def _distributed(batches: Iterator[Rows], processes: int, index: int) -> Iterator[tuple[Rows, int]]:
-    """Yield every `processes`-th batch, from number `index`, with the number of tokens in all batches of its round.
+    """Yield every `processes`-th batch, starting at `index`, with the number of tokens in all batches of its round.
 
-    If the last round is short, the other processes get a batch without weight, because all must run a sharded model.
+    If the last round is short, the remaining processes get a batch of weight 0: all must run a sharded model.
     """
     while group := list(islice(batches, processes)):
         mine = group[index] if index < len(group) else group[0]._replace(weights=np.zeros_like(group[0].weights))

@@ -1,4 +1,4 @@
-"""Training metrics: sums accumulated between log lines, and the numbers computed from them."""
+"""Training metrics: sums accumulated between log lines, and metrics computed from them."""
 
 import math
 import resource
@@ -18,15 +18,15 @@ class MetricsAccumulator:
     """Metrics accumulated between log lines, and counters over the whole run.
 
     Attributes:
-        head_sums: sums (P,) of this process, weighted losses divided by the normalizers of their steps.
-        loss: L summed over these steps, this process's share.
+        head_sums: sums (P,) of this process; weighted losses are divided by the normalizers of their steps.
+        loss: this process's share of L, summed over these steps.
         steps: number of steps with an update.
-        targets: targets of the first offset in these steps and all processes, with weight or without.
+        targets: targets of the first offset in these steps, over all processes, including weight 0.
         tokens: tokens of all steps and processes.
-        pairs: pairs of a token and one that it attends to, likewise.
-        started: seconds of training before these steps.
-        counters: over the whole run, steps skipped as not finite, steps skipped for lack of weight, and documents
-            without any weight.
+        pairs: (query, key) pairs of attention in all steps and processes.
+        started: training time before these steps, in seconds.
+        counters: numbers over the whole run: nonfinite steps, steps without weight (both are skipped), and documents
+            without weight.
     """
 
     COUNTS = ("steps", "targets", "tokens", "pairs", "started", "counters")
@@ -46,7 +46,7 @@ class MetricsAccumulator:
         self.started = seconds
 
     def count_rows(self, batch: Rows) -> None:
-        """Count the rows of a whole step."""
+        """Count tokens, attention pairs and documents without weight in a whole step."""
         self.counters["no_signal_documents"] += int(batch.silent.sum())
         self.tokens += float(batch.tokens.sum())
         self.pairs += float(batch.position_ids.sum(dtype="int64") + batch.tokens.sum())
@@ -62,7 +62,7 @@ class MetricsAccumulator:
     def compute_and_reset(
         self, accelerator: Accelerator, flops: StepFlops, seconds: float, peak_flops: float | None
     ) -> dict[str, float]:
-        """Metrics over all processes after `seconds` of training; then start anew. Means over nothing are NaN."""
+        """Compute metrics over all processes after `seconds` of training, and reset. Means over no targets are NaN."""
         self.gather(accelerator)
         steps = self.steps or math.nan
         metrics = {"loss": self.loss.item() / steps}
@@ -96,24 +96,24 @@ class MetricsAccumulator:
         return {name: total.cpu() for name, total in self._sums().items()} | {n: getattr(self, n) for n in self.COUNTS}
 
     def load_state_dict(self, state: dict[str, Any], *, main_process: bool) -> None:
-        """Continue from a checkpoint, which has the sums of all processes."""
+        """Continue from a checkpoint, which holds the sums over all processes."""
         self._set_sums(state, main_process=main_process)
         for name in self.COUNTS:
             setattr(self, name, state[name])
 
     def _sums(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint: `head_sums` (P, 6), in the order of `HeadSums`, and `loss`, a scalar."""
+        """Tensors for a checkpoint: `head_sums` (P, 6), in the order of `HeadSums`, and the scalar `loss`."""
         return {"head_sums": torch.stack(self.head_sums, dim=-1), "loss": self.loss}
 
     def _set_sums(self, sums: dict[str, Tensor], *, main_process: bool) -> None:
-        """Set all sums in the main process, and 0 in the others."""
+        """Set all sums in the main process; set them to 0 in the others."""
         totals = (*self.head_sums, self.loss)
         for total, value in zip(totals, (*sums["head_sums"].unbind(-1), sums["loss"]), strict=True):
             total.copy_(value if main_process else torch.zeros_like(value))
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes: allocated by PyTorch on this process's GPU, or else resident in the process."""
+    """Peak memory in bytes: allocated by PyTorch on this process's GPU, or resident in the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

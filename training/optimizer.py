@@ -7,7 +7,7 @@ from weighted_mtp.schemas.configs import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that learn, with weight decay on matrices only."""
+    """AdamW over the trainable parameters, with weight decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

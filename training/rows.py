@@ -1,4 +1,4 @@
-"""Packed training rows, from the loader through weighting to the training step."""
+"""Packed training rows, passed from the loader through weighting to the training step."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,8 +15,9 @@ class Rows(NamedTuple):
         weights: (B, L) float32; (B, L, components) if weights are computed from the batch, NaN where a token has no
             score.
         tokens: (B,) int64, tokens of each row without padding.
-        silent: (B,) int64, documents of at least two tokens in which no target has weight, or all its components.
-        sources: (B,) object, ascending numbers of the shards of each row's sequences; the loader's `files` names them.
+        silent: (B,) int64, number of documents of at least two tokens in which no target has weight (or all
+            components).
+        sources: (B,) object, ascending shard numbers of each row's sequences; the loader's `files` maps them to paths.
     """
 
     input_ids: np.ndarray
@@ -32,7 +33,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def concatenate(batches: "Sequence[Rows]") -> "Rows":
-        """The rows of all batches, in order, as copies."""
+        """Copies of the rows of all batches, in order."""
         return Rows(*(np.concatenate(values) for values in zip(*batches, strict=True)))
 
 

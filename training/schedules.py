@@ -1,4 +1,4 @@
-"""Schedules over the steps of a run: the learning rate, and the linear warm-up of weights and loss coefficients."""
+"""Schedules over the steps of a run: learning rate, and linear warm-up of weights and loss coefficients."""
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR

@@ -1,7 +1,7 @@
 """Training on several devices: every process holds the whole model (DDP) or a shard of it (FSDP2).
 
 Under FSDP2 each decoder layer of the trunk is gathered while it runs. Embeddings, norms, the unembedding and all heads
-are gathered while `MTPModel.forward` runs, because it uses the unembedding for its loss.
+are gathered for the whole of `MTPModel.forward`, which uses the unembedding for its loss.
 """
 
 import os
@@ -35,10 +35,10 @@ UNSUPPORTED_WITH_FSDP = {
 
 @contextmanager
 def sharding_requested(fsdp: bool) -> Iterator[bool]:
-    """Whether to shard, by the setting or by `accelerate launch --use_fsdp`; inside, FSDP is hidden from accelerate.
+    """Whether the setting or `accelerate launch --use_fsdp` requests sharding; hides FSDP from accelerate inside.
 
-    Otherwise accelerate would wrap modules that must not be wrapped and refuse CPUs, and transformers would leave
-    weights uninitialised in all processes but the first.
+    Otherwise accelerate would wrap modules that must stay unwrapped and reject CPUs, and transformers would leave
+    weights uninitialised in all but the first process.
 
     Raises:
         UserError: `accelerate launch` requests something unsupported.
@@ -62,12 +62,12 @@ def _is_set(variable: str) -> bool:
 
 
 def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.Module:
-    """Place `model` on the devices: sharded in place with `shard`, else under DDP, or unwrapped in a single process."""
+    """Place `model` on the devices: with `shard` sharded in place, else under DDP, or unwrapped for one process."""
     if not (shard and distributed.is_initialized()):
         return accelerator.prepare(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     bfloat16 = accelerator.mixed_precision == "bf16"
-    # Layers are gathered in the autocast dtype, in which matrix products run anyway. Gradients are summed in float32.
+    # Gather layers in the autocast dtype, which matrix products use anyway. Sum gradients in float32.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -80,28 +80,28 @@ def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.
 def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
     """Under DDP, accumulate gradients in this process only; the next backward pass outside reduces them.
 
-    FSDP2 reduces after each backward pass, because unreduced gradients would be held whole in every process.
+    FSDP2 reduces after each backward pass: unreduced gradients would take full size in every process.
     """
     return nullcontext() if isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free parameters that a forward pass without a backward pass left gathered."""
+    """Free parameters still gathered after a forward pass without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def all_finite(accelerator: Accelerator, model: nn.Module) -> bool:
-    """Whether every parameter, in every process, is finite."""
+    """Whether all parameters are finite in all processes."""
     parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     finite = torch.stack([torch.isfinite(p).all() for p in parameters]).all()
     return int(accelerator.reduce(finite.int(), "sum")) == accelerator.num_processes
 
 
 def full_state(accelerator: Accelerator, model: MTPModel) -> dict[str, Tensor] | None:
-    """The whole state dict in CPU memory of the main process, None in the others; tied parameters stay tied.
+    """The whole state dict in CPU memory of the main process, None in the others. Tied parameters stay tied.
 
-    All processes must call it. Tensors are gathered one at a time.
+    All processes must call this. Tensors are gathered one at a time.
     """
     gathered: dict[int, Any] = {}
     names = model.state_dict(keep_vars=True)

@@ -35,7 +35,7 @@ from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 
 
 class TrainingLoop:
-    """The steps of one run. `state_dict` holds all state except that of model, optimizer and scheduler."""
+    """The steps of one run. `state_dict` excludes the states of model, optimizer and scheduler."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class TrainingLoop:
         self.loader.state = type(self.loader.state).model_validate(state["loader"])
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train until all steps are done; yield the metrics of each step, empty where nothing is logged.
+        """Run all remaining steps; yield the metrics of each step, empty if it is not logged.
 
         Raises:
             UserError: the loss or its gradient was not finite for too many steps in a row.
@@ -137,7 +137,7 @@ class TrainingLoop:
         self.optimizer.zero_grad()
 
     def _normalizer(self, batch: Rows, warmup: float) -> StepNormalizer:
-        """Count the targets of the whole step: its normalizer."""
+        """Count the targets of the whole step and compute its normalizer."""
         ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
         counts = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
         targets, counted = map(float, counts)
@@ -166,7 +166,7 @@ class TrainingLoop:
     def _forward_backward(
         self, micro_batch: Rows, normalizer: float, coefficients: Tensor, live: LiveWeighting | None, *, last: bool
     ) -> HeadSums:
-        """Forward and backward pass of one micro-batch; returns sums (P,) with weighted losses over the normalizer."""
+        """Run one micro-batch; returns sums (P,), with weighted losses divided by the normalizer."""
         with nullcontext() if last else no_sync(self.accelerator, self.model):
             tensors = to_device(micro_batch, self.accelerator.device)
             with self.accelerator.autocast():
@@ -176,14 +176,14 @@ class TrainingLoop:
         return sums._replace(weighted_loss=sums.weighted_loss / normalizer)
 
     def _should_update(self, micro_batches: list[Rows], sums: HeadSums) -> bool:
-        """Clip the gradient, and decide whether to take the optimizer step; counts steps that are not taken.
+        """Clip the gradient, decide whether to take the optimizer step, and count skipped steps.
 
         Args:
-            micro_batches: those of this process.
-            sums: (micro-batches, P) their sums.
+            micro_batches: the micro-batches of this process.
+            sums: (micro-batches, P), the sums of each.
 
         Returns:
-            False if no target has weight, or losses or gradient are not finite, in any process.
+            False if no target in any process has weight, or if losses or gradient are not finite in some process.
 
         Raises:
             UserError: too many steps in a row were not finite.
@@ -193,7 +193,7 @@ class TrainingLoop:
         finite = torch.stack(sums).isfinite().all(-1).all(0)  # (micro-batches,)
         weight = sums.weight.sum()
         good, weight = self.accelerator.reduce(torch.stack([finite.all().to(weight), weight]), "sum").tolist()
-        if weight == 0:  # live weights are known only now
+        if weight == 0:  # live weights are not known earlier
             self.accumulator.counters["no_signal_steps"] += 1
             return False
         if math.isfinite(self.grad_norm) and good == self.accelerator.num_processes:
@@ -207,12 +207,12 @@ class TrainingLoop:
         return False
 
     def _skip_update(self) -> None:
-        """Change no parameter and no moment: a step without gradients, which tells the scheduler that one was taken."""
+        """Step without gradients: the scheduler sees a step, but parameters and moments do not change."""
         self.optimizer.zero_grad()
         self.optimizer.step()
 
     def _coefficients(self) -> Tensor:
-        """Loss coefficients of offsets and token order prediction in this step (C,)."""
+        """Loss coefficients (C,) of offsets and token order prediction for this step."""
         first, *others = self.config.heads.loss_coefficients
         warmup = linear_warmup(self.step, self.config.heads.warmup_ratio, self.steps)
         return torch.tensor([first, *(warmup * other for other in others)], device=self.accelerator.device)
@@ -231,7 +231,7 @@ class TrainingLoop:
             )
 
     def _not_finite(self, bad: list[Rows]) -> str:
-        """Error message that names the shards of these rows, over all processes."""
+        """Error message with the shards of these rows, over all processes."""
         own = self.loader.files(source for rows in bad for source in rows.sources)
         names = sorted(set(gather_object(own)))
         return (

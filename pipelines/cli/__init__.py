@@ -1,1 +1,1 @@
-"""The command line: from arguments to settings, and from exceptions to one-line messages."""
+"""The command line: turns arguments into settings, and exceptions into one-line messages."""

@@ -1,4 +1,4 @@
-"""One-line error messages, and silence from libraries unless the user is debugging."""
+"""One-line error messages; library output is silenced except with --debug."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def debugging() -> bool:
 
 
 def silence_libraries() -> None:
-    """Silence library logs, bars and warnings, here and in worker processes. Environment variables already set win."""
+    """Silence library logs, progress bars and warnings, also in workers. Keeps environment variables already set."""
     for variable, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     warnings.filterwarnings("ignore")

@@ -1,6 +1,6 @@
-"""The entry point of `wmtp`. It parses the arguments and calls `run(config)` in the module of the command.
+"""The entry point of `wmtp`. Parses the arguments and calls `run(config)` in the module of the command.
 
-Every user mistake ends in one line on stderr: exit status 2 for wrong usage, 1 for every other error that is not a bug.
+User mistakes print one line on stderr. The exit status is 2 for wrong usage and 1 for other errors that are not bugs.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted" + "; rerun the same command to finish it" * resumable, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the output has exited. Keep Python from flushing the rest at exit.
+        # The reader of the output has exited. Prevent Python from flushing the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ArgumentError as error:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, config: Config) -> None:
     """Import the module of a command and run it."""
-    # Threads that spin while they wait slow each other down up to tenfold where they share cores.
+    # Threads that spin while waiting slow each other down up to tenfold if they share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debugging():
         silence_libraries()

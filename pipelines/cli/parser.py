@@ -53,10 +53,10 @@ LIBRARY_HELP = {
     "version": "show the version and exit",
     "print_config": "print the settings as YAML and exit; '=skip_default' omits default values",
 }
-"""Help texts that replace those of jsonargparse."""
+"""Replacements for help texts of jsonargparse."""
 DEBUG_HELP = "show tracebacks and library logs (or set WMTP_DEBUG=1)"
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-"""Arguments that are values although they start with a dash. The pattern of argparse lacks exponents such as -1e-3."""
+"""Values that start with a dash. The pattern of argparse lacks exponents such as -1e-3."""
 register_type(UPath, deserializer=locate, type_check=isinstance)
 
 
@@ -64,8 +64,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Config]:
     """Parse the command line into the name of a command and its settings.
 
     Raises:
-        ArgumentError: wrong usage, an unreadable configuration file, or settings that contradict each other.
-        SystemExit: after the output of --help, --version or --print_config.
+        ArgumentError: wrong usage, an unreadable configuration file, or contradictory settings.
+        SystemExit: after printing --help, --version or --print_config.
     """
     try:
         namespace = build_parser().parse_args(list(expand_boolean_flags(arguments)))
@@ -152,7 +152,7 @@ class DebugAction(argparse.Action):
 
 
 class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Help with defaults and without Python types; choices and descriptions say more."""
+    """Help with defaults instead of Python types; choices and descriptions are clearer."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = LIBRARY_HELP.get(action.dest, action.help or "")

@@ -1,6 +1,6 @@
 """Exceptions of object stores as one-line messages.
 
-Store packages raise their own exceptions, or OSError caused by one. Their file systems have already retried by then.
+Store packages raise their own exceptions, or OSError caused by one, after their file systems have retried.
 """
 
 from weighted_mtp.pipelines.cli.usage import causes, one_line
@@ -24,7 +24,7 @@ STORE_REMEDIES = {
     "ClientConnectorError": CONNECTION,
     "TimeoutError": CONNECTION,
 }
-"""Remedies by the name of the exception class or of one of its base classes."""
+"""Remedies by the name of the exception class or a base class."""
 
 
 def is_store_error(error: BaseException) -> bool:
@@ -33,7 +33,7 @@ def is_store_error(error: BaseException) -> bool:
 
 
 def describe_store_error(error: Exception, config: Config | None) -> str:
-    """Describe in one line the addresses in question, the error of the store, and the remedy."""
+    """Describe the addresses, the store's error and the remedy in one line."""
     where = ", ".join(addresses(config))
     what = one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
     classes = (kind.__name__ for cause in causes(error) for kind in type(cause).__mro__)

@@ -1,6 +1,6 @@
-"""Wrong usage, described in one plain sentence.
+"""Describes wrong usage in one plain sentence.
 
-jsonargparse and pydantic explain a rejected value in several lines and in terms of Python types. Users think in flags.
+jsonargparse and pydantic report a rejected value in several lines and in terms of Python types, not flags.
 """
 
 import difflib
@@ -17,7 +17,7 @@ POSITIONALS = {"set": None, "directories": "+"}
 
 
 def describe_usage_error(error: ArgumentError, command: str | None, commands: dict[str, type[Config]]) -> str:
-    """Describe what is wrong with the command line, and where to find help."""
+    """Describe the mistake in the command line, and where to find help."""
     see = f"see 'wmtp {command} --help'" if command else "see 'wmtp --help'"
     message = str(error)
     flags = list(option_strings(commands[command])) if command else []
@@ -41,7 +41,7 @@ def describe_usage_error(error: ArgumentError, command: str | None, commands: di
 
 
 def describe_value_error(message: str, error: ArgumentError) -> str:
-    """Describe why a value is rejected, with the sentence of pydantic where there is one."""
+    """Describe why a value is rejected, in the words of pydantic if available."""
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     but_got = f", not '{given[1]}'" if given else ""
     for cause in causes(error):
@@ -59,7 +59,7 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """The first error that pydantic found, preceded by its flag unless the message names one."""
+    """The first pydantic error, preceded by its flag unless the message starts with one."""
     finding = error.errors()[0]
     where = ".".join(part for part in finding["loc"] if isinstance(part, str))
     message = finding["msg"].removeprefix("Value error, ")
@@ -74,7 +74,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def suggestion(wrong: str, flags: list[str]) -> str:
-    """A hint at the flag closest to an unknown one, empty if none is close."""
+    """A hint with the flag closest to an unknown one; empty if none is close."""
     close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -89,7 +89,7 @@ def option_strings(config: type[Config], prefix: str = "--") -> Iterator[str]:
 
 
 def flag(key: str) -> str:
-    """A setting as it is typed on the command line."""
+    """The command-line flag of a setting."""
     return key.upper() if key in POSITIONALS else f"--{key}"
 
 

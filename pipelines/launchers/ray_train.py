@@ -1,7 +1,7 @@
-"""`wmtp train --ray_workers`: training in worker processes that Ray Train places and starts.
+"""`wmtp train --ray_workers`: training in worker processes started by Ray Train.
 
-Ray keeps the output of workers in files. An actor therefore carries the output of the first worker and the outcome of
-the run to the driver. A worker that dies ends its group; a new group continues from the last checkpoint.
+Ray writes the output of workers to files. An actor therefore sends the first worker's output and the outcome of the
+run to the driver. If a worker dies, its group stops, and a new group continues from the last checkpoint.
 """
 
 import io
@@ -26,7 +26,7 @@ from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.run.train import train
 
 RESTARTS = 3
-"""Number of times a run restarts its workers before it gives up."""
+"""Maximum number of times a run restarts its workers."""
 POLL_SECONDS = 0.2
 
 
@@ -51,12 +51,12 @@ class DriverOutput:
         self.result = self.result or result
 
     def outcome(self) -> dict[str, Any]:
-        """The outcome given to `finish`, empty before that."""
+        """The outcome passed to `finish`; empty before."""
         return self.result
 
 
 class ForwardedStream(io.TextIOBase):
-    """A text stream that sends its content to a `DriverOutput`. It is a terminal if the driver's stream is one."""
+    """A text stream to a `DriverOutput`. It is a terminal if the driver's stream is one."""
 
     def __init__(self, output: Any, name: str, terminal: bool) -> None:
         self.output = output
@@ -64,12 +64,12 @@ class ForwardedStream(io.TextIOBase):
         self.terminal = terminal
 
     def write(self, text: str) -> int:
-        """Send text without waiting for its arrival."""
+        """Send text without waiting for delivery."""
         self.output.write.remote(self.name, text)
         return len(text)
 
     def isatty(self) -> bool:
-        """Whether the driver prints to a terminal. Progress bars and tables depend on it."""
+        """Whether the driver prints to a terminal; used by progress bars and tables."""
         return self.terminal
 
 
@@ -77,7 +77,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     """Train with `config.ray_workers` workers on Ray, one process each, and return the summary of the run.
 
     Raises:
-        UserError: the cluster is too small, a worker reported one, or workers kept dying.
+        UserError: the cluster is too small, a worker raised UserError, or workers kept dying.
     """
     assert config.ray_workers is not None
     with ray_session(config.ray_address, WorkerPool(config.ray_workers, config.ray_workers, cpus=1, gpus=0)):
@@ -111,7 +111,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
 
 
 def failure_reason(error: TrainingFailedError) -> str:
-    """The reason of a failure in one line."""
+    """The reason for a failure in one line."""
     died = "its process died: killed, crashed, or out of memory"
     return died if "process has died" in str(error) else shorten(last_reason(error), 200, placeholder="...")
 
@@ -120,7 +120,7 @@ def place_workers(workers: int) -> ScalingConfig:
     """Give each worker one CPU and, if the cluster has GPUs, one GPU.
 
     Raises:
-        UserError: the cluster cannot hold the workers.
+        UserError: the cluster is too small for the workers.
     """
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     pool = WorkerPool(workers, workers, cpus=1, gpus=float(use_gpu))
@@ -153,7 +153,7 @@ def run_group(job: dict[str, Any], scaling: ScalingConfig, scratch: str) -> None
 
 @contextmanager
 def printing(output: Any) -> Iterator[None]:
-    """Print the text that arrives in a `DriverOutput` while the block runs."""
+    """While the block runs, print text received by a `DriverOutput`."""
     done = threading.Event()
 
     def print_new() -> None:
@@ -175,7 +175,7 @@ def printing(output: Any) -> Iterator[None]:
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """Train in one worker. The first one prints on the driver's terminal and reports the outcome."""
+    """Train in one worker. The first worker prints on the driver's terminal and reports the outcome."""
     if not debugging():
         silence_libraries()
     os.chdir(job["directory"])  # settings may hold relative paths

@@ -1,1 +1,1 @@
-"""Reports that commands print, on the terminal and as HTML pages."""
+"""Reports of the commands, on the terminal and as HTML pages."""

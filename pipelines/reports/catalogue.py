@@ -1,4 +1,4 @@
-"""The catalogue that `wmtp list` prints."""
+"""The catalogue printed by `wmtp list`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from weighted_mtp.schemas.storage.locations import Location
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """The facts about one shard set. Its manifest is not kept, because manifests of large sets take memory."""
+    """Facts about one shard set. The manifest is not kept, because manifests of large sets use much memory."""
 
     digest: str
     derived_from: str | None

@@ -1,4 +1,4 @@
-"""The screen at the end of `wmtp demo`."""
+"""The final screen of `wmtp demo`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from weighted_mtp.pipelines.reports.console import new_console
 
 
 def print_results(root: Path, results: dict[str, dict[str, Any]], offsets: Sequence[int], seconds: float) -> None:
-    """Print the losses of every model on the held-out documentation, and commands to try next.
+    """Print each model's losses on the held-out documentation, and commands to try next.
 
     Args:
         root: directory of the demo.
-        results: for each model the `summary.json` of its run.
+        results: content of each model's `summary.json`, by name.
         offsets: prediction offsets of the students.
         seconds: duration of the demo.
     """

@@ -1,4 +1,4 @@
-"""The table that `wmtp evaluate` prints."""
+"""The table printed by `wmtp evaluate`."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Whole reports: printed, and written as an HTML page on request."""
+"""Prints whole reports, and writes them as HTML pages if requested."""
 
 import io
 from pathlib import Path
@@ -11,9 +11,9 @@ from weighted_mtp.schemas.storage.files import write_text
 
 
 def check_page(html: Path | None) -> None:
-    """Raise UserError unless the name of the page ends like one."""
+    """Raise UserError unless the name of the page ends in .html or .htm."""
     if html and html.suffix not in (".html", ".htm"):
-        raise UserError(f"--html {html}: give a name that ends in .html, so that nothing else is overwritten")
+        raise UserError(f"--html {html}: give a name that ends in .html, to avoid overwriting other files")
 
 
 def show(report: RenderableType, html: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The rounds of `wmtp iterate`: the records of `summary.json`, and the table printed from them."""
+"""The rounds of `wmtp iterate`: records for `summary.json`, and a table of them."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ def describe_round(
     """The record of one round.
 
     Args:
-        number: of the round, from 1.
-        scored: shard set that the round scored and trained on.
-        reference: fingerprint of its reference model.
-        training: settings of its training run.
+        number: number of the round, starting at 1.
+        scored: shard set scored in the round and used for training.
+        reference: fingerprint of the reference model.
+        training: settings of the training run.
         summary: `summary.json` of that run.
     """
     summary = without_nan(summary)

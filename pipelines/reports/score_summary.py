@@ -1,4 +1,4 @@
-"""Screens of `wmtp score`: the summary at its end, and the dry run."""
+"""Screens of `wmtp score`: the final summary, and the dry run."""
 
 from dataclasses import dataclass
 
@@ -13,18 +13,18 @@ from weighted_mtp.scoring.job.report import DryRun
 from weighted_mtp.scoring.job.units import read_records
 
 SUGGESTED_PRESETS = {"excess_loss": "rho1-static", "long_short": "dense"}
-"""The preset of weights to suggest for the next command, by contrast."""
+"""Weight preset to suggest for the next command, by contrast."""
 H100_FLOPS = 989e12
 """Dense bfloat16 FLOP/s of an H100 or H200."""
 UTILISATION = 0.4
-"""Assumed share of `H100_FLOPS` that scoring reaches."""
+"""Assumed utilisation of `H100_FLOPS` by scoring."""
 SAMPLED_RECORDS = 64
 FREQUENT_REASONS = 5
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A run in numbers.
+    """Statistics of a run.
 
     Attributes:
         tokens: tokens scored by this run.
@@ -55,7 +55,7 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
         rate = scored.tokens / scored.seconds
         facts.append(f"scored {scored.tokens:,} in {scored.seconds:.1f} s ({rate:,.0f} tokens/s)")
     if scored.resumed:
-        facts.append(f"{scored.resumed:,} shards were done before")
+        facts.append(f"{scored.resumed:,} shards were already done")
     if scored.incidents:
         facts.append(f"{scored.incidents} incidents, see above")
     console.print("; ".join(facts))
@@ -68,14 +68,14 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
 
 
 def frequent_reasons(rejects: Location) -> list[str]:
-    """The most frequent reasons in a `rejects.jsonl` of scoring, with every number in them replaced by N."""
+    """The most frequent reasons in a `rejects.jsonl` of scoring, with numbers replaced by N."""
     reason = pl.col("reason").str.replace_all(r"\d+", "N")
     found = pl.read_ndjson(rejects.read_bytes()).group_by("model", reason).len().sort("len", descending=True)
     return [f"{count:,} x {model}: {why}" for model, why, count in found.head(FREQUENT_REASONS).iter_rows()]
 
 
 def print_dry_run(run: DryRun) -> None:
-    """Print what a run would compute, its estimated cost, and what is done already."""
+    """Print the work of a run, its estimated cost, and the work already done."""
     output, source, plan, done = run.output, run.source, run.plan, run.done
     shards = source.manifest.shards
     missing = [shard for shard in shards if shard.name not in done]
@@ -84,7 +84,7 @@ def print_dry_run(run: DryRun) -> None:
     table.add_row("columns to compute", ", ".join(plan.columns))
     if plan.stored:
         table.add_row("columns to reuse", ", ".join(plan.stored))
-    there = f"; {len(done):,} are there" if done else ""
+    there = f"; {len(done):,} already done" if done else ""
     table.add_row("shards to score", f"{len(missing):,} of {len(shards):,}{there}")
     table.add_row("tokens to score", f"{tokens:,} of {source.manifest.tokens:,}")
     flops = 0.0
@@ -95,7 +95,7 @@ def print_dry_run(run: DryRun) -> None:
         table.add_row("tokens to compute", f"at most {computed:,.0f} by {model.name} ({parameters})")
     if plan.models and all(model.parameters for model in plan.models):
         hours = flops / (UTILISATION * H100_FLOPS) / 3600
-        assumed = f"2 FLOPs a parameter and token, {UTILISATION:.0%} of an H100's {H100_FLOPS / 1e12:.0f} TFLOPS"
+        assumed = f"2 FLOPs per parameter and token, {UTILISATION:.0%} of an H100's {H100_FLOPS / 1e12:.0f} TFLOPS"
         table.add_row("estimate", f"{hours:,.2g} GPU hours ({assumed})")
     if done:
         sample = sorted(done)[:: -(-len(done) // SAMPLED_RECORDS)]
@@ -103,5 +103,5 @@ def print_dry_run(run: DryRun) -> None:
         seconds = sum(record.score_seconds for record in records)
         rate = sum(record.entry.tokens for record in records) / max(1e-3, seconds)
         left = f"{tokens / rate / 3600:,.2g} worker hours left"
-        table.add_row("measured so far", f"{rate:,.0f} tokens/s in the engines of a worker: {left}")
+        table.add_row("measured so far", f"{rate:,.0f} tokens/s in one worker's engines: {left}")
     new_console().print(table)

@@ -17,14 +17,14 @@ from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 STATISTICS = ("mean", "std", "1 %", "50 %", "99 %")
 """Headings of `statistics_cells`."""
 SEQUENCE_TOKENS = 32
-"""Tokens shown of a sequence."""
+"""Number of tokens to show per sequence."""
 
 
 def build_report(shard_set: ShardSet, column: str | None, samples: int) -> RenderableType:
     """Facts, columns and sample tokens of a shard set.
 
     Raises:
-        UserError: the set has no score column `column`, or one of its shards is damaged.
+        UserError: the set has no score column `column`, or a shard is damaged.
     """
     manifest = shard_set.manifest
     parts: list[RenderableType] = [facts_table(shard_set), columns_table(shard_set)]
@@ -55,7 +55,7 @@ def facts_table(shard_set: ShardSet) -> Table:
     added = [name for name, adds in (("BOS", corpus.adds_bos), ("EOS", corpus.adds_eos)) if adds]
     facts = {
         "corpus": f"{corpus.input} (field {corpus.text_field})",
-        "documents": f"{corpus.documents:,}, and {corpus.rejects:,} rejected",
+        "documents": f"{corpus.documents:,}, plus {corpus.rejects:,} rejected",
         "tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]})",
         "added": " and ".join(added) or "neither BOS nor EOS",
         "sequences": f"{manifest.rows:,} of at most {corpus.max_length:,} tokens",

@@ -1,4 +1,4 @@
-"""The screen at the end of `wmtp train`."""
+"""The final screen of `wmtp train`."""
 
 from typing import Any
 
@@ -43,5 +43,5 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 
 def prediction_title(part: str) -> str:
-    """One of `HeadsConfig.parts` as shown to users."""
+    """Display name of an entry of `HeadsConfig.predictions`."""
     return f"offset {part}" if part.isdigit() else "token order" if part == "top" else part.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The report of `wmtp weights`: tables, a histogram, and text with its weights."""
+"""The report of `wmtp weights`: tables, a histogram, and texts with weights."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ BAR = 40
 SHOWN_IDS = 12
 MIN_COUNT = 20
 MIN_SHARE = 1e-5
-"""An id is listed only if it occurs at least this often, and makes up at least this share of the targets."""
+"""Minimum number and minimum share of targets of an id in the tables."""
 NEARLY_ALL = 0.99
 FEW_KEPT = 0.1
 LOW_EFFECTIVE_SHARE = 0.01
@@ -37,10 +37,10 @@ def build_report(
 
     Args:
         facts: names and values to show first.
-        manifest: of the set.
-        statistics: the weights.
+        manifest: manifest of the set.
+        statistics: statistics of the weights.
         excerpts: texts to show with their weights.
-        tokenizer: of the set.
+        tokenizer: tokenizer of the set.
     """
     sections: list[RenderableType] = [
         facts_table(facts | summary(statistics)),
@@ -67,19 +67,19 @@ def summary(statistics: WeightStatistics) -> dict[str, str]:
         "targets": f"{targets:,} of {statistics.tokens:,} tokens; the first of a sequence is not a target",
         "scored": f"{statistics.scored / targets:.2%} of the targets",
         "kept": f"{kept / targets:.2%} of the targets have weight",
-        "mean weight": f"{statistics.mean:.4f} over all targets; absolute, over those kept, {statistics.typical:.4f}",
+        "mean weight": f"{statistics.mean:.4f} over all targets; absolute, over kept targets, {statistics.typical:.4f}",
         "effective sample": f"{statistics.effective_share:.2%} of the targets, (sum |w|)² / sum w²",
         "silent sequences": f"{statistics.silent:,} of {statistics.sequences:,} have no weight at all",
     }
     notes = []
     if kept < FEW_KEPT * targets:
         notes.append(
-            f"{1 - kept / targets:.1%} of the targets have weight 0 and teach nothing; a scheme that keeps more, or "
-            "fewer and better documents, would use more of what a step computes"
+            f"{1 - kept / targets:.1%} of the targets have weight 0 and do not train the model; a scheme that keeps "
+            "more targets, or a smaller and better corpus, would waste less compute"
         )
     if kept and statistics.effective_share < LOW_EFFECTIVE_SHARE:
         notes.append(
-            "a few weights outweigh all others: training will follow these tokens; limit the largest, as with clip()"
+            "a few weights outweigh all others and will dominate training; limit them, for instance with clip()"
         )
     return facts | ({"note": "\n".join(notes)} if notes else {})
 
@@ -114,12 +114,12 @@ def histogram_table(statistics: WeightStatistics) -> Table:
 
 
 def bar(share: float) -> str:
-    """A bar of this share of the full width; a share above 0 is never invisible."""
+    """A bar of this share of the full width, at least one mark for a share above 0."""
     return "█" * max(round(BAR * share), int(share > 0))
 
 
 def totals_table(title: str, names: list[str], totals: Totals) -> Table:
-    """One row for each group that has targets. The bars show mean absolute weights."""
+    """One row for each nonempty group. The bars show mean absolute weights."""
     table = Table(title, title=f"weights by {title}", title_justify="left")
     for column in ("of the targets", "kept", "mean weight", "of all weight"):
         table.add_column(column, justify="right")
@@ -151,7 +151,7 @@ def classes_table(statistics: WeightStatistics, tokenizer: Any) -> Table:
 def ids_tables(statistics: WeightStatistics, tokenizer: Any) -> Table:
     """The token ids with the largest and smallest kept share, side by side.
 
-    If nearly all tokens are kept, the ids with the largest and smallest mean weight.
+    If nearly all tokens are kept, shows the ids with the largest and smallest mean weight.
     """
     totals = statistics.by_id
     selects = statistics.kept < NEARLY_ALL * statistics.scored
@@ -167,8 +167,8 @@ def ids_tables(statistics: WeightStatistics, tokenizer: Any) -> Table:
 def ranked_ids(totals: Totals, min_count: int, by_kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """The ids with the largest and smallest kept share, at most `SHOWN_IDS` each.
 
-    Only ids with at least `min_count` targets are ranked. Ties are broken by mean weight, then by frequency. Without
-    `by_kept`, ids are ranked by these two alone.
+    Ranks only ids with at least `min_count` targets. Mean weight, then frequency, breaks ties. Without `by_kept`, ranks
+    only by these two.
     """
     ids = np.flatnonzero(totals.targets >= min_count)
     kept, mean, count = totals.kept_share[ids] * by_kept, totals.mean[ids], totals.targets[ids]

@@ -11,15 +11,15 @@ import numpy as np
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 
 MAX_DISTINCT = 8
-"""A histogram shows up to this many values individually, and intervals if there are more."""
+"""Up to this many distinct values, a histogram shows each value; above, intervals."""
 INTERVALS = 12
 NEARLY_EQUAL = 0.02
-"""Weights whose relative difference is at most this share one line, as weights normalised by sequence do."""
+"""Relative difference up to which weights share a line, for instance after normalising by sequence."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Totals over the targets in each of K groups.
+    """Totals over the targets of K groups.
 
     Attributes:
         targets: (K,) int64, number of targets.
@@ -35,7 +35,7 @@ class Totals:
 
     @classmethod
     def from_weights(cls, groups: np.ndarray, weights: np.ndarray, size: int) -> "Totals":
-        """The totals of `size` groups, from the group and the weight of each target, both (T,)."""
+        """Totals of `size` groups, from each target's group and weight, both (T,)."""
         weights_float64 = weights.astype(np.float64)
         return cls(
             np.bincount(groups, minlength=size),
@@ -45,7 +45,7 @@ class Totals:
         )
 
     def __add__(self, other: "Totals") -> "Totals":
-        """The totals of both."""
+        """Sum of both totals."""
         return Totals(
             self.targets + other.targets,
             self.kept + other.kept,
@@ -54,7 +54,7 @@ class Totals:
         )
 
     def by(self, groups: np.ndarray, size: int) -> "Totals":
-        """The totals of `size` larger groups; group k is part of the larger group `groups[k]` (K,)."""
+        """Totals of `size` larger groups; `groups` (K,) maps each group to its larger group."""
         return Totals(
             np.bincount(groups, self.targets, size).astype(np.int64),
             np.bincount(groups, self.kept, size).astype(np.int64),
@@ -64,17 +64,17 @@ class Totals:
 
     @property
     def kept_share(self) -> np.ndarray:
-        """Share of the targets of each group whose weight is not 0, NaN if it has no targets."""
+        """Share of each group's targets with nonzero weight, NaN for an empty group."""
         return divide(self.kept, self.targets)
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean weight of each group, NaN if it has no targets."""
+        """Mean weight of each group, NaN for an empty group."""
         return divide(self.weight, self.targets)
 
     @property
     def mean_magnitude(self) -> np.ndarray:
-        """Mean absolute weight of each group, NaN if it has no targets."""
+        """Mean absolute weight of each group, NaN for an empty group."""
         return divide(self.magnitude, self.targets)
 
 
@@ -85,18 +85,18 @@ def divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
 
 
 def positions(lengths: np.ndarray) -> np.ndarray:
-    """Position of each token in its sequence, (T,) from the lengths of the sequences (S,)."""
+    """Position of each token in its sequence (T,), from sequence lengths (S,)."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 class WeightStatistics:
-    """Accumulates weights row group by row group. Keeps the weight of every target, 4 bytes each."""
+    """Accumulates weights by row group. Keeps the weight of each target, at 4 bytes each."""
 
     def __init__(self, manifest: Manifest) -> None:
         """Start empty.
 
         Args:
-            manifest: of the set, for its vocabulary size and the length of its longest sequence.
+            manifest: manifest of the set, with vocabulary size and longest sequence length.
         """
         self.positions = manifest.longest.bit_length()
         """Number of position groups; group k starts at position `2**k` of a sequence."""
@@ -112,8 +112,8 @@ class WeightStatistics:
         Args:
             ids: (T,) token ids.
             weights: (T,) float32.
-            scored: (T,) bool, whether a token has all scores that its weight depends on.
-            lengths: (S,) lengths of the sequences, at least 1.
+            scored: (T,) bool, whether a token has all scores needed for its weight.
+            lengths: (S,) sequence lengths, at least 1.
         """
         starts = np.cumsum(lengths) - lengths
         position = positions(lengths)  # (T,)
@@ -144,7 +144,7 @@ class WeightStatistics:
 
     @property
     def kept(self) -> int:
-        """Number of targets whose weight is not 0."""
+        """Number of targets with nonzero weight."""
         return int(self.by_id.kept.sum())
 
     @property
@@ -164,14 +164,14 @@ class WeightStatistics:
         return float(self.by_id.magnitude.sum()) ** 2 / squares / self.targets if squares else 0.0
 
     def quantiles(self, shares: tuple[float, ...]) -> list[float]:
-        """For each share, the smallest weight that this share of the targets does not exceed."""
+        """For each share, the smallest weight w for which this share of the targets has weight at most w."""
         ranks = np.ceil(np.array(shares) * self.targets - 1e-9).astype(np.int64)
         return self.ascending[np.maximum(ranks, 1) - 1].tolist()
 
     def histogram(self) -> list[tuple[str, int]]:
-        """Lines of a histogram: a weight or an interval of weights, and its number of targets.
+        """Histogram lines: a weight or interval of weights, and its number of targets.
 
-        Intervals have equal widths up to the 99th percentile of the nonzero weights; the last one holds the rest.
+        Intervals have equal widths up to the 99th percentile of nonzero weights; the last interval holds the rest.
         """
         weights = self.ascending[self.ascending != 0]
         lines = [("0", self.targets - self.kept)] if self.kept < self.targets else []

@@ -193,5 +193,5 @@ def test_columns_of_the_user_that_end_like_those_of_a_round(
 
 def test_what_cannot_be_iterated(config: Callable[..., IterateConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"run it alone, with --train\.ray_workers for several"):
+    with pytest.raises(UserError, match=r"run it without a launcher, and use --train\.ray_workers"):
         run(config())

@@ -54,7 +54,7 @@ def test_numbers_of_a_tiny_corpus_worked_out_by_hand(scored: ShardSet, capsys: p
         "20 of 24 tokens; the first of a sequence is not a target",
         "85.00% of the targets",
         "30.00% of the targets have weight",
-        "0.2250 over all targets; absolute, over those kept, 0.7500",
+        "0.2250 over all targets; absolute, over kept targets, 0.7500",
         f"{4.5**2 / 3.75 / 20:.2%} of the targets",
         "0 of 3 have no weight at all",
     ):
@@ -199,5 +199,5 @@ def test_a_page_is_written_and_nothing_else_overwritten(
 
 
 def test_nothing_to_predict(make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="no sequence of two tokens"):
+    with pytest.raises(UserError, match="no sequence has two tokens"):
         report(capsys, make_shard_set([[1], [2]]))

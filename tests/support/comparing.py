@@ -1,4 +1,4 @@
-"""Metrics, parameters and rows, for comparing runs and streams."""
+"""Comparison of runs and streams by metrics, parameters and rows."""
 
 import json
 from typing import Any
@@ -11,16 +11,16 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.training.rows import Rows
 
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
-"""Lengths of the sequences that most runs train on."""
+"""Sequence lengths of most training runs."""
 
 
 def logged(config: TrainConfig) -> list[dict[str, Any]]:
-    """All lines of metrics of a run."""
+    """All lines of `metrics.jsonl` of a run."""
     return [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
 
 
 def metrics(config: TrainConfig) -> list[dict[str, Any]]:
-    """Logged metrics without those that measure time and memory."""
+    """Logged metrics, except time and memory."""
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in logged(config)]
 
 
@@ -31,7 +31,7 @@ def trained(config: TrainConfig) -> dict[str, Tensor]:
 
 
 def assert_same_rows(one: Rows, other: Rows) -> None:
-    """The same tokens, positions and weights, from the same shards."""
+    """Assert equal tokens, positions, weights and shards."""
     for own, wanted in zip(one[:5], other[:5], strict=True):
         np.testing.assert_array_equal(own, wanted)
     assert [source.tolist() for source in one.sources] == [source.tolist() for source in other.sources]

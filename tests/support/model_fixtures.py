@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved byte-level BPE tokenizer without merges: 256 byte tokens, `<s>` = 256, `</s>` = 257; it adds neither.
 
-    The ids of the bytes follow the sorted byte-level alphabet, so they are a permutation of the byte values.
+    Byte ids follow the sorted byte-level alphabet, a permutation of the byte values.
     """
     path = tmp_path_factory.mktemp("tokenizer")
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -31,7 +31,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a Llama checkpoint with the test tokenizer and random weights, large enough to affect the losses.
 
-    Its heads have 32 dimensions, the fewest that vLLM supports on a CPU.
+    Attention heads have 32 dimensions, the minimum of vLLM on a CPU.
     """
 
     def make(seed: int = 0, **settings: int) -> Path:
@@ -55,7 +55,7 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def vllm_installed() -> None:
-    """Skip where vLLM is not installed, except in CI: there it must be."""
+    """Skip if vLLM is not installed; in CI, fail instead."""
     if find_spec("vllm") is None:
         assert not os.environ.get("CI"), "CI must run with vLLM: install weighted-mtp[cpu]"
         pytest.skip("vLLM is not installed")

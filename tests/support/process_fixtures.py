@@ -43,7 +43,7 @@ def start_process() -> Callable[..., BaseProcess]:
 
 @pytest.fixture(scope="session")
 def score_in_process() -> Callable[..., None]:
-    """A replacement for `score_missing` with its worker in this process: Ray takes seconds to start one.
+    """A replacement for `score_missing` with its worker in this process, because Ray takes seconds to start one.
 
     The worker loads engines with `load`.
     """

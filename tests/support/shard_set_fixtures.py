@@ -28,7 +28,7 @@ from weighted_mtp.schemas.storage.locations import Location
 def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSet]:
     """Write a finished shard set from given token ids and scores, with `rows_per_shard` sequences per shard.
 
-    The origin of columns named `loss_...` is a model, that of all others the contrast `loss_base - loss_reference`.
+    Columns named `loss_...` originate from a model, all others from the contrast `loss_base - loss_reference`.
     """
 
     def make(

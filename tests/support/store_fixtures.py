@@ -20,8 +20,8 @@ from weighted_mtp.schemas.storage.locations import locate
 def bucket() -> Iterator[str]:
     """Address of a bucket on a local S3 server, configured for this process and its children.
 
-    The server runs in a separate process, because vLLM inspects every object of every module, and web servers have some
-    that raise. Its listings have pages of ten objects: a few objects fill several.
+    The server runs in a separate process, because vLLM inspects every object of every module, and some objects of web
+    servers raise on inspection. Listings have ten objects per page: a few objects need several pages.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,7 +49,7 @@ def bucket() -> Iterator[str]:
 
 
 def wait_for_server(port: int) -> None:
-    """Wait until something listens on a port of this machine."""
+    """Wait until a server listens on a local port."""
     for _ in range(600):
         with suppress(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port)).close()
@@ -60,7 +60,7 @@ def wait_for_server(port: int) -> None:
 
 @pytest.fixture
 def count_received(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """Call it to start counting; it returns a list to which the content length of each response is appended."""
+    """A function that starts counting and returns a list, extended by the content length of each response."""
 
     def start() -> list[int]:
         received: list[int] = []

@@ -1,1 +1,1 @@
-"""From scored shards to packed training rows."""
+"""Reads scored shards and packs them into training rows."""

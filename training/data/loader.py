@@ -2,7 +2,7 @@
 
 A block is a few row groups, drawn at random from the whole set, packed and shuffled together. Threads prepare the next
 blocks; only these and the current one are in memory. The order of rows is the same for any number of devices or threads
-and any batch size, so the whole state is the position in it, `{epoch, block, row}`.
+and any batch size, so the position `{epoch, block, row}` is the complete state.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,14 +34,14 @@ class LoaderState(BaseModel):
 
 
 class RowLoader:
-    """Packed rows of a shard set, or of several zipped, epoch after epoch.
+    """Packed rows of a shard set, or of several zipped sets, epoch after epoch.
 
     Args:
-        shards: the set to read, or sets of the same rows.
-        weighting: turns its columns into weights.
+        shards: the sets to read; all have the same rows.
+        weighting: turns their columns into weights.
         sequence_length: tokens per packed row.
         seed: seed of the order and of random controls.
-        shuffle: False reads the set once through in its own order of row groups (evaluation).
+        shuffle: False keeps the row groups in their stored order (evaluation).
         workers: threads that prepare blocks ahead, one each.
         first_shard: number of the set's first shard in `Rows.sources`.
     """
@@ -60,7 +60,7 @@ class RowLoader:
         manifest = shards.first.manifest
         if manifest.tokens == manifest.rows:
             raise UserError(
-                f"{shards.first.path}: has no sequence of two tokens, so nothing to predict; prepare longer texts"
+                f"{shards.first.path}: no sequence has two tokens, so there is nothing to predict; prepare longer texts"
             )
         self.shards = shards
         self.weighting = weighting
@@ -79,11 +79,11 @@ class RowLoader:
         self.groups_per_block = max(1, round(block_tokens * groups / manifest.tokens))
 
     def batches(self, rows: int) -> Iterator[Rows]:
-        """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
+        """Yield batches of exactly `rows` rows without end, starting at `state` and advancing it."""
         return self.draw(repeat(rows))
 
     def draw(self, counts: Iterable[int]) -> Iterator[Rows]:
-        """Yield exactly `count` rows for each of `counts`, from `state` on; `state` follows what was yielded."""
+        """Yield exactly `count` rows for each of `counts`, starting at `state` and advancing it."""
         with closing(prefetch(self._load, self._positions(), self.workers)) as blocks:
             at, block = next(blocks)
             row = at.row
@@ -102,7 +102,7 @@ class RowLoader:
                 yield Rows.concatenate(pieces) if pieces[1:] else pieces[0]
 
     def once(self, rows: int) -> Iterator[Rows]:
-        """Yield the set once through in batches of at most `rows` rows."""
+        """Yield the whole set once, in batches of at most `rows` rows."""
         positions = (LoaderState(block=block) for block in range(self._blocks_per_epoch()))
         with closing(prefetch(self._load, positions, self.workers)) as blocks:
             for _, block in blocks:
@@ -116,13 +116,13 @@ class RowLoader:
         return len(block.tokens) / float(block.tokens.sum()) * self.shards.first.manifest.tokens
 
     def files(self, sources: Iterable[np.ndarray]) -> list[str]:
-        """Paths of the set's shards that rows with these `Rows.sources` were read from, in order, each once."""
+        """Distinct paths of this set's shards that contributed to rows with these `Rows.sources`, in order."""
         numbers = {int(number) - self.first_shard for source in sources for number in source}
         held = sorted(number for number in numbers if 0 <= number < len(self.group_ends))
         return [str(path) for number in held for path in self.shards.files(number, self.weighting.columns)]
 
     def _positions(self) -> Iterator[LoaderState]:
-        """The state at the start of each block, from `state` on."""
+        """The state at the start of each block, starting at `state`."""
         at = self.state
         while True:
             yield at
@@ -133,7 +133,7 @@ class RowLoader:
         return -(-int(self.group_ends[-1]) // self.groups_per_block)
 
     def _load(self, at: LoaderState, closed: Event) -> Rows:
-        """Read, weigh, pack and shuffle one block, unless the iterator is closed."""
+        """Read, weight, pack and shuffle one block, unless the iterator is closed."""
         groups = []
         for group in self._groups(at.epoch, at.block).tolist():
             if closed.is_set():

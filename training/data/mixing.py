@@ -1,7 +1,7 @@
 """Mixtures: training rows from several corpora, each with a fixed share of the rows.
 
-The number of a row in the stream determines its set, and each set is a stream of its own. The order therefore does not
-depend on the batch size or the number of devices. The state is the number of rows drawn from each set and its position.
+The number of a row in the stream determines its set, and each set has its own stream. The order therefore does not
+depend on the batch size or the number of devices. The state holds each set's position and number of rows drawn.
 """
 
 import math
@@ -20,7 +20,7 @@ from weighted_mtp.training.weighting import make_weighting
 
 
 class MixState(BaseModel):
-    """Number of rows drawn from each set, and its position."""
+    """Number of rows drawn from each set, and the position in each."""
 
     drawn: tuple[int, ...]
     sets: tuple[LoaderState, ...]
@@ -51,7 +51,7 @@ class MixedLoader:
             loader.state = position
 
     def batches(self, rows: int) -> Iterator[Rows]:
-        """Yield batches of exactly `rows` rows without end, from `state` on; `state` follows what was yielded."""
+        """Yield batches of exactly `rows` rows without end, starting at `state` and advancing it."""
         origins, *copies = tee(assign_rows(self.shares, self.drawn, rows), 1 + len(self.loaders))
         draws = [loader.draw(_counts(copies[i], i)) for i, loader in enumerate(self.loaders)]
         for origin, *drawn in zip(origins, *draws, strict=True):
@@ -60,21 +60,21 @@ class MixedLoader:
             yield Rows.concatenate(drawn).take(np.argsort(np.argsort(origin, kind="stable")))
 
     def rows_per_epoch(self) -> float:
-        """Number of rows of all sets during one pass over the first."""
+        """Number of rows, over all sets, in one pass over the first set."""
         return self.loaders[0].rows_per_epoch() / float(self.shares[0])
 
     def files(self, sources: Iterable[np.ndarray]) -> list[str]:
-        """Paths of the shards that rows with these `Rows.sources` were read from, in order, each once."""
+        """Distinct paths of the shards that contributed to rows with these `Rows.sources`, in order."""
         sources = list(sources)
         return [file for loader in self.loaders for file in loader.files(sources)]
 
 
 def assign_rows(shares: Sequence[Fraction], drawn: Sequence[int], rows: int) -> Iterator[np.ndarray]:
-    """Assign each row to one of at least two sets, after `drawn` rows of each; yields set numbers (rows,).
+    """Assign rows to two or more sets that already have `drawn` rows each; yields set numbers (rows,).
 
-    Of the sets that are behind their share, the one whose next row is due first is chosen. This keeps the number of
+    Among the sets that are behind their share, choose the one whose next row is due first. This keeps the number of
     rows of each of n sets within `1 - 1 / (2n - 2)` of its share at all times, the best possible bound (Tijdeman, The
-    chairman assignment problem, 1980). Choosing the set that is furthest behind does not even keep it within 1.
+    chairman assignment problem, 1980). Choosing the set that is furthest behind can exceed even a bound of 1.
     """
     counts, scale = list(drawn), 2 * len(shares) - 2
     whole = math.lcm(*(share.denominator for share in shares))
@@ -100,13 +100,13 @@ def open_mix(config: TrainConfig) -> list[ZippedSets]:
     """Open the sets of `--mix`.
 
     Raises:
-        UserError: one cannot be opened.
+        UserError: a set cannot be opened.
     """
     return [ZippedSets.open(split_paths(name)) for name in config.mix]
 
 
 def mix_identity(config: TrainConfig, mixed: Sequence[ZippedSets]) -> dict[str, str]:
-    """Identity of the mixture, to compare when a run is resumed: sets and shares in order; empty without any."""
+    """Identity of the mixture, to compare when a run is resumed: sets and shares in order; empty without --mix."""
     sets = [f"{share} {shards.digest}" for share, shards in zip(config.mix.values(), mixed, strict=True)]
     return {"mix": "; ".join(sets)} if sets else {}
 
@@ -117,7 +117,7 @@ def make_loader(
     """The training rows of a run, from --input and --mix; each set is weighted by its own statistics.
 
     Raises:
-        UserError: a set lacks the score column, or has nothing to predict.
+        UserError: a set lacks a score column, or has nothing to predict.
     """
     sets = (shards, *mixed)
     ends = accumulate((len(data.first.manifest.shards) for data in sets), initial=0)
@@ -139,5 +139,5 @@ def make_loader(
 
 
 def _seed(seed: int, number: int) -> int:
-    """Seed of set `number`; --input has that of the run, so its order does not depend on the mixture."""
+    """Seed of set `number`. --input uses the run's seed, so its order does not depend on the mixture."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) if number else seed

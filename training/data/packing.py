@@ -1,4 +1,4 @@
-"""Packing sequences into training rows of one length, with documents kept apart."""
+"""Packing of sequences into training rows of equal length, with documents kept separate."""
 
 from bisect import bisect_left, insort
 from itertools import pairwise
@@ -16,8 +16,8 @@ def split_long(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nda
         row_length: tokens per row.
 
     Returns:
-        For each of P pieces its start in the flat arrays (P,), its length (P,), at most `row_length`, and the number of
-        its sequence (P,).
+        Start of each piece in the flat arrays (P,), its length (P,), at most `row_length`, and its sequence
+        number (P,).
     """
     pieces = -(-lengths // row_length)  # (S,)
     sequence = np.repeat(np.arange(len(lengths)), pieces)  # (P,)
@@ -63,15 +63,15 @@ def pack(
 
     A sequence longer than a row is cut into pieces, which become separate documents. Padding at the end of a row has
     id 0, position 0 and weight 0. Every padding token is a document of one token, so nothing attends to it or predicts
-    it. Weights are copied unchanged, NaN included.
+    it. Weights, including NaN, are copied unchanged.
 
     Args:
         input_ids: (T,) int32, all sequences concatenated.
         weights: (T,) float32, or (T, components).
         lengths: (S,) tokens of each sequence.
-        shards: (S,) number of the shard of each sequence.
+        shards: (S,) shard number of each sequence.
         row_length: tokens per row.
-        rng: shuffles the rows; by default those with the longest pieces come first.
+        rng: shuffles the rows; if None, rows with the longest pieces come first.
     """
     starts, pieces, sequence = split_long(lengths, row_length)  # (P,) each
     row = best_fit(pieces, row_length)  # (P,)
@@ -93,7 +93,7 @@ def pack(
     positions[first] = np.append(0, -last[:-1])  # ones with a jump back at each piece: the sum restarts at 0
     np.cumsum(positions, out=positions)
     source = np.ones(size, dtype=np.int64)
-    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])  # likewise restarts at the start of each piece
+    source[first] = np.append(starts[0], np.diff(starts) - last[:-1])  # also restarts at each piece
     np.cumsum(source, out=source)
     np.take(input_ids, source, out=packed_ids, mode="clip")  # the source of padding is meaningless
     for channel, values in zip(channels, packed_weights, strict=True):

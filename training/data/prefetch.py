@@ -1,4 +1,4 @@
-"""Prefetching: values computed ahead in threads, yielded in order."""
+"""Prefetching: threads compute values ahead; the values are yielded in order."""
 
 import atexit
 from collections import deque
@@ -12,7 +12,7 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 CLOSE_TIMEOUT = 0.5
-"""Seconds that closing waits for threads to stop. Slower ones end with the process."""
+"""Seconds to wait for threads to stop on closing. Threads still running then end with the process."""
 
 
 class AbandonedError(Exception):
@@ -22,9 +22,9 @@ class AbandonedError(Exception):
 def prefetch(load: Callable[[Key, Event], Value], keys: Iterator[Key], workers: int) -> Generator[tuple[Key, Value]]:
     """Yield `key, load(key, closed)` for every key, in order, while threads compute the next `workers` values.
 
-    An exception in `load` is raised at the turn of its key. `closed` is set when the iterator is closed; `load` should
+    An exception in `load` is raised when its key is due. `closed` is set when the iterator is closed; `load` should
     check it between steps and raise `AbandonedError`. At most `workers + 1` values are in memory, including the last
-    yielded one, if the consumer drops that before asking for the next.
+    yielded one, if the consumer drops that one before requesting the next.
     """
     closed = Event()
 
@@ -37,7 +37,7 @@ def prefetch(load: Callable[[Key, Event], Value], keys: Iterator[Key], workers: 
             except BaseException as error:
                 future.set_exception(error)
 
-        # A thread pool would delay the end of the process until its threads finish, even if a store never answers.
+        # A thread pool would keep the process alive until its threads finish, even if a store never responds.
         Thread(target=work, daemon=True).start()
         return key, future
 

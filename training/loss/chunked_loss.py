@@ -1,7 +1,7 @@
 """Losses of hidden states against an unembedding, one chunk of logits at a time.
 
-The gradient of each chunk of logits is computed right after its losses. That takes three matrix products instead of the
-four needed when the backward pass recomputes the logits, and four passes over the chunk.
+The gradient of each chunk of logits is computed right after its losses. This takes three matrix products and four
+passes over the chunk. Recomputing the logits in the backward pass would take four matrix products.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class RowLosses(NamedTuple):
     """Losses of R rows, without gradients.
 
     Attributes:
-        objective_losses: (R,) the values that the objective minimises, nats.
+        objective_losses: (R,) values of the objective to minimise, nats.
         token_losses: (R,) the losses to log and to rank, nats; negative log-likelihoods where targets are tokens.
         correct: (R,) bool, whether the target is the most likely token.
     """
@@ -29,14 +29,14 @@ class RowLosses(NamedTuple):
 
 
 class ChunkedLoss:
-    """Losses against one unembedding, whose gradients accumulate here over all heads of a batch.
+    """Losses against one unembedding. Accumulates its gradients over all heads of a batch.
 
     Attributes:
         grad_unembedding: (V, D) in `loss_dtype`, or None.
         grad_bias: (V,) in `loss_dtype`, or None.
         loss_dtype: dtype of logits in the softmax, losses and accumulated gradients: float32, or float64 for float64
             hidden states.
-        matmul_dtype: dtype of matrix products: that of autocast or of the hidden states, on a CPU `loss_dtype`.
+        matmul_dtype: dtype of matrix products: on a CPU `loss_dtype`, else the dtype of autocast or hidden states.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ChunkedLoss:
         chunk_rows: int = CHUNK_ROWS,
         objective: Objective | None = None,
     ) -> None:
-        """Allocate the gradients that are needed.
+        """Allocate the required gradients.
 
         Args:
             unembedding: (V, D).
@@ -60,7 +60,7 @@ class ChunkedLoss:
             needs_unembedding_grad: whether to compute `grad_unembedding`.
             needs_bias_grad: whether to compute `grad_bias`.
             softcap: bound of the logits, or None.
-            chunk_rows: rows whose logits are in memory at once.
+            chunk_rows: rows of logits in memory at once.
             objective: the loss of a row; the negative log-likelihood by default.
         """
         self.objective = objective or CrossEntropy()
@@ -108,7 +108,7 @@ class ChunkedLoss:
         objective_losses, token_losses = torch.empty(2, len(targets), dtype=self.loss_dtype, device=targets.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
-            # One buffer for all chunks: otherwise the next chunk is allocated while the last is still in memory.
+            # One buffer for all chunks: otherwise each chunk is allocated while the previous one is still in memory.
             buffer = self.unembedding.new_empty(min(len(targets), self.chunk_rows), len(self.unembedding))
             for start in range(0, len(targets), self.chunk_rows):
                 rows = slice(start, start + self.chunk_rows)

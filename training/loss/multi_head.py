@@ -1,9 +1,9 @@
 """Weighted losses of all heads against one shared unembedding, without the logits of all rows in memory.
 
-Weights are known before the forward pass. Rows of weight 0 are therefore left out, and gradients are computed in the
-forward pass, one chunk of logits at a time (see `training.loss.chunked_loss`). Heads are run and differentiated one
-after the other (arXiv 2404.19737, section 2). Until the backward pass only one gradient per input and per parameter is
-kept, plus one chunk of logits and the activations of one head, regardless of the number of heads.
+Weights are known in advance, so the forward pass skips rows of weight 0 and computes gradients, one chunk of logits at
+a time (see `training.loss.chunked_loss`). Heads run and are differentiated one after another (arXiv 2404.19737, section
+2). Until the backward pass, memory holds one gradient per input and parameter, one chunk of logits and the activations
+of one head, regardless of the number of heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from weighted_mtp.training.loss.objectives import Objective
 
 
 class HeadTargets(NamedTuple):
-    """The rows that one head predicts, with targets and weights.
+    """The rows predicted by one head, with targets and weights.
 
     Attributes:
         rows: (R,) int64, indices into the flattened positions of a batch.
-        targets: (R,) int64, valid token ids or whatever the objective takes.
+        targets: (R,) int64, valid token ids, or other targets of the objective.
         weights: (R,) floating, or (R, components) for live weights.
     """
 
@@ -37,9 +37,9 @@ class HeadGroup:
     """Heads whose hidden states are computed together: one parallel head, or a chain of sequential modules.
 
     Attributes:
-        heads: their numbers, ascending.
+        heads: numbers of the heads, ascending.
         hidden_states: maps the inputs and the rows (R,) of each head to the hidden states (R, D) of each head.
-        parameters: parameters that it uses besides the inputs.
+        parameters: parameters of the group.
     """
 
     heads: Sequence[int]
@@ -53,9 +53,9 @@ class HeadLosses(NamedTuple):
     Attributes:
         total: scalar with gradients, the sum over heads k and rows r of
             `coefficients[k] * weights[r] * objective_losses[r]`.
-        objective_losses: (sum of R,) float32 (float64 for float64 input), the values that the objective minimises,
+        objective_losses: (sum of R,) float32 (float64 for float64 input), values of the objective to minimise,
             without gradients; 0 for rows whose live weight is 0.
-        token_losses: (sum of R,) likewise, the losses to log and to rank, nats.
+        token_losses: (sum of R,) of the same dtype, the losses to log and to rank, nats.
         correct: (sum of R,) bool, whether the target is the most likely token.
         weights: (sum of R,) the weights used.
     """
@@ -68,7 +68,7 @@ class HeadLosses(NamedTuple):
 
 
 LiveWeightFunction = Callable[[Tensor, HeadTargets], Tensor]
-"""Maps the current losses (R,) of a head's rows and its targets, with weight components, to weights (R,)."""
+"""Maps a head's current losses (R,) and its targets, whose weights are components, to weights (R,)."""
 
 
 def weighted_linear_cross_entropy(
@@ -91,8 +91,8 @@ def weighted_linear_cross_entropy(
         weights: (R,).
         bias: (V,) or None.
         softcap: bound of the logits, or None.
-        chunk_rows: rows whose logits are in memory at once.
-        objective: the loss to sum in place of the negative log-likelihood.
+        chunk_rows: rows of logits in memory at once.
+        objective: the loss to sum; the negative log-likelihood by default.
 
     Returns:
         The weighted sum, a scalar with gradients for `hidden_states`, `unembedding` and `bias`, and the (R,) losses
@@ -133,16 +133,16 @@ def multi_head_cross_entropy(
     the dtype of the hidden states; on a CPU at least float32, because bfloat16 products are many times slower there.
 
     Args:
-        inputs: tensors that the groups share, such as the trunk's hidden states; they may need gradients.
-        groups: groups that contain every head once.
+        inputs: tensors shared by the groups, such as the trunk's hidden states; they may need gradients.
+        groups: each head belongs to exactly one group.
         targets: rows, targets and weights of each head.
         unembedding: (V, D), shared by all heads.
         coefficients: (K,) factor of each head's losses.
         bias: (V,) or None.
         softcap: bound of the logits, or None.
-        chunk_rows: rows whose logits are in memory at once.
+        chunk_rows: rows of logits in memory at once.
         live: computes the weights from the negative log-likelihoods. All rows are then predicted once without
-            gradients, and rows with weight a second time.
+            gradients, and rows of nonzero weight a second time.
         objective: the loss of a row; the negative log-likelihood by default.
 
     Returns:
@@ -208,8 +208,8 @@ class _MultiHeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            raise RuntimeError("the gradients of this loss were used up by an earlier backward pass")
-        # In place to save memory: the largest gradient has the size of the unembedding.
+            raise RuntimeError("an earlier backward pass already used the gradients of this loss")
+        # In place to save memory: the largest gradient is as large as the unembedding.
         scaled = (g if g is None else g.mul_(grad_total).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return None, None, *scaled
 
@@ -233,7 +233,7 @@ def _forward_backward(
         results: receives losses and weights, (R,) each, of every head.
 
     Returns:
-        The gradients of the group's parameters, None where none is needed.
+        The gradients of the group's parameters, None where not needed.
     """
     targets = [settings.targets[head] for head in group.heads]
     with torch.set_grad_enabled(settings.grad_enabled):
@@ -266,7 +266,7 @@ def _forward_backward(
 def _differentiate(
     hidden: Sequence[Tensor], hidden_grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of `tensors` (None where none is needed) given those of the hidden states of a group."""
+    """Gradients of `tensors` (None where not needed), given the gradients of a group's hidden states."""
     outputs = [pair for pair in zip(hidden, hidden_grads, strict=True) if pair[0].requires_grad]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     if not outputs:

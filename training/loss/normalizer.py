@@ -24,8 +24,8 @@ class StepNormalizer(NamedTuple):
 def count_targets(position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False) -> tuple[Tensor, Tensor]:
     """Number of valid targets at `offset`, int64, and the sum of their absolute weights, in the dtype of weights.
 
-    With `scored` the weights are components (B, T, components) of live weights, and a target without NaN counts 1.
-    Both results are scalars.
+    With `scored`, the weights are components (B, T, components) of live weights, and each target without NaN counts as
+    1. Both results are scalars.
     """
     valid = valid_targets(position_ids, offset)
     weights = weights[:, offset:]

@@ -1,7 +1,7 @@
 """Training objectives: the loss of a chunk of logits, with its gradient in closed form.
 
-An objective gets each chunk of logits once, in float32 or float64, and may overwrite it. `training.loss.chunked_loss`
-keeps one chunk in memory and computes the gradient of the logits in place.
+An objective receives each chunk of logits once, in float32 or float64, and may overwrite it.
+`training.loss.chunked_loss` keeps one chunk in memory and computes the gradient of the logits in place.
 """
 
 from abc import ABC, abstractmethod
@@ -14,10 +14,10 @@ from torch import Tensor
 from weighted_mtp.schemas.configs import ObjectiveConfig
 
 DEFAULT_BETA = -0.25
-"""The exponent that worked best for later reinforcement learning (arXiv 2512.22955)."""
+"""Best exponent for later reinforcement learning in arXiv 2512.22955."""
 
 MIN_COMPLEMENT = torch.finfo(torch.float32).eps
-"""Lower bound of 1 - p before a negative power. Below it p is 1 in float32 and its loss is 0."""
+"""Lower bound of 1 - p before raising it to a negative power. Below it, p is 1 in float32 and the loss is 0."""
 
 
 class ChunkLosses(NamedTuple):
@@ -28,7 +28,7 @@ class ChunkLosses(NamedTuple):
         token_losses: (C,) the losses to log and to rank, nats.
         correct: (C,) bool, whether the target is the most likely token.
         gradient: maps weights (C,) to the gradient (C, V) of the weighted sum of `objective_losses` with respect to the
-            logits. It overwrites the logits, so call it once.
+            logits. Overwrites the logits, so call it only once.
     """
 
     objective_losses: Tensor
@@ -42,7 +42,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, logits: Tensor, targets: Tensor) -> ChunkLosses:
-        """Losses of logits (C, V), which are overwritten, for targets (C,) int64."""
+        """Losses of logits (C, V) for targets (C,) int64; overwrites the logits."""
 
 
 class CrossEntropy(Objective):
@@ -75,7 +75,7 @@ class DiversityOrPrecision(Objective):
 
     def __call__(self, logits: Tensor, targets: Tensor) -> ChunkLosses:
         """Losses of logits (C, V) for token ids (C,)."""
-        # With equal rewards top and tail need no ranking.
+        # With equal rewards, top and tail need no ranking.
         ranked = self.lambda_top != self.lambda_tail
         top = logits.topk(min(self.top_k, logits.shape[-1]), sorted=False).indices if ranked else None
         sums, losses, correct = exponentials(logits, targets)
@@ -101,7 +101,7 @@ class DiversityOrPrecision(Objective):
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """Build the objective that `config` describes."""
+    """Build the objective for `config`."""
     if config.kind == "cross_entropy":
         return CrossEntropy()
     beta = DEFAULT_BETA if config.beta is None else config.beta
@@ -109,7 +109,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
 
 
 def exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponentiate logits (C, V) in place, less the row maxima.
+    """Subtract the row maxima from logits (C, V) and exponentiate, in place.
 
     Returns:
         Row sums (C, 1) of the exponentials, negative log-likelihoods (C,) of the targets, and whether each target has

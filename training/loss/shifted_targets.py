@@ -1,7 +1,7 @@
-"""Targets of every offset in packed rows, shifted labels that stay inside their document.
+"""Targets of each offset in packed rows: labels shifted within their document.
 
-A packed row holds several documents. `position_ids` restart at 0 in each, and every padding token is a document of its
-own. Token t+k belongs to the document of token t exactly when `position_ids[t+k] == position_ids[t] + k`.
+A packed row holds several documents. `position_ids` restart at 0 in each, and every padding token is its own
+document. Token t+k belongs to the document of token t exactly when `position_ids[t+k] == position_ids[t] + k`.
 """
 
 from torch import Tensor
@@ -17,17 +17,17 @@ def valid_targets(position_ids: Tensor, offset: int) -> Tensor:
 def select_targets(
     input_ids: Tensor, position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False
 ) -> HeadTargets:
-    """Select the positions whose target at `offset` has weight. The weight is the target's.
+    """Select the positions whose target at `offset` has nonzero weight.
 
     Args:
         input_ids: (B, T) int64.
         position_ids: (B, T) int64.
-        weights: (B, T) weight of each token as a target.
+        weights: (B, T), the weight of each token as a target.
         offset: distance from a position to its target.
         scored: `weights` are components (B, T, components) of live weights; targets without NaN are selected.
 
     Returns:
-        Indices into the (B * T) flattened positions, ascending, with targets and weights.
+        Ascending indices into the (B * T) flattened positions, with targets and weights.
     """
     length = input_ids.shape[1]
     target_weights = weights[:, offset:]  # (B, T - offset[, components])

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from weighted_mtp.training.loss.objectives import ChunkLosses, Objective, exponentials
 
 MAX_DISTANCE = 104
-"""Tokens this far ahead have target probability 0: exp(-104) is 0 in float32, and the next token always has d = 0."""
+"""At this distance target probabilities are 0: exp(-104) is 0 in float32, and the next token always has d = 0."""
 
 
 class TokenOrder(Objective):
-    """Loss of token order prediction for rows of one batch; targets are positions of the next tokens."""
+    """Loss of token order prediction for rows of one batch. Targets are positions of next tokens."""
 
     def __init__(self, input_ids: Tensor, position_ids: Tensor, window: int | None) -> None:
         """Index the tokens of a batch.
@@ -26,7 +26,7 @@ class TokenOrder(Objective):
         Args:
             input_ids: (B, T) int64.
             position_ids: (B, T) int64, restarting at 0 in every document.
-            window: W; None for the rest of the document.
+            window: W; None means the rest of the document.
         """
         self.tokens = input_ids.flatten()
         self.documents = (position_ids.flatten() == 0).cumsum(0)
@@ -59,7 +59,7 @@ class TokenOrder(Objective):
         probabilities = probabilities.to(logits.dtype)
         upcoming_logits = logits.gather(-1, tokens)
         sums, next_token_losses, correct = exponentials(logits, self.tokens[targets])
-        # Logits enter relative to the next token's, so that large ones lose no digits.
+        # Subtract the next token's logit to keep the precision of large logits.
         losses = next_token_losses + (probabilities * (upcoming_logits[:, :1] - upcoming_logits)).sum(-1)
 
         def gradient(weights: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ def previous_occurrences(tokens: Tensor, documents: Tensor) -> Tensor:
 def make_order_head(trunk: Any, *, from_scratch: bool) -> nn.Linear:
     """The second unembedding (V, D): random for a new trunk, else a copy of the trunk's own.
 
-    The next token has the largest target, so the unembedding of a trained trunk is a close start. A random one would
-    send large, noisy gradients into the trunk.
+    The next token has the largest target, so the unembedding of a trained trunk is a good starting point. A random
+    matrix would send large, noisy gradients into the trunk.
     """
     unembedding = trunk.get_output_embeddings().weight
     head = nn.Linear(unembedding.shape[1], unembedding.shape[0], bias=False)

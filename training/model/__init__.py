@@ -1,1 +1,1 @@
-"""The model in training: a Hugging Face trunk and the heads on it."""
+"""The trained model: a Hugging Face trunk and its heads."""

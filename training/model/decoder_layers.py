@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation of every decoder layer, those in heads included."""
+"""Activation checkpointing and compilation of every decoder layer, including those in heads."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ def trunk_layers(model: MTPModel) -> list[Any]:
     """The decoder layers of the trunk.
 
     Raises:
-        UserError: the architecture gives them unknown names.
+        UserError: the architecture uses unknown names for its layers.
     """
     return list(decoder_parts(model.trunk)[0])
 
 
 def all_layers(model: MTPModel) -> list[Any]:
-    """The decoder layers of the trunk and those of the heads."""
+    """The decoder layers of the trunk and the heads."""
     layers = trunk_layers(model)
     return layers + [module for module in model.heads.modules() if isinstance(module, type(layers[0]))]
 
 
 def checkpoint_activations(model: MTPModel) -> None:
-    """Keep only the input of every decoder layer and recompute the layer in the backward pass.
+    """Store only the input of each decoder layer, and recompute the layer in the backward pass.
 
     Raises:
-        UserError: the architecture does not support it.
+        UserError: the architecture does not support activation checkpointing.
     """
     settings = {"use_reentrant": False}
     try:
@@ -42,6 +42,6 @@ def checkpoint_activations(model: MTPModel) -> None:
 
 
 def compile_layers(model: MTPModel) -> None:
-    """Compile the forward of every decoder layer; hooks, which shard and record, stay outside."""
+    """Compile the forward method of every decoder layer, but not the hooks for sharding and recording."""
     for layer in all_layers(model):
         layer.forward = torch.compile(layer.forward)

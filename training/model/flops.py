@@ -1,4 +1,4 @@
-"""Floating point operations (FLOPs) of a training step and peak rates of devices, for model FLOPs utilisation (MFU)."""
+"""Floating-point operations (FLOPs) of a training step and peak rates of devices, for model FLOP utilisation (MFU)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from weighted_mtp.training.model.mtp_model import MTPModel
 from weighted_mtp.training.model.trunk import attention_width
 
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362}
-"""Dense bfloat16 peak of a device whose name contains the key, in 10^12 operations a second (vendors' data sheets)."""
+"""Dense bfloat16 peak of devices by part of their name, in 10^12 operations per second (vendors' data sheets)."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 operations a second of a GPU, None if unknown."""
+    """Peak dense bfloat16 operations per second of a GPU, None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -19,16 +19,16 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class StepFlops:
-    """Counts the operations of forward and backward passes, two for each multiplication of a matrix product.
+    """Counts the FLOPs of forward and backward passes: two per multiplication in a matrix product.
 
-    These are model FLOPs (PaLM, arXiv 2204.02311, appendix B): recomputation does not count, nor do rows of weight 0 at
-    the unembedding. A matrix that learns counts three times: for the output, and for the gradients of input and matrix.
+    These are model FLOPs (PaLM, arXiv 2204.02311, appendix B). They exclude recomputation, and rows of weight 0 at the
+    unembedding. A trainable matrix counts three times: for the output, and for the gradients of input and matrix.
 
     Attributes:
         token: operations of trunk and heads per token.
-        pair: operations of attention per pair of a token and one that it attends to.
+        pair: operations of attention per (query, key) pair.
         row: operations of the unembedding per selected row.
-        head_row: further operations per selected row of an extra head.
+        head_row: additional operations per selected row of an extra head.
         order_row: operations of token order prediction per selected row.
     """
 
@@ -37,7 +37,7 @@ class StepFlops:
         modules = [module for module in trunk.get_decoder().modules() if not isinstance(module, nn.Embedding)]
         matrices = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
         learning = sum(p.requires_grad for p in matrices)
-        # With adapters alone frozen matrices need no gradient of their own, but their inputs do.
+        # With adapters only, the frozen matrices need no gradients, but their inputs do.
         passes = 3 if learning == len(matrices) else 2 if learning else 1
         heads = model.heads.flops(config)
         self.token = 2.0 * passes * sum(p.numel() for p in matrices) + heads.token
@@ -50,11 +50,11 @@ class StepFlops:
         self.offsets = len(model.config.offsets)
 
     def __call__(self, tokens: float, pairs: float, selected: Tensor) -> float:
-        """Operations for some rows.
+        """FLOPs of a batch of rows.
 
         Args:
             tokens: number of tokens.
-            pairs: number of pairs of a token and one that it attends to.
+            pairs: number of (query, key) pairs of attention.
             selected: (P,) number of rows selected for each prediction (`HeadSums.selected`).
         """
         rows, further = selected[: self.offsets], selected[self.offsets :]

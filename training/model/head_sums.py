@@ -1,4 +1,4 @@
-"""Sums over target tokens, from which metrics and evaluation follow."""
+"""Sums over target tokens, for metrics and evaluation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class HeadSums(NamedTuple):
-    """Sums over the targets with weight, for each of the P entries of `HeadsConfig.predictions`.
+    """Sums over targets of nonzero weight, for each of the P entries of `HeadsConfig.predictions`.
 
-    All are (P,) of one floating dtype, without gradients. Some functions take them with further leading dimensions.
+    All are (P,) of the same floating dtype, without gradients. Some functions accept additional leading dimensions.
 
     Attributes:
         weighted_loss: objective losses times weights.
@@ -30,12 +30,12 @@ class HeadSums(NamedTuple):
 
     @classmethod
     def zeros(cls, predictions: int, device: torch.device, dtype: torch.dtype = torch.float32) -> "HeadSums":
-        """Sums over nothing."""
+        """Sums of zero."""
         return cls(*(torch.zeros(predictions, device=device, dtype=dtype) for _ in cls._fields))
 
     @classmethod
     def of_rows(cls, objective_losses: Tensor, token_losses: Tensor, correct: Tensor, weights: Tensor) -> "HeadSums":
-        """Scalar sums over the rows (R,) of one prediction; rows of weight 0 do not count."""
+        """Scalar sums over the rows (R,) of one prediction; ignores rows of weight 0."""
         selected = weights != 0
         return cls(
             weighted_loss=weights @ objective_losses,

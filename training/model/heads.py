@@ -1,8 +1,8 @@
 """Heads for multi-token prediction: modules that map the trunk's output to hidden states for later tokens.
 
 All heads share the trunk's unembedding, and offset 1 is the trunk's own prediction. A model without extra heads is
-therefore an ordinary language model. Every kind of heads maps a `TrunkOutput` to `HeadGroup`s, which
-`training.loss.multi_head` runs and differentiates one after the other, and reports its own FLOPs.
+therefore an ordinary language model. Each kind of heads maps a `TrunkOutput` to `HeadGroup`s and reports its own FLOPs.
+`training.loss.multi_head` runs and differentiates the groups one after another.
 """
 
 import copy
@@ -20,10 +20,10 @@ from weighted_mtp.training.model.trunk import LayerCall, attention_width, decode
 
 
 class TrunkOutput(NamedTuple):
-    """Output of the trunk over packed rows, as input of the heads.
+    """Output of the trunk over packed rows: the input of the heads.
 
     Attributes:
-        inputs: tensors (B, T, D) through which gradients reach the trunk: the final hidden states, then those listed in
+        inputs: tensors (B, T, D) through which gradients reach the trunk: the final hidden states, then those in
             `Heads.reads`.
         position_ids: (B, T) int64.
         last_call: arguments of the trunk's last layer.
@@ -35,12 +35,12 @@ class TrunkOutput(NamedTuple):
 
 
 class HeadFlops(NamedTuple):
-    """Floating point operations of all extra heads in forward and backward pass, when their matrices learn.
+    """FLOPs of all extra heads in forward and backward passes, with trainable matrices.
 
     Attributes:
         token: per token of the rows.
-        pair: per pair of a token and one that it attends to.
-        row: per row selected for one extra head.
+        pair: per (query, key) pair of attention.
+        row: per selected row of one extra head.
     """
 
     token: float = 0.0
@@ -52,7 +52,7 @@ class Heads(nn.ModuleList, ABC):
     """The modules for all offsets after the first; head number k of a model is module k - 1."""
 
     reads: Sequence[str] = ()
-    """Inputs from the trunk besides the final hidden states: `last_layer_input`, `before_norm`, `embeddings`."""
+    """Trunk tensors to read besides the final hidden states: `last_layer_input`, `before_norm`, `embeddings`."""
 
     @abstractmethod
     def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
@@ -60,15 +60,15 @@ class Heads(nn.ModuleList, ABC):
 
     @abstractmethod
     def flops(self, config: Any) -> HeadFlops:
-        """FLOPs of the heads on a trunk with this Hugging Face config."""
+        """FLOPs of the heads for a trunk with this Hugging Face config."""
 
     def matrix_flops(self) -> float:
-        """Operations for one row in all matrix products of all heads: two each for output, input and matrix."""
+        """FLOPs per row of all matrix products in all heads: two each for the output and the two gradients."""
         return 6.0 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
 
 class ResidualHead(nn.Module):
-    """`x + SiLU(W x)` on the trunk's output, W = 0 at the start (Medusa, arXiv 2401.10774, section 2.1.1)."""
+    """`x + SiLU(W x)` on the trunk's output, with W initially 0 (Medusa, arXiv 2401.10774, section 2.1.1)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -81,17 +81,17 @@ class ResidualHead(nn.Module):
 
 
 class ResidualHeads(Heads):
-    """Parallel heads of one residual block each."""
+    """Parallel heads, each with one residual block."""
 
     def __init__(self, trunk: Any, offsets: Sequence[int]) -> None:
         super().__init__(ResidualHead(trunk.config.hidden_size) for _ in offsets[1:])
 
     def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
-        """One group for each head, over the rows with weight only."""
+        """One group for each head, over rows of nonzero weight only."""
         return [self._group(i, head) for i, head in enumerate(self, start=1)]
 
     def flops(self, config: Any) -> HeadFlops:
-        """Operations per selected row only."""
+        """FLOPs per selected row only."""
         return HeadFlops(row=self.matrix_flops() / max(1, len(self)))
 
     @staticmethod
@@ -103,12 +103,12 @@ class ResidualHeads(Heads):
 
 
 class DecoderHeads(Heads):
-    """Parallel heads of one decoder layer each, on the input of the trunk's last layer (arXiv 2404.19737)."""
+    """Parallel heads, each with one decoder layer on the input of the trunk's last layer (arXiv 2404.19737)."""
 
     reads = ("last_layer_input",)
 
     def __init__(self, trunk: Any, offsets: Sequence[int], *, from_scratch: bool) -> None:
-        """Copy the last layer of a pretrained trunk for every head, or move the last layers of a new one here.
+        """Copy the last layer of a pretrained trunk for each head, or move the last layers of a new trunk here.
 
         Raises:
             UserError: the trunk has too few layers.
@@ -125,11 +125,11 @@ class DecoderHeads(Heads):
         self.final_norm = [norm]  # the trunk's own; a list keeps it from becoming a submodule of the heads
 
     def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
-        """One group for each head, over all positions, because of its attention."""
+        """One group for each head, over all positions, because attention needs them."""
         return [self._group(i, layer, trunk.last_call) for i, layer in enumerate(self, start=1)]
 
     def flops(self, config: Any) -> HeadFlops:
-        """Operations of decoder layers over all tokens."""
+        """FLOPs of decoder layers over all tokens."""
         return HeadFlops(token=self.matrix_flops(), pair=12.0 * len(self) * attention_width(config))
 
     def _group(self, number: int, layer: nn.Module, call: LayerCall) -> HeadGroup:
@@ -142,10 +142,10 @@ class DecoderHeads(Heads):
 
 
 class SequentialModule(nn.Module):
-    """One decoder layer on `M [norm(h); norm(emb)]`, then a final norm of its own (DeepSeek-V3, arXiv 2412.19437).
+    """One decoder layer on `M [norm(h); norm(emb)]`, then its own final norm (DeepSeek-V3, arXiv 2412.19437).
 
-    Names and order of the concatenation are those of MiMo (arXiv 2505.07608), which vLLM serves. The half of M for h
-    starts as the identity, the half for the embedding is random.
+    Names and the order of concatenation follow MiMo (arXiv 2505.07608), which vLLM serves. The half of M for h starts
+    as the identity; the half for the embedding is random.
     """
 
     def __init__(self, trunk: Any, *, from_scratch: bool) -> None:
@@ -168,10 +168,10 @@ class SequentialModule(nn.Module):
 
 
 class SequentialHeads(Heads):
-    """A chain of modules; each reads the previous one's hidden states and the token that the previous one predicts.
+    """A chain of modules. Each reads the previous module's hidden states and the embedding of that module's target.
 
-    The first reads the trunk's hidden states before the final norm. Embeddings are zeros at position 0 of every
-    document, as in vLLM's MiMo, and where the token would lie beyond the document.
+    The first reads the trunk's hidden states before the final norm. Embeddings are zero at position 0 of each document,
+    as in vLLM's MiMo, and where the token would lie beyond the document.
     """
 
     reads = ("before_norm", "embeddings")
@@ -181,7 +181,7 @@ class SequentialHeads(Heads):
         self.offsets = tuple(offsets)
 
     def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
-        """One group, because every module needs the previous one."""
+        """One group, because each module needs the previous one."""
 
         def hidden_states(inputs: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
             _, states, embeddings = inputs
@@ -196,12 +196,12 @@ class SequentialHeads(Heads):
         return [HeadGroup(range(1, len(self) + 1), hidden_states, tuple(self.parameters()))] if len(self) else []
 
     def flops(self, config: Any) -> HeadFlops:
-        """Operations of decoder layers and input projections over all tokens."""
+        """FLOPs of decoder layers and input projections over all tokens."""
         return HeadFlops(token=self.matrix_flops(), pair=12.0 * len(self) * attention_width(config))
 
 
 def shift_within(values: Tensor, position_ids: Tensor, offset: int) -> Tensor:
-    """`values[:, t + offset]` (B, T, D); zeros where t is first in its document or t + offset lies outside it."""
+    """`values[:, t + offset]` (B, T, D); zero where t starts a document or t + offset lies outside its document."""
     inside = valid_targets(position_ids, offset) & (position_ids[:, :-offset] > 0)
     ahead = torch.where(inside[..., None], values[:, offset:], 0)
     return nn.functional.pad(ahead, (0, 0, 0, offset))

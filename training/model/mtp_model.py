@@ -1,7 +1,7 @@
 """A Hugging Face language model with multi-token-prediction heads that computes its own weighted loss.
 
-The loss is computed inside `forward` because that is where wrappers (DDP, FSDP, autocast) expect the parameters of the
-unembedding to be used.
+`forward` computes the loss because wrappers (DDP, FSDP, autocast) expect it to use all parameters, including the
+unembedding.
 """
 
 from contextlib import ExitStack
@@ -39,7 +39,7 @@ from weighted_mtp.training.weighting.batch import LiveWeighting
 HEADS_CONFIG = "config.json"
 HEADS_WEIGHTS = "heads.safetensors"
 TOP = "top."
-"""Prefix of the tensor names of token order prediction; names of heads start with a number."""
+"""Prefix of tensor names for token order prediction. Tensor names of heads start with a number."""
 
 
 class MTPModel(nn.Module):
@@ -73,17 +73,16 @@ class MTPModel(nn.Module):
             position_ids: (B, T) int64, restarting at 0 in every document, 0 for padding.
             weights: (B, T) float32, the weight of each token as a target; with `live` (B, T, components), NaN where a
                 token has no score.
-            coefficients: (C,) factor of each offset's loss and of token order prediction, by default those of the
-                config.
+            coefficients: (C,) factor of each offset's loss and of token order prediction; from the config by default.
             live: computes weights from current losses and the components.
             objective: the loss of a target; by default its negative log-likelihood.
 
         Returns:
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
-            the sums (P,) of each of the config's `predictions`, without gradients. Token order prediction adds its loss
-            with the weights of offset 1.
+            the sums (P,) for the config's `predictions`, without gradients. Token order prediction adds its loss with
+            the weights of offset 1.
         """
-        # Before the trunk, because the number of targets with weight decides shapes, which a GPU must wait for.
+        # Before the trunk: the number of selected targets sets tensor shapes, so a GPU must synchronise here.
         targets = [
             select_targets(input_ids, position_ids, weights, offset, scored=live is not None)
             for offset in self.config.offsets
@@ -110,7 +109,7 @@ class MTPModel(nn.Module):
         sums = [HeadSums.of_rows(*losses[1:]) for losses in by_head]
         if self.top is not None:
             rows, used = targets[0].rows, by_head[0].weights
-            selected = used != 0 if live else slice(None)  # stored weights are not 0 here
+            selected = used != 0 if live else slice(None)  # stored weights are nonzero here
             order = self._predict_order(
                 self.top, trunk, input_ids, rows[selected], used[selected], coefficients[offsets:]
             )
@@ -165,11 +164,11 @@ class MTPModel(nn.Module):
         return TrunkOutput(tuple(inputs), position_ids, last)
 
     def save(self, directory: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write the trunk as an ordinary Hugging Face checkpoint to `model/`, adapters merged, the heads to `heads/`.
+        """Write the trunk, with adapters merged, to `model/` as a Hugging Face checkpoint, and the heads to `heads/`.
 
         Args:
             directory: target directory.
-            state: the whole state dict, needed where this module holds only a shard of it.
+            state: the whole state dict; required if this module holds only a shard.
         """
         state = self.state_dict() if state is None else state
         trunk = _under("trunk.", state)
@@ -182,7 +181,7 @@ class MTPModel(nn.Module):
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a state dict whose names start with `prefix`, with the prefix removed."""
+    """Entries of a state dict whose names start with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
@@ -192,12 +191,12 @@ def _own_hidden_states(inputs: Any, rows: Any) -> list[Tensor]:
 
 
 def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, attention: str | None = None) -> MTPModel:
-    """Build the model to train, in float32, from pretrained weights or from the config alone.
+    """Build the model for training in float32, from pretrained weights or from the config alone.
 
-    With decoder heads a pretrained trunk keeps all layers, and every extra head starts as a copy of its last layer.
-    From scratch the trunk gives its last layers to the extra heads, so the number of parameters is that of the model
-    without heads (arXiv 2404.19737, section 2). Heads of a training run are loaded; with `config` None the model has
-    the heads of the run, or none.
+    With decoder heads, a pretrained trunk keeps all layers, and each extra head starts as a copy of the last layer.
+    From scratch, the last layers of the trunk become the extra heads, which leaves the number of parameters unchanged
+    (arXiv 2404.19737, section 2). If `name` is a training run, its heads are loaded; `config` None uses the heads of
+    the run, or none.
 
     Raises:
         UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or is a
@@ -217,7 +216,7 @@ def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, at
         if _structure(saved) != _structure(config):
             raise UserError(
                 f"--model {name}: has other heads ({', '.join(map(str, _structure(saved)))}); repeat its --heads, or "
-                f"give {source} to begin with new ones"
+                f"use {source} to start with new ones"
             )
         directory = locate(name) / "heads"
         try:
@@ -231,7 +230,7 @@ def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, at
 
 
 def _structure(config: HeadsConfig) -> tuple[str, ...]:
-    """The settings that saved parameters depend on, as text."""
+    """Settings that determine the saved parameters, as text."""
     order = ("token order prediction",) * config.predicts_order
     dmtd = config.dmtd
     split = f"dmtd cycle {dmtd.cycle} with {dmtd.encoding_layers} encoding, {dmtd.decoding_layers} decoding layers"
@@ -242,7 +241,7 @@ def load_model(name: str) -> MTPModel:
     """Load a training run with its heads, or a Hugging Face causal language model, in float32.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
     return build_model(name, None, from_scratch=False)
 

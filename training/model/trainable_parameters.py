@@ -1,4 +1,4 @@
-"""Which parameters learn: all, those of the extra heads, or those of the heads and of low-rank adapters (LoRA)."""
+"""Selects the trainable parameters: all, the extra heads, or the heads and low-rank adapters (LoRA)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ ADAPTER = "default"
 
 
 def select_trainable(trunk: Any, config: TrainConfig) -> None:
-    """Freeze the parameters of a trunk that do not learn under `config`, and add adapters if it has them.
+    """Freeze the parameters of a trunk that are not trainable under `config`, and add adapters if configured.
 
     Raises:
         UserError: adapters cannot be added.
@@ -27,7 +27,7 @@ def select_trainable(trunk: Any, config: TrainConfig) -> None:
 
 
 def freeze_trunk(trunk: nn.Module) -> None:
-    """Freeze the trunk, so that only heads learn, as in the first stage of L-MTP (arXiv 2505.17505) and Medusa."""
+    """Freeze the trunk and train only heads, as in the first stage of L-MTP (arXiv 2505.17505) and in Medusa."""
     trunk.requires_grad_(False)
 
 
@@ -41,7 +41,7 @@ def add_adapters(trunk: Any, config: LoRAConfig) -> None:
     """Freeze the trunk and add low-rank adapters in place (LoRA, arXiv 2106.09685).
 
     Raises:
-        UserError: it has no modules of these names, or some that do not support adapters.
+        UserError: the trunk has no modules of these names, or some do not support adapters.
     """
     targets = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
     settings = LoraConfig(
@@ -58,18 +58,18 @@ def add_adapters(trunk: Any, config: LoRAConfig) -> None:
         raise UserError(f"--lora.targets {names}: {first_line(error)}; name other modules") from error
     for target in set(config.targets) - {"all-linear"}:
         if not any(isinstance(m, LoraLayer) and f".{n}".endswith(f".{target}") for n, m in trunk.named_modules()):
-            raise UserError(f"--lora.targets {names}: there is no '{target}'; name other modules")
+            raise UserError(f"--lora.targets {names}: no module is named '{target}'; name other modules")
     decoder = set(trunk.get_decoder().modules())
     for name, module in trunk.named_modules():
         if isinstance(module, LoraLayer) and (module not in decoder or isinstance(module.base_layer, nn.Embedding)):
-            raise UserError(f"--lora.targets {names}: {name} is no linear layer of the decoder; name other modules")
+            raise UserError(f"--lora.targets {names}: {name} is not a linear layer of the decoder; name other modules")
 
 
 def merge_adapters(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merge adapters: a state dict with the names from before `add_adapters` and `scale * B @ A` added to each matrix.
+    """Merge adapters: return a state dict with the original names and `scale * B @ A` added to each matrix.
 
     Args:
-        trunk: the module with adapters; it is not changed.
+        trunk: the module with adapters, left unchanged.
         state: its whole state dict.
     """
     merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}

@@ -1,4 +1,4 @@
-"""The trunk: loading a Hugging Face model, finding its layers, and checking the assumptions of training."""
+"""The trunk: loads a Hugging Face model, finds its layers, and checks the assumptions of training."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ ON_GPU_ONLY = ("flex_attention", "flash_attention_2", "flash_attention_3")
 
 @dataclass
 class LayerCall:
-    """Arguments of a call of a decoder layer, to call another layer in the same way."""
+    """Arguments of a decoder layer call, for calling another layer with the same arguments."""
 
     args: Sequence[Any] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class LayerCall:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Run `layer` on other hidden states (B, T, D), with the masks and positions of the call; returns (B, T, D)."""
+        """Run `layer` on other hidden states (B, T, D) with this call's masks and positions; returns (B, T, D)."""
         kwargs = {name: value for name, value in self.kwargs.items() if name != "hidden_states"}
         output = layer(hidden_states, *self.args[1:], **kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -47,10 +47,10 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
     Args:
         name: directory, address in an object store, or Hugging Face id.
         from_scratch: start from random weights.
-        attention: one of transformers' attention implementations; None for its default.
+        attention: an attention implementation of transformers; None for the default.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
     source = local_name(name)
     settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
@@ -64,7 +64,7 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
         if isinstance(error, ImportError):
             hint = "choose another --attention"
         elif Path(source).is_dir() and not from_scratch:
-            hint += ", or --from_scratch true to use its config only"
+            hint += ", or use --from_scratch true to read only its config"
         raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
 
 
@@ -84,7 +84,7 @@ def choose_attention(wanted: str, device: torch.device) -> str | None:
     """The attention implementation for `--attention wanted` on a device; None for the default of transformers.
 
     Raises:
-        UserError: it cannot train on that device.
+        UserError: the implementation cannot train on that device.
     """
     if wanted == "auto":
         return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else None
@@ -97,15 +97,15 @@ def decoder_parts(trunk: Any) -> tuple[nn.ModuleList, nn.Module]:
     """The decoder layers and the final norm of a trunk.
 
     Raises:
-        UserError: the architecture gives them unknown names.
+        UserError: the architecture uses unknown names for them.
     """
     decoder = trunk.get_decoder()
     layers = next((getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)), None)
     norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
     if layers is None or norm is None:
         raise UserError(
-            f"{type(decoder).__name__}: decoder layers or final norm not found; use --heads.block residual, without "
-            "--fsdp, --compile and --activation_checkpointing, or another architecture"
+            f"{type(decoder).__name__}: decoder layers or final norm not found; use --heads.block residual without "
+            "--fsdp, --compile and --activation_checkpointing, or use another architecture"
         )
     return layers, norm
 
@@ -141,7 +141,7 @@ def shorten(trunk: Any, layers: int) -> None:
 
 
 def shorten_config(config: Any, layers: int) -> None:
-    """Make a Hugging Face config describe a model with `layers` layers."""
+    """Reduce a Hugging Face config to `layers` layers."""
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -151,7 +151,7 @@ def shorten_config(config: Any, layers: int) -> None:
 def check_trunk(trunk: Any, name: str) -> None:
     """Check the assumptions of training on two short artificial documents.
 
-    Attention that needs a GPU is tested there, in a trunk of the same shape with two layers and random weights.
+    Attention that needs a GPU is tested on the GPU, in a two-layer trunk of the same shape with random weights.
 
     Raises:
         UserError: the logits are not `hidden @ unembedding.T` (plus bias, soft-cap), or packed documents are mixed.
@@ -188,7 +188,7 @@ def check_trunk(trunk: Any, name: str) -> None:
 
 
 def softcap(trunk: Any) -> float | None:
-    """The bound that the architecture puts on its logits, or None."""
+    """The soft-cap of the architecture's logits, or None."""
     return getattr(trunk.config, "final_logit_softcapping", None)
 
 

@@ -1,1 +1,1 @@
-"""One training run: its settings checked, its directory, its checkpoints, from start to summary."""
+"""One training run, from checked settings to the summary, with its directory and checkpoints."""

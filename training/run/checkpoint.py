@@ -28,14 +28,14 @@ STATE = "state.pt"
 
 
 class TrainingState:
-    """Everything that a checkpoint holds.
+    """The contents of a checkpoint.
 
     Args:
         model: the unwrapped model.
         optimizer: its optimizer.
         scheduler: the learning rate schedule.
-        stateful: further objects with a small `state_dict`, by name.
-        seed: seeds the random states when the number of processes has changed.
+        stateful: other objects with a small `state_dict`, by name.
+        seed: seeds the random states if the number of processes changes.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TrainingState:
         self.seed = seed
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, buffers and optimizer state by name; tied tensors appear once."""
+        """Parameters, buffers and optimizer state by name, with tied tensors only once."""
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, value in self.model.state_dict(keep_vars=True).items():
@@ -61,7 +61,7 @@ class TrainingState:
         return tensors
 
     def save(self, accelerator: Accelerator, directory: Path) -> None:
-        """Write into `directory`, which exists and is empty. All processes must call it; each writes its own files."""
+        """Write into an existing, empty `directory`. All processes must call this; each writes its own files."""
         writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
         with _checkpointing():
             save(self.tensors(), storage_writer=writer, no_dist=not distributed.is_initialized())
@@ -76,7 +76,7 @@ class TrainingState:
     def load(self, accelerator: Accelerator, directory: Path) -> None:
         """Restore from `directory`, written by any number of processes.
 
-        Random states are restored if the number of processes is the same, else seeded anew.
+        Random states are restored if the number of processes is unchanged, else reseeded.
 
         Raises:
             Exception: something is missing or damaged; the type depends on the file.
@@ -84,7 +84,7 @@ class TrainingState:
         state = torch.load(directory / STATE, weights_only=True)
         for name, size in state["files"].items():
             if (directory / name).stat().st_size != size:
-                raise ValueError(f"{name} does not have its {size} bytes")
+                raise ValueError(f"{name} is not {size} bytes long")
         _make_state(self.optimizer)
         with _checkpointing():
             reader = HuggingFaceStorageReader(str(directory))
@@ -105,9 +105,9 @@ class TrainingState:
 
 @contextmanager
 def _checkpointing() -> Iterator[None]:
-    """Silence a warning of DCP, and raise the first process's exception in place of its `CheckpointException`.
+    """Silence a DCP warning, and raise the first process's exception instead of `CheckpointException`.
 
-    DCP warns about a single process even with `no_dist`; its `CheckpointException` is no `Exception`.
+    DCP warns about a single process even with `no_dist`. Its `CheckpointException` does not derive from `Exception`.
     """
     try:
         with warnings.catch_warnings():
@@ -129,7 +129,7 @@ def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the state of every parameter with a step at learning rate 0; the checkpoint then overwrites it."""
+    """Initialise the optimizer state with a step at learning rate 0; the checkpoint then overwrites it."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -1,4 +1,4 @@
-"""Checks that settings, model, shard sets and devices are compatible, before anything is computed."""
+"""Checks before training that settings, model, shard sets and devices are compatible."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
     """Check settings against the number of processes, the row length and the installed packages.
 
     Raises:
-        UserError: a batch cannot be split, an offset reaches beyond a row, or a tracker is not installed.
+        UserError: a batch cannot be split, an offset exceeds the row length, or a tracker is not installed.
     """
     if config.batch_size % processes:
         raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
@@ -28,20 +28,18 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
         raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
     if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
         name = min(missing)
-        raise UserError(f"--trackers: the package of '{name}' is not installed; install it or leave '{name}' out")
+        raise UserError(f"--trackers: the package for '{name}' is not installed; install it or remove '{name}'")
 
 
 def check_tokenizer(model: str, shards: ShardSet) -> None:
-    """Check that model and corpus have the same tokenizer. A model directory without a tokenizer passes.
+    """Check that model and corpus have the same tokenizer. Accepts a model directory without a tokenizer.
 
     Raises:
         UserError: the fingerprints differ, or the tokenizer cannot be loaded.
     """
     if (record := run_record(locate(model))) is not None:
         if record["inputs"]["tokenizer"] != shards.manifest.tokenizer.fingerprint:
-            raise UserError(
-                f"{shards.path}: has another tokenizer than {model} was trained with; prepare it with that one"
-            )
+            raise UserError(f"{shards.path}: its tokenizer is not that of {model}; prepare the corpus with that one")
         return
     source = local_name(model)
     is_directory = Path(source).is_dir()
@@ -51,8 +49,8 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
         raise UserError(f"--model {model}: no such directory; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
-        remedy = "restore it" if is_directory else "check the name, or give a directory"
+    except Exception as error:  # transformers and tokenizers raise plain Exception for damaged files
+        remedy = "restore it" if is_directory else "check the name, or use a directory"
         raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); {remedy}") from error
     expected = shards.manifest.tokenizer
     if not expected.matches(tokenizer):
@@ -83,7 +81,7 @@ def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
         UserError: the fingerprints differ.
     """
     if shards.manifest.tokenizer.fingerprint != other.manifest.tokenizer.fingerprint:
-        raise UserError(f"{other.path}: has another tokenizer than {shards.path}; prepare both with the same one")
+        raise UserError(f"{other.path}: its tokenizer is not that of {shards.path}; prepare both with the same one")
 
 
 def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:
@@ -95,15 +93,15 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
     size, needed = model.trunk.get_output_embeddings().weight.shape[0], shards.manifest.tokenizer.vocab_size
     if size < needed:
         raise UserError(
-            f"--model {name}: has {size} embeddings but the tokenizer of {shards.path} has {needed} ids; "
+            f"--model {name}: has only {size} embeddings, but the tokenizer of {shards.path} has {needed} ids; "
             "use a model made for this tokenizer"
         )
     if (furthest := model.config.offsets[-1]) >= sequence_length:
-        raise UserError(f"--sequence_length {sequence_length}: has no token {furthest} ahead, which a head predicts")
+        raise UserError(f"--sequence_length {sequence_length}: too short for a head {furthest} tokens ahead")
     positions = getattr(model.trunk.config, "max_position_embeddings", None)
     longest = min(sequence_length, shards.manifest.longest)
     if positions is not None and positions < longest:
         raise UserError(
-            f"--model {name}: reads at most {positions} tokens, {shards.path} has sequences of up to {longest}; "
+            f"--model {name}: reads at most {positions} tokens, but {shards.path} has sequences of up to {longest}; "
             f"give --sequence_length {positions}, or prepare with --max_length {positions}"
         )

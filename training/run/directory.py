@@ -1,11 +1,11 @@
 """The directory of a training run: its identity, its metrics, its checkpoints.
 
 RUN/config.yaml        the resolved settings; `wmtp train --config RUN/config.yaml --output OTHER` repeats the run
-RUN/run.json           the settings and inputs that must stay the same when the run is resumed
+RUN/run.json           settings and inputs that must not change when the run is resumed
 RUN/metrics.jsonl      one line per logged step and per evaluation
 RUN/checkpoints/       full training states, newest last
 RUN/model/, RUN/heads/ the trained trunk as a Hugging Face checkpoint, and its heads
-RUN/summary.json       written last: the run is finished
+RUN/summary.json       written last; marks the run as finished
 """
 
 import json
@@ -29,13 +29,13 @@ CHANGEABLE_ON_RESUME = {
 }  # fmt: skip
 """Settings that may change when a stopped run is resumed, because they do not affect the result.
 
-With live weights `micro_batch_size` does, and is compared as well."""
+With live weights `micro_batch_size` affects the result and must not change."""
 
 TRACKING = "wmtp"
-"""Project name of the trackers, and directory of those that write files."""
+"""Project name for trackers, and directory of trackers that write files."""
 
 LOCATIONS = {"input", "mix", "model"}
-"""Settings that are compared by content when a run is resumed."""
+"""Settings whose content is compared when a run is resumed."""
 
 
 def without_nan(record: dict[str, Any]) -> dict[str, Any]:
@@ -52,9 +52,9 @@ class RunDirectory:
         """Describe a run.
 
         Args:
-            config: its settings.
-            inputs: digests of its inputs.
-            store: the local and remote places of the run, if its output is in an object store.
+            config: settings of the run.
+            inputs: digests of the inputs.
+            store: local and remote locations of the run, if its output is in an object store.
             processes: number of processes.
         """
         self.output = config.output
@@ -87,10 +87,10 @@ class RunDirectory:
                 self.store.upload(self.path / name, name)
 
     def check(self) -> None:
-        """Check that the directory is empty, or holds this run or one without a checkpoint.
+        """Check that the directory is empty or holds this run, or a run without a checkpoint.
 
         Raises:
-            UserError: it holds something else, or a run with other settings, which the error names.
+            UserError: it holds other files, or a run with different settings; the message names these.
         """
         if self.record.exists():
             changed = [name.removeprefix("config.") for name in differences(read_json_file(self.record), self.identity)]
@@ -103,12 +103,12 @@ class RunDirectory:
             raise UserError(f"{self.output}: already holds something else; choose another --output or remove it")
 
     def claim(self, step: int) -> None:
-        """Record the run, and drop metrics of steps later than `step`, which will be logged again."""
+        """Write the run record, and drop metrics after `step`, because these steps will be logged again."""
         write_text(self.record, json.dumps(self.identity, indent=2) + "\n")
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_text(self.path / "config.yaml", settings)
         if self.metrics_file.exists():
-            # A kill may have cut the last line short.
+            # A killed process may have truncated the last line.
             lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.metrics_file, "".join(line + "\n" for line in kept))
@@ -121,7 +121,7 @@ class RunDirectory:
         return read_json_file(self.summary_file) if self.summary_file.exists() else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary of a run whose model is saved."""
+        """Write the summary; call this after saving the model."""
         self.publish("model", "heads", "metrics.jsonl", TRACKING)
         write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
         self.publish("summary.json")
@@ -132,32 +132,32 @@ class RunDirectory:
             file.write(json.dumps(without_nan(record)) + "\n")
 
     def latest_checkpoint(self) -> Path | None:
-        """Newest complete checkpoint."""
+        """The newest complete checkpoint, or None."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
     def load_checkpoint(self, accelerator: Accelerator, state: TrainingState) -> None:
         """Resume from the newest checkpoint, if there is one.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: the checkpoint cannot be loaded.
         """
         checkpoint = self.latest_checkpoint()
         if checkpoint is None:
             return
         try:
             state.load(accelerator, checkpoint)
-        except Exception as error:  # torch and safetensors have exceptions of their own for damaged files
+        except Exception as error:  # torch and safetensors raise their own exceptions for damaged files
             where = self.output / CHECKPOINTS / checkpoint.name
             raise UserError(
-                f"{where}: cannot be loaded ({first_line(error)}); remove it to continue from the one before"
+                f"{where}: cannot be loaded ({first_line(error)}); remove it to continue from the previous one"
             ) from error
         accelerator.print(f"{self.output}: continuing from {checkpoint.name}")
 
     def save_checkpoint(self, accelerator: Accelerator, state: TrainingState, step: int) -> None:
-        """Save the full training state under a temporary name, rename it when complete, then remove old ones.
+        """Save the full training state under a temporary name, rename it when complete, then remove old checkpoints.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the checkpoint cannot be written.
         """
         final = self.checkpoints / f"step-{step:08d}"
         partial = self.checkpoints / f".step-{step:08d}"
@@ -169,12 +169,12 @@ class RunDirectory:
         accelerator.wait_for_everyone()
         try:
             state.save(accelerator, partial)
-        except Exception as error:  # safetensors and torch have exceptions of their own for a full disk
+        except Exception as error:  # safetensors and torch raise their own exceptions for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{final}: cannot be written ({first_line(error)}); free some space and rerun") from error
         accelerator.wait_for_everyone()
         if self.store:
-            if accelerator.is_local_main_process:  # every machine has the random states of its processes
+            if accelerator.is_local_main_process:  # each machine holds the random states of its processes
                 self.store.upload(partial, f"{CHECKPOINTS}/{final.name}")
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:

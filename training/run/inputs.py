@@ -1,4 +1,4 @@
-"""The inputs of a training run: its shard sets, opened and checked, and its settings, resolved."""
+"""The inputs of a training run: opened and checked shard sets, and resolved settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ class RunInputs:
     Attributes:
         config: the settings, with `sequence_length` resolved.
         sequence_length: tokens per packed row.
-        shards: the sets of --input.
-        mixed: the sets of --mix.
-        held_out: the sets of --eval_input, or None.
+        shards: the sets in --input.
+        mixed: the sets in --mix.
+        held_out: the sets in --eval_input, or None.
     """
 
     config: TrainConfig
@@ -33,7 +33,7 @@ class RunInputs:
     held_out: ZippedSets | None
 
     def identity(self) -> dict[str, str]:
-        """Digests of all that training reads, to compare when a run is resumed."""
+        """Digests of all training inputs, to compare when a run is resumed."""
         return {
             "input": self.shards.digest,
             "tokenizer": self.shards.first.manifest.tokenizer.fingerprint,
@@ -46,7 +46,7 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
     """Open the shard sets, check them against each other and the settings, and resolve the settings.
 
     Raises:
-        UserError: something cannot be opened, or does not fit together.
+        UserError: a set cannot be opened, or sets and settings are incompatible.
     """
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
@@ -64,7 +64,7 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
 
 
 def model_identity(config: TrainConfig) -> str:
-    """Identity of --model, to compare when a run is resumed: a fingerprint of a directory, else the hub id."""
+    """Identity of --model, to compare when a run is resumed: the fingerprint of a directory, else the hub id."""
     if saved_heads(config.model) is not None:
         run = locate(config.model)
         trunk = config.model_copy(update={"model": str(run / "model")})

@@ -1,7 +1,7 @@
-"""A training run in an object store: the run works in a local directory, and its files are copied to the store.
+"""A training run in an object store: the run uses a local directory and copies its files to the store.
 
-Stores have no rename. A checkpoint is therefore complete once an object with the sizes of its files is uploaded after
-them, and a run is finished once `summary.json` is uploaded after its model.
+Stores cannot rename objects. A checkpoint is therefore complete once an object with the sizes of its files has been
+uploaded after them. A run is finished once `summary.json` has been uploaded after its model.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
 
 
 class ObjectStoreCopy:
-    """The two places of a run: `path` on this machine, where all its processes work, and `remote` in the store.
+    """The two locations of a run: `path`, used by all processes on this machine, and `remote` in the store.
 
-    Each machine has a `path` of its own, which one process of the machine copies.
+    Each machine has its own `path`. One process per machine copies it.
     """
 
     def __init__(self, remote: UPath) -> None:
         self.remote = remote
-        # The host name, because machines may share a cache directory.
+        # Include the host name: machines may share a cache directory.
         name = hashlib.sha256(f"{socket.gethostname()} {remote}".encode()).hexdigest()
         self.path = cache_directory() / "runs" / name
 
     def download(self) -> None:
-        """Fill an empty `path` with the files that resuming needs: records and the newest complete checkpoint."""
+        """Download the files needed to resume into an empty `path`: records and the newest complete checkpoint."""
         self.close()
         self.path.mkdir(parents=True)
         found = list_files(self.remote)
@@ -52,19 +52,19 @@ class ObjectStoreCopy:
         if source.is_file():
             self.remote.fs.put_file(str(source), (self.remote / name).path)
             return
-        # Configs last: readers recognise a model or heads by its config.
+        # Configs last: readers identify a model or heads by the config.
         files = sorted(walk_files(source), key=lambda file: (file.endswith("config.json"), file))
         for file in files:
             self.remote.fs.put_file(str(source / file), (self.remote / name / file).path)
 
     def complete_checkpoint(self, name: str, keep: int) -> None:
-        """Mark a checkpoint complete after all processes have uploaded its files; remove all but the newest `keep`."""
+        """Mark a checkpoint as complete after all processes have uploaded its files; keep only the newest `keep`."""
         directory = self.remote / CHECKPOINTS / name
         write_text(directory / COMPLETE, json.dumps(walk_files(directory), indent=2) + "\n")
         self.remove_checkpoints(keep)
 
     def remove_checkpoints(self, keep: int) -> None:
-        """Remove incomplete checkpoints, and all but the newest `keep` of the others."""
+        """Remove incomplete checkpoints, and all but the newest `keep` complete ones."""
         kept = sorted(self._complete_checkpoints())[-keep:]
         for name in {file.split("/")[0] for file in walk_files(self.remote / CHECKPOINTS)} - set(kept):
             remove_tree(self.remote / CHECKPOINTS / name)
@@ -78,7 +78,7 @@ class ObjectStoreCopy:
         self.remote.fs.get_file((self.remote / name).path, str(self.path / name))
 
     def _complete_checkpoints(self) -> dict[str, list[str]]:
-        """The files of each complete checkpoint in the store."""
+        """Files of each complete checkpoint in the store."""
         sizes = walk_files(self.remote / CHECKPOINTS)
         complete: dict[str, list[str]] = {}
         for marker in (name for name in sizes if name.endswith(f"/{COMPLETE}")):

@@ -1,4 +1,4 @@
-"""One training run from settings to a saved model: open the inputs, build the training state, fit, save."""
+"""One training run, from settings to a saved model: open inputs, build the training state, fit, save."""
 
 import json
 import math
@@ -41,10 +41,10 @@ class Training:
     """A run that is ready to train.
 
     Attributes:
-        mtp_model: the model itself.
-        model: the same, placed on the devices (wrapped under DDP).
-        loop: the steps.
-        state: everything that a checkpoint holds.
+        mtp_model: the unwrapped model.
+        model: the same model on the devices (wrapped under DDP).
+        loop: the training loop.
+        state: the contents of a checkpoint.
     """
 
     mtp_model: MTPModel
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train, or resume a stopped run, and return its summary (also in `summary.json`).
 
     Raises:
-        UserError: input, model, settings and output directory do not fit together, or training diverges.
+        UserError: input, model, settings or output directory are incompatible, or training diverges.
     """
     store = None if isinstance(config.output, Path) else ObjectStoreCopy(config.output)
     path = store.path if store else config.output
@@ -79,11 +79,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
-    """An Accelerator that computes in `dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Make an Accelerator that computes in `dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
     return Accelerator(
         mixed_precision="bf16" if bfloat16 else "no",
-        cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not form a group
+        cpu=not torch.accelerator.is_available(),  # without this, processes on CPUs do not form a group
         **kwargs,
     )
 
@@ -127,10 +127,10 @@ def place_model(accelerator: Accelerator, model: MTPModel, config: TrainConfig, 
 
 
 def fit(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, training: Training) -> None:
-    """Run all remaining steps, with logs, evaluations and checkpoints on the way.
+    """Run all remaining steps, with logging, evaluations and checkpoints.
 
     Raises:
-        UserError: training diverged, no step had anything to learn from, or a checkpoint cannot be written.
+        UserError: training diverged, no step had a finite loss and weight, or a checkpoint cannot be written.
     """
     config, loop = inputs.config, training.loop
     checkpoint_every = config.checkpoint_every or max(1, loop.steps // 10)
@@ -149,7 +149,7 @@ def fit(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, training
     if skipped >= loop.steps:
         raise UserError(
             f"--weights: none of the {loop.steps} steps had a target with weight and a "
-            "finite loss, so nothing was learnt; choose other weights and another --output"
+            "finite loss, so the model is unchanged; choose other weights and another --output"
         )
 
 
@@ -195,13 +195,13 @@ def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, trainin
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         run.finish(summary)
-    accelerator.wait_for_everyone()  # a process that ends early takes the process group down
+    accelerator.wait_for_everyone()  # a process that exits early breaks the process group
     accelerator.end_training()
     return summary
 
 
 def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, output: Path) -> None:
-    """Write `model/` (with the tokenizer of the corpus) and `heads/` into the run; they get their names when complete.
+    """Write `model/` (with the corpus tokenizer) and `heads/` under temporary names; rename them when complete.
 
     `weights` is the whole state dict of `model`.
 

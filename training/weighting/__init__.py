@@ -1,4 +1,4 @@
-"""From a formula in the weight language (`schemas.weights.language`) to one weight for each target token.
+"""Computes one weight per target token from a formula in the weight language (`schemas.weights.language`).
 
 `make_weighting` computes the corpus statistics that a formula needs; the loader then applies it to each row group. The
 parts of a formula that need the whole batch (`by=batch`, `live`) are evaluated in the training step, by

@@ -2,7 +2,7 @@
 
 Weights by batch are computed on the CPU from the rows of the whole optimizer step. Live weights are computed in the
 forward pass of each device, for every head separately: losses several tokens ahead are larger than stored losses of the
-next token, so a threshold shared by all heads would exclude the near ones. The step computes the live loss anyway, so
+next token, so a common threshold would exclude targets of near heads. The step computes the live loss anyway, so
 there is no second model.
 """
 
@@ -25,12 +25,12 @@ from weighted_mtp.training.weighting.segments import ArraySegments, TensorSegmen
 
 @dataclass(frozen=True)
 class BatchWeighting:
-    """The part of a weighting scheme that is applied to a whole batch.
+    """The batch-level part of a weighting scheme.
 
     Attributes:
         formula: the staged formula, None if the loader already computes the weights.
         mean: mean of live weights over the scored targets of every batch, 1 if unknown.
-        control: control applied to weights that wait for the batch.
+        control: control applied to weights computed from the batch.
     """
 
     formula: StagedFormula | None
@@ -39,7 +39,7 @@ class BatchWeighting:
 
     @classmethod
     def make(cls, config: WeightsConfig, live_column: str | None = None) -> "BatchWeighting":
-        """For the scheme of `config`; `live_column` as in `make_weighting`."""
+        """Build the batch-level part for `config`; `live_column` as in `make_weighting`."""
         node = replace_column(config.node, LIVE, live_column) if live_column else config.node
         mean = mean_of(node)
         formula = StagedFormula.split(node) if waits_for_batch(node) else None
@@ -51,7 +51,7 @@ class BatchWeighting:
         return self.formula is not None and self.formula.live is not None
 
     def weigh_rows(self, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
-        """The rows of an optimizer step with weights (B, L), or with the components (B, L, components) of live ones.
+        """The rows of an optimizer step with weights (B, L), or components (B, L, components) of live weights.
 
         Args:
             rows: from the loader.
@@ -69,7 +69,7 @@ class BatchWeighting:
     def weigh_tokens(
         self, components: np.ndarray, position_ids: np.ndarray, rng: np.random.Generator, share: float = 1.0
     ) -> np.ndarray:
-        """Weights (...) float32 of the tokens of a batch, for a scheme that waits for it but is not live.
+        """Token weights (...) float32 of a batch, for a scheme by batch that is not live.
 
         Args:
             components: (..., components) from the loader, NaN for a token without a score.
@@ -95,18 +95,18 @@ class BatchWeighting:
         return components
 
     def weight_sum(self, counted: float, share: float) -> float:
-        """Sum of the weights of a step, from the result of `count_targets`: stored weights, or live targets."""
+        """Sum of the weights of a step; `counted` is the weight sum or number of live targets of `count_targets`."""
         return counted * (1 + share * (self.mean - 1)) if self.live else counted
 
     def live_weighting(self, share: float, rng: np.random.Generator) -> "LiveWeighting | None":
-        """Computes the weights in the forward passes of a step in this process; None unless they are live."""
+        """Weighting for the forward passes of a step in this process; None unless weights are live."""
         if self.formula is None or self.formula.live is None:
             return None
         return LiveWeighting(self.formula.live, self.control, share, rng)
 
 
 def _scored_tokens(components: np.ndarray, position_ids: np.ndarray) -> tuple[Tokens, np.ndarray]:
-    """The targets of a batch that have all components, and which tokens they are (...) bool."""
+    """Targets of a batch that have all components, and their mask (...) bool."""
     # The first token of a document is not a target, and padding is documents of one token.
     scored = (position_ids > 0) & np.isfinite(components).all(-1)
     documents = np.flatnonzero(position_ids.ravel() == 0)
@@ -133,7 +133,7 @@ class LiveWeighting:
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
     def for_batch(self, position_ids: Tensor) -> LiveWeightFunction:
-        """The function that `training.loss.multi_head` calls for each head of a batch with position ids (B, T)."""
+        """Weight function for `training.loss.multi_head`, for a batch with position ids (B, T)."""
         documents = (position_ids.flatten() == 0).cumsum(0)
         return lambda losses, task: self(losses, task.weights.to(losses.dtype), documents[task.rows])
 

@@ -1,4 +1,4 @@
-"""Control weights: as uneven as the weights of a scheme, but independent of the scores."""
+"""Control weights: as uneven as a scheme's weights, but independent of the scores."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ Control = Literal["none", "shuffled", "random"]
 
 
 def apply_control(control: Control, weights: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The weights (N,) of S sequences with `counts` (S,) tokens each, or their control (N,)."""
+    """Weights (N,) of S sequences with `counts` (S,) tokens each, after applying the control."""
     if control == "shuffled":
         return shuffle_within(weights, counts, rng)
     if control == "random":
@@ -38,7 +38,7 @@ def shuffle_between(weights: np.ndarray, counts: np.ndarray, rng: np.random.Gene
 
 
 def lognormal_like(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Independent LogNormal weights (N,) with the mean and variance of `weights` (N,), which are not negative."""
+    """Independent LogNormal weights (N,) with the mean and variance of nonnegative `weights` (N,)."""
     if not len(weights):
         return weights
     mean, variance = float(weights.mean(dtype=np.float64)), float(weights.var(dtype=np.float64))

@@ -1,8 +1,8 @@
-"""Corpus statistics that a formula needs: thresholds, means, ranks, and the moments of labelled documents.
+"""Corpus statistics for formulas: thresholds, means, ranks, and moments of documents by label.
 
 Statistics of a single score column follow exactly from the value counts in the shard set. An expression of several
 columns is counted in a pass over the corpus, rounded to float16 as a stored score column would be. Statistics of
-document numbers and labels take an exact pass over the columns of sequences.
+document numbers and labels are exact, from a pass over the sequence columns.
 """
 
 import os
@@ -44,7 +44,7 @@ class CorpusResolver:
         self.counted: dict[Expression, ValueCounts] = {}
 
     def resolve(self, node: Node) -> Expression:
-        """The formula with constants and tables in place of all functions over the corpus or by label.
+        """Replace all functions over the corpus or by label with constants and tables.
 
         Raises:
             UserError: a column is missing or has no score, or the argument of normalise() is never positive.
@@ -67,7 +67,7 @@ class CorpusResolver:
         if node.by not in ("sequence", "batch"):
             return self._by_label(call, node.by)
         [x] = arguments
-        if FUNCTIONS[node.function].ranks and isinstance(x, TableLookup):  # ranks are those of float16 values
+        if FUNCTIONS[node.function].ranks and isinstance(x, TableLookup):  # ranks of float16 values
             float16_table = float16_bits(x.table).view(np.float16)
             return Call(node.function, (TableLookup(x.argument, float16_table),), node.numbers, node.by)
         return call
@@ -89,10 +89,10 @@ class CorpusResolver:
             ) from None
 
     def distribution(self, x: TableLookup) -> Distribution:
-        """Distribution of a tabulated function over all tokens that have the scores it is computed from.
+        """Distribution of a tabulated function over all tokens that have its input scores.
 
         Raises:
-            UserError: no token has them.
+            UserError: no token has these scores.
         """
         counts = self.counts(x.argument).counts  # (65536,)
         bits = np.flatnonzero(counts)
@@ -106,7 +106,7 @@ class CorpusResolver:
         return all(self.shards.kind(name) != "score" for name in columns_read(x))
 
     def _sequence_distribution(self, x: Expression) -> Distribution:
-        """Distribution over all tokens of an expression of sequence numbers, not rounded."""
+        """Unrounded distribution, over all tokens, of an expression of sequence numbers."""
         names = columns_read(x)
         found = []
         for shard in range(len(self.shards.first.manifest.shards)):
@@ -118,7 +118,7 @@ class CorpusResolver:
         return Distribution.from_values(values, counts)
 
     def counts(self, x: Expression) -> ValueCounts:
-        """Count of each float16 value: stored in the set for a score column, otherwise from a pass over the corpus."""
+        """Count of each float16 value: stored in the set for a score column, else from a pass over the corpus."""
         if x not in self.counted:
             if isinstance(x, ColumnRef) and self.shards.kind(x.name) == "score":
                 self.counted[x] = self.shards.value_counts(x.name)
@@ -149,7 +149,7 @@ class CorpusResolver:
                     bar.update(len(table["input_ids"].combine_chunks().flatten()))
 
     def _by_label(self, call: Call, label: str) -> Expression:
-        """Standardise over the documents of each label. A document of several sequences counts once."""
+        """Standardise over the documents of each label. A document with several sequences counts once."""
         [x] = call.arguments
         names = columns_read(x)
         sums = []

@@ -31,7 +31,7 @@ class TableLookup:
 
 @dataclass(frozen=True, eq=False)
 class ElementwiseMap:
-    """A function of one value that contains corpus statistics."""
+    """A function of one value with corpus statistics substituted."""
 
     argument: "Expression"
     function: Callable[[np.ndarray], np.ndarray]
@@ -46,7 +46,7 @@ class StandardiseByLabel:
         label: the label column.
         index: index of each label in the statistics.
         mean: (labels,) float32.
-        inverse: (labels,) float32, 1 / standard deviation, 0 where that is 0.
+        inverse: (labels,) float32, 1 / standard deviation, or 0 if the deviation is 0.
     """
 
     argument: "Expression"
@@ -65,7 +65,7 @@ class Tokens:
 
     Attributes:
         columns: (N,) values of each column, by name: numpy float16 or float32, or tensors.
-        segments: of the tokens, by scope.
+        segments: segments of the tokens, by scope.
         labels: (S,) label of each sequence, by label column.
         library: `numpy` or `torch`, the library of the values.
     """
@@ -96,20 +96,20 @@ def _columns_read(expression: Expression) -> Iterator[str]:
 
 
 def fold(call: Call) -> Expression:
-    """The same as a table or constant, if it is elementwise in one tabulated value and constants."""
+    """Fold a call into a table or constant, if it is elementwise in one tabulated value and constants."""
     values = [
         a.table if isinstance(a, TableLookup) else a.value if isinstance(a, Constant) else None for a in call.arguments
     ]
     tabulated = {argument.argument for argument in call.arguments if isinstance(argument, TableLookup)}
     if any(value is None for value in values) or len(tabulated) > 1:
         return call
-    with np.errstate(all="ignore"):  # NaN and infinity, which no scored token has
+    with np.errstate(all="ignore"):  # no scored token is NaN or infinite
         result = _elementwise(call, values, np)
     return TableLookup(tabulated.pop(), result.astype(np.float32)) if tabulated else Constant(float(result))
 
 
 def map_values(x: Expression, function: Callable[[np.ndarray], np.ndarray]) -> Expression:
-    """An elementwise function of an expression; of a table, a table."""
+    """Apply an elementwise function to an expression; a table stays a table."""
     if not isinstance(x, TableLookup):
         return ElementwiseMap(x, function)
     with np.errstate(all="ignore"):

@@ -1,6 +1,6 @@
 """Sums, ranks and thresholds over segments of consecutive tokens: documents, or a whole batch.
 
-Implemented for numpy, for weights from stored columns, and for torch, for weights from current losses. The methods are
+The numpy version serves weights from stored columns, the torch version weights from current losses. The methods are
 documented in `schemas.weights.function_record.Segments`.
 """
 
@@ -14,7 +14,7 @@ from weighted_mtp.schemas.shard_set.rounding import float16_bits
 
 
 class ArraySegments:
-    """Segments of numpy arrays, for all of which one sort of integer keys ranks the values.
+    """Segments of numpy arrays. One sort of integer keys ranks the values of all segments.
 
     Args:
         counts: (S,) number of values in each segment.
@@ -68,10 +68,10 @@ class ArraySegments:
         return reduced
 
     def _keys(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sort keys (N,), ordered by segment and then by value, and the least possible key of each segment (S,)."""
+        """Sort keys (N,), ordered by segment and then value, and the smallest possible key of each segment (S,)."""
         dtype = np.uint32 if len(self.counts) < 1 << 16 else np.uint64
         first_keys = np.left_shift(np.arange(len(self.counts), dtype=dtype), dtype(16))
-        keys = np.repeat(first_keys, self.counts)  # segment in the high bits, the 16 bits of the value in the low ones
+        keys = np.repeat(first_keys, self.counts)  # high bits: segment; low 16 bits: value
         keys |= SORT_KEYS[float16_bits(values)]
         return keys, first_keys
 

@@ -1,4 +1,4 @@
-"""Turns stored columns into what the loader passes on: a weight per token, or the components of later weights."""
+"""Computes token weights from stored columns, or the components of weights that need the batch."""
 
 import math
 from dataclasses import dataclass
@@ -32,19 +32,19 @@ from weighted_mtp.training.weighting.corpus import CorpusResolver
 from weighted_mtp.training.weighting.expressions import FLOAT16_VALUES, Expression, TableLookup, evaluate_expression
 from weighted_mtp.training.weighting.tables import scored_tokens
 
-TOO_LARGE = "--weights.formula: a weight is too large to be a number; limit it with clip()"
+TOO_LARGE = "--weights.formula: a weight overflows float32; limit it with clip()"
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """A formula ready to be applied to a shard set.
+    """A formula that can be applied to a shard set.
 
     Attributes:
-        formula: its text.
-        columns: the columns it reads.
-        components: the weight; if it waits for the batch, the values from which it will be computed.
-        waits: whether it waits for the batch (see `training.weighting.batch`).
-        control: control applied to weights that do not wait.
+        formula: text of the formula.
+        columns: columns to read.
+        components: the weight, or the inputs of a weight that needs the batch.
+        waits: whether the weight needs the batch (see `training.weighting.batch`).
+        control: control applied to weights that do not need the batch.
         missing: weight of a token without a score.
         per_sequence: whether all tokens of a sequence have the same weight.
     """
@@ -65,8 +65,8 @@ class Weighting:
             rng: for the controls.
 
         Returns:
-            (T,) float32, `missing` for tokens without a score. If the weights wait for the batch, (T, components), NaN
-            for tokens without a score.
+            (T,) float32, `missing` for tokens without a score. If the weights need the batch, (T, components), NaN for
+            tokens without a score.
 
         Raises:
             UserError: a weight is not finite.
@@ -95,8 +95,8 @@ def make_weighting(config: WeightsConfig, shards: ZippedSets, live_column: str |
 
     Args:
         config: the settings.
-        shards: the sets that hold the columns.
-        live_column: column to use instead of the loss of the model in training.
+        shards: the sets with the columns.
+        live_column: column to use in place of the current loss of the trained model.
 
     Raises:
         UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
@@ -140,13 +140,13 @@ def _check_columns(node: Node, shards: ZippedSets) -> None:
         if kind == "score":
             values = shards.value_counts(name).distinct()[0]
             if not len(values):
-                raise UserError(f"{where}: column '{name}' has no score at all; choose another --weights.column")
+                raise UserError(f"{where}: column '{name}' has no scores; choose another --weights.column")
             if not values.any():
-                raise UserError(f"{where}: column '{name}' has no value but 0; choose another --weights.column")
+                raise UserError(f"{where}: column '{name}' has no value except 0; choose another --weights.column")
 
 
 def _check_labels(node: Node, shards: ZippedSets) -> None:
-    """Raise UserError unless functions by label take columns of numbers, and group by a column of labels."""
+    """Raise UserError unless functions by label read number columns and group by a label column."""
     if not isinstance(node, Call):
         return
     for argument in node.arguments:
@@ -170,14 +170,14 @@ def _finite(weights: np.ndarray) -> np.ndarray:
 
 
 def _check_values(weights: Expression, corpus: CorpusResolver) -> None:
-    """Raise UserError if the weights are known to be 0 for every token, or to be too large for some token."""
+    """Raise UserError if weights are known to be 0 for all tokens, or to overflow for some."""
     values = np.array([1.0])
     if isinstance(weights, Constant):
         values = np.array([weights.value])
     elif isinstance(weights, TableLookup) and isinstance(weights.argument, ColumnRef):
         values = corpus.distribution(weights).values
     if not _finite(values).any():
-        raise UserError("--weights: are 0 for every token, so there is nothing to learn; choose others")
+        raise UserError("--weights: weights are 0 for every token, so there is nothing to learn; choose others")
 
 
 def _check_sign(node: Node, shards: ZippedSets) -> None:
@@ -191,6 +191,6 @@ def _check_sign(node: Node, shards: ZippedSets) -> None:
         raise UserError(f"--weights.formula: {error}") from None
     if low < 0 and not is_signed(node):
         raise UserError(
-            "--weights.formula: weights may be negative, which would teach the model not to predict these tokens; put "
-            "relu() or abs() around the formula, or signed() if that is intended"
+            "--weights.formula: weights may be negative, which trains the model not to predict these tokens; put "
+            "relu() or abs() around the formula, or signed() if this is intended"
         )

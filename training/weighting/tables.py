@@ -15,12 +15,12 @@ EXPONENT = np.uint16(0x7C00)
 
 
 class ScoredTokens(NamedTuple):
-    """The tokens of a table that have a finite value in all score columns that were read.
+    """The tokens of a table with finite values in all score columns read.
 
     Attributes:
-        tokens: these N tokens.
-        mask: (T,) bool, which tokens of the table they are.
-        counts: (S,) how many of them each sequence has.
+        tokens: the N scored tokens.
+        mask: (T,) bool, whether each token of the table is scored.
+        counts: (S,) scored tokens per sequence.
     """
 
     tokens: Tokens
@@ -28,17 +28,16 @@ class ScoredTokens(NamedTuple):
     counts: np.ndarray
 
     def scatter(self, values: np.ndarray | float, missing: float) -> np.ndarray:
-        """Values (N,) of the scored tokens as (T,) float32, with `missing` for all other tokens."""
+        """Expand values (N,) of the scored tokens to (T,) float32, with `missing` for all other tokens."""
         result = np.full(len(self.mask), missing, dtype=np.float32)
         result[self.mask] = values
         return result
 
 
 def scored_tokens(table: pa.Table, names: Sequence[str]) -> ScoredTokens:
-    """The tokens that have a finite value in every score column among `names`.
+    """The tokens with finite values in every score column among `names`.
 
-    If none of the columns is a score column, these are all tokens except the first of each sequence, which is never
-    predicted.
+    Without score columns, all tokens except the first of each sequence, which is never predicted.
     """
     lengths = list_lengths(table["input_ids"])
     starts = np.cumsum(lengths) - lengths

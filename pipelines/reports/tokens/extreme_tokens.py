@@ -1,4 +1,4 @@
-"""The tokens with the highest and lowest scores of a column, in their text."""
+"""The tokens with the highest and lowest scores of a column, shown in context."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +30,9 @@ class ScoredToken:
 
 
 def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredToken], list[ScoredToken]]:
-    """The `count` highest and the `count` lowest scoring tokens, the most extreme first; ties go to the first token.
+    """The `count` highest and `count` lowest scoring tokens, most extreme first; ties go to the first token.
 
-    Memory stays constant, because row groups are read one at a time. Tokens without a score are skipped.
+    Reads one row group at a time, to keep memory constant. Skips tokens without a score.
     """
     highest: list[ScoredToken] = []
     lowest: list[ScoredToken] = []
@@ -54,7 +54,7 @@ def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredT
 
 
 def token_at(table: pa.Table, column: str, index: int) -> ScoredToken:
-    """The token `index` of the concatenated lists of a row group."""
+    """Token `index` of the concatenated lists of a row group."""
     ends = np.cumsum(list_lengths(table["input_ids"]))
     row = int(np.searchsorted(ends, index, side="right"))
     ids = table["input_ids"][row].as_py()
@@ -82,9 +82,9 @@ def extremes_table(title: str, tokens: list[ScoredToken], tokenizer: Any) -> Tab
 
 
 def split_text(tokenizer: Any, token: ScoredToken) -> tuple[str, str, str]:
-    """Text before the token, of the token, and after it.
+    """Text before the token, the token's text, and text after it.
 
-    The ids are decoded together, since some tokenizers decode the first token of a text differently.
+    Decodes the ids together: some tokenizers decode the first token of a text differently.
     """
     before = decode(tokenizer, token.before)
     until = decode(tokenizer, [*token.before, token.token])

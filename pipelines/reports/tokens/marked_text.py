@@ -1,4 +1,4 @@
-"""Text with marks for the weights of its tokens, and shades where the output has colours."""
+"""Text with marks for token weights, and shades if the output has colours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Excerpt:
         position: position of the first token in the document.
         ids: (T,) token ids.
         weights: (T,) float32, NaN for a token that is not a target.
-        begins: whether the sequence begins here.
-        ends: whether it ends here.
+        begins: whether the excerpt starts its sequence.
+        ends: whether the excerpt ends its sequence.
     """
 
     document_id: str
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 class MarkStyle(NamedTuple):
-    """Marks and style that show a weight."""
+    """Marks and style for a weight."""
 
     opening: str
     closing: str
@@ -61,7 +61,7 @@ POSITIVE = (
     (4.0, MarkStyle("«", "»", "black on #74c476")),
     (np.inf, MarkStyle("«", "»", "black on #31a354")),
 )
-"""Styles of positive weights up to a multiple of the typical weight."""
+"""Styles of positive weights, by upper bound as a multiple of the typical weight."""
 NEGATIVE = ((1.0, MarkStyle("-‹", "›-", "black on #fcbba1")), (np.inf, MarkStyle("-‹", "›-", "black on #fb6a4a")))
 
 
@@ -72,18 +72,18 @@ def mark_style(weight: float, typical: float) -> MarkStyle:
     if weight == 0:
         return DROPPED
     styles = POSITIVE if weight > 0 else NEGATIVE
-    # The margin covers rounding: equal weights must get the style of their mean.
+    # The margin allows for rounding: equal weights must get the style of their mean.
     return next(style for below, style in styles if abs(weight) < below * typical * (1 - 1e-6))
 
 
 def marked(excerpt: Excerpt, tokenizer: Any, typical: float) -> Text:
-    """The text of an excerpt. A run of tokens with the same marks is marked as one."""
+    """The marked text of an excerpt. A run of tokens with the same style is marked as one."""
     text = Text("" if excerpt.begins else "… ", overflow="fold")
     styled = [(piece, mark_style(piece.weight, typical)) for piece in pieces(tokenizer, excerpt)]
     for (opening, closing), run in groupby(styled, key=lambda pair: pair[1][:2]):
         first, *rest = run
         words = first[0].text.lstrip(" ")
-        if words:  # spaces before a marked word stay outside
+        if words:  # keep spaces before a word outside the marks
             text.append(first[0].text[: -len(words)], first[1].style)
         text.append(opening, "bold")
         text.append(visible(words or first[0].text), first[1].style)

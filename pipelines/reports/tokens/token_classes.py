@@ -15,7 +15,7 @@ CLASSES = (
     "part of a character",
     "special",
 )
-"""A word starts after a space: a word at the start of a line, or after a bracket, counts as a continuation."""
+"""A word start has a leading space. Words at the start of a line or after a bracket count as continuations."""
 
 
 def classify(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
@@ -40,9 +40,9 @@ def class_of(text: str) -> str:
 
 
 def token_texts(tokenizer: Any, ids: np.ndarray) -> list[str]:
-    """The text of each id, with U+FFFD for part of a character.
+    """The text of each id, with U+FFFD for partial characters.
 
-    Each id is decoded after a letter, because some tokenizers drop the space before the first word of a text.
+    Decodes each id after a letter: some tokenizers drop the space before the first word of a text.
     """
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     lead = decode(tokenizer, before)

@@ -150,7 +150,7 @@ def test_identity_has_sets_and_shares_in_order(scored_set: Callable[..., ShardSe
 def test_a_set_without_anything_to_predict_is_refused(scored_set: Callable[..., ShardSet]) -> None:
     one, other = scored_set([20, 30], "one"), scored_set([1, 1], "other")
     config = TrainConfig(input=one.path, model="m", output=Path("o"), mix={str(other.path): 0.5})
-    with pytest.raises(UserError, match="/other: has no sequence of two tokens"):
+    with pytest.raises(UserError, match="/other: no sequence has two tokens"):
         make_loader(config, ZippedSets((one,)), open_mix(config), 64)
 
 

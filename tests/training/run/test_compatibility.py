@@ -25,7 +25,7 @@ def test_a_refused_start_claims_nothing(
 
 
 def test_tracker_that_is_not_installed_is_named(config: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(UserError, match="the package of 'aim' is not installed"):
+    with pytest.raises(UserError, match="the package for 'aim' is not installed"):
         train(config("run", trackers=("aim",)))
     run = config("board", trackers=("tensorboard",))
     train(run)
@@ -57,6 +57,6 @@ def test_mixed_sets_are_checked_like_the_first(
         update={"tokenizer": bare.manifest.tokenizer.model_copy(update={"fingerprint": "other"})}
     )
     write_manifest(bare.path, manifest)
-    with pytest.raises(UserError, match=r"/bare: has another tokenizer than .*/set"):
+    with pytest.raises(UserError, match=r"/bare: its tokenizer is not that of .*/set"):
         train(config("run", mix={str(bare.path): 0.1}))
     assert not config("run").output.exists()

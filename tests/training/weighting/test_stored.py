@@ -109,16 +109,16 @@ def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., Shard
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"preset": "rho1", "column": "loss_none"}, "column 'loss_none' has no score at all; choose another"),
-        ({"preset": "dense", "column": "loss_none"}, "column 'loss_none' has no score at all; choose another"),
-        ({"preset": "sparse", "column": "zero"}, "column 'zero' has no value but 0"),
+        ({"preset": "rho1", "column": "loss_none"}, "column 'loss_none' has no scores; choose another"),
+        ({"preset": "dense", "column": "loss_none"}, "column 'loss_none' has no scores; choose another"),
+        ({"preset": "sparse", "column": "zero"}, "column 'zero' has no value except 0"),
         (
             {"preset": "soft-threshold", "column": "negative"},
             "'negative' is never positive, so --weights are 0 for every token",
         ),
         ({"formula": "0"}, "are 0 for every token"),
         ({"formula": "(loss_a > 5) * 2"}, "are 0 for every token"),
-        ({"formula": "1e38 * loss_a * 100"}, r"too large to be a number; limit it with clip\(\)"),
+        ({"formula": "1e38 * loss_a * 100"}, r"a weight overflows float32; limit it with clip\(\)"),
         ({"formula": "negative"}, r"may be negative, .* put relu\(\) or abs\(\)"),
         ({"formula": "loss_a - 1"}, "may be negative"),
         ({"formula": "normalise(negative)"}, r"normalise\(\) of what may be negative"),
@@ -145,7 +145,7 @@ def test_what_cannot_give_weights_is_refused(config: dict, message: str, make_sh
 
 def test_a_weight_that_is_no_number_is_an_error(make_shard_set: MakeSet) -> None:
     shards = scored(make_shard_set, loss_a=[[NAN, 100, 2]], loss_b=[[NAN, 100, 2]])
-    with pytest.raises(UserError, match=r"--weights.formula: a weight is too large"):
+    with pytest.raises(UserError, match=r"--weights.formula: a weight overflows float32"):
         weights_of(shards, formula="1e37 * loss_a * loss_b")
 
 
