@@ -1,8 +1,8 @@
 """Reading and writing one Parquet shard: Arrow schema, encoding, row groups.
 
-A row is one sequence: a contiguous span of one document. Sequence columns hold one value of the document per row.
+A row is one sequence: a contiguous span of one document. Sequence columns hold one document-level value per row.
 Score columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT groups the high
-bytes of all values, which repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
+bytes of all values. They repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def shard_schema(
 
 
 def table_schema(table: pa.Table) -> pa.Schema:
-    """The shard schema of a table with the columns of a shard."""
+    """Shard schema for the columns of a table."""
     further = list(table.schema)[len(TOKEN_FIELDS) :]
     scores = tuple(field.name for field in further if pa.types.is_list(field.type))
     kinds: dict[str, SequenceKind] = {
@@ -170,7 +170,7 @@ def read_footer(path: Location) -> pq.FileMetaData:
 
 
 def _open(path: Location) -> Any:
-    # Arrow requests the ranges it needs; reading ahead would fetch much more from a store.
+    # Arrow requests exact ranges; reading ahead would fetch much more from a store.
     return pa.OSFile(str(path)) if isinstance(path, Path) else path.open("rb", cache_type="none")
 
 

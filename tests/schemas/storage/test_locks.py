@@ -87,7 +87,7 @@ def test_a_lock_is_gone_at_the_end_however_it_ends(s3: UPath) -> None:
 def test_while_one_process_works_another_is_told_who_it_is(s3: UPath, holder: Callable[[], Holder]) -> None:
     other = holder()
     assert other.said() == "held"
-    with pytest.raises(UserError, match=rf"process {other.process.pid} on .* is writing it"), exclusive(s3):
+    with pytest.raises(UserError, match=rf"process {other.process.pid} on .* is writing to it"), exclusive(s3):
         pass
     other.let_go()
     assert list_files(s3) == {}
@@ -97,7 +97,7 @@ def assert_one_of_three_wins(holder: Callable[[], Holder]) -> None:
     holders = [holder() for _ in range(3)]
     said = [each.said() for each in holders]
     assert said.count("held") == 1
-    assert sum("is writing it" in line for line in said) == 2
+    assert sum("is writing to it" in line for line in said) == 2
     for each in holders:
         each.let_go()
 
@@ -141,7 +141,7 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
 
     with pytest.raises(KeyboardInterrupt):
         lose_it()
-    assert "the lock of this run is gone" in capsys.readouterr().err
+    assert "this run no longer holds its lock" in capsys.readouterr().err
     assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
 
 
@@ -179,7 +179,7 @@ def test_a_lock_is_read_whole_while_its_holder_renews_it(s3: UPath, monkeypatch:
 
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.01)
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", renew_before_reading)
-    with pytest.raises(UserError, match="process 1 on nowhere is writing it"), exclusive(s3):
+    with pytest.raises(UserError, match="process 1 on nowhere is writing to it"), exclusive(s3):
         pass
 
 
@@ -201,7 +201,7 @@ def test_an_output_has_one_writer(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is writing it"), exclusive(output):
+        with pytest.raises(UserError, match="another process is writing to it"), exclusive(output):
             pass
         holder.kill()
     with exclusive(output):

@@ -60,5 +60,5 @@ def test_bounds(text: str, expected: tuple[float, float]) -> None:
 
 
 def test_what_may_be_negative_is_not_normalised() -> None:
-    with pytest.raises(FormulaError, match=r"normalise\(\) of what may be negative; put abs\(\)"):
+    with pytest.raises(FormulaError, match=r"normalise\(\) of values that may be negative; wrap them in abs\(\)"):
         bounds(parse("normalise(score)"), lambda name: UNBOUNDED)

@@ -83,7 +83,7 @@ def test_two_runs_with_one_output(nodes, scoring, tokens):
         runs[1].start()
         assert runs[1].wait() == 1
     assert len(runs[1].lines()) == 1
-    assert runs[1].lines()[0].endswith("another process is writing it; wait or choose another")
+    assert runs[1].lines()[0].endswith("another process is writing to it; wait or choose another")
     assert runs[0].wait() == 0, runs[0].lines()
     assert len(runs[0].scored()) == ROWS
     scored = ShardSet.open(runs[0].output)
