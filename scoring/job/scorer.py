@@ -48,7 +48,7 @@ class ScoringTask:
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Scores a shard that lost workers one sequence at a time.
+    """One-by-one scoring of the sequences of a shard that lost workers.
 
     Attributes:
         given_up: sequences not to try, and why.
@@ -72,13 +72,13 @@ def load_model(model: ScoringModel, config: EngineConfig) -> Engine:
     """Load a model into an engine.
 
     Raises:
-        UserError: its files on this machine differ from those that the driver found.
+        UserError: its files on this machine differ from the driver's.
     """
     directory = model.directory
     if model_fingerprint(directory) != model.fingerprint:
         raise UserError(
-            f"{model.name}: {directory} on {socket.gethostname()} holds another checkpoint than the run was started "
-            "with; restore it there, and rerun the same command"
+            f"{model.name}: {directory} on {socket.gethostname()} does not hold the checkpoint that the run "
+            "started with; restore it there and rerun the same command"
         )
     return load_engine(directory, config)
 
@@ -91,11 +91,11 @@ class ShardScorer:
 
         Args:
             task: what to score.
-            load: makes an engine; `load_model` except in tests and benchmarks.
+            load: creates an engine; `load_model` except in tests and benchmarks.
 
         Raises:
             UserError: an engine cannot load or run its model.
-            OutOfMemoryError: memory does not suffice for it.
+            OutOfMemoryError: an engine does not fit into memory.
         """
         self.task = task
         self.engines: dict[str, Engine] = {}
@@ -119,7 +119,7 @@ class ShardScorer:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the engines have computed so far, without probes at the start."""
+        """Tokens computed by the engines so far, without the initial probes."""
         return sum(engine.computed_tokens for engine in self.engines.values()) - self.probed_tokens
 
     def score(self, shard: str, table: pa.Table, one_by_one: OneByOne | None = None) -> ScoredShard:
@@ -128,7 +128,7 @@ class ShardScorer:
         Args:
             shard: its name.
             table: its content.
-            one_by_one: if the shard lost workers, how to score its sequences one by one.
+            one_by_one: settings of one-by-one scoring, if the shard lost workers.
 
         Raises:
             UserError: no sequence of the shard can be scored.
@@ -169,7 +169,7 @@ class ShardScorer:
         one_by_one: OneByOne | None,
         scores: dict[str, np.ndarray],
     ) -> tuple[dict[int, str], int]:
-        """Add the columns that a model measures to `scores`, each float32 [tokens of the shard].
+        """Add the columns of one model to `scores`, each float32 [tokens of the shard].
 
         Returns:
             Reasons why sequences could not be scored, by row, and the number of scored sequences.
@@ -191,7 +191,7 @@ class ShardScorer:
 
         known_faults = one_by_one.given_up if one_by_one else {}
         given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
-        # Rows whose stored losses are NaN were rejected by an earlier run, which has a line for each.
+        # Rows with NaN among their stored losses were rejected and recorded by an earlier run.
         rejected = {row for row, losses in enumerate(known or []) if np.isnan(losses[1:]).any()}
         rows = [row for row in range(len(sequences)) if row not in given_up.keys() | rejected]
         found: dict[int, np.ndarray] = {}  # by row, float32 [measurements, tokens of the row]
@@ -238,22 +238,22 @@ def measure(
 ) -> list[np.ndarray]:
     """Compute all measurements of one model.
 
-    Full sequences, prompted ones and windows go to the engine in one call, which fills its batches best.
+    Full sequences, prompted sequences and windows go to the engine in one call, to fill its batches best.
 
     Args:
         engine: the model.
         sequences: token ids, int32.
         measurements: what to measure.
-        bos_token_id: BOS; where it starts a sequence, it also starts windows and stands before prompts.
-        known_losses: for each sequence its float32 losses under the full context, if they are stored. The first tokens
-            of a short context keep their full-context loss, which is then not computed again.
+        bos_token_id: BOS; if a sequence starts with it, so do its windows, and prompts follow it.
+        known_losses: float32 full-context losses of each sequence, if stored. The first tokens of a short context keep
+            these losses.
 
     Returns:
         For each sequence a float32 array [measurements, tokens].
     """
     scores = [np.full((len(measurements), len(ids)), np.nan, dtype=np.float32) for ids in sequences]
     requests: list[Request] = []
-    targets: list[tuple[int, list[int], int]] = []  # of each request: sequence, measurements, first token
+    targets: list[tuple[int, list[int], int]] = []  # per request: sequence, measurements, first token
     for prompt in dict.fromkeys(of.prompt for of in measurements):
         lines = [line for line, of in enumerate(measurements) if of.prompt == prompt]
         if known_losses is not None and all(measurements[line].window for line in lines):
@@ -287,7 +287,7 @@ def round_contrast(contrast: np.ndarray) -> np.ndarray:
     """Round to multiples of 1/512 nat and clip to the range of float16; float32 in and out.
 
     Differences near 0 would have float16 digits far below the precision of their two losses (stored with a spacing of
-    1/512 from 2 nats on; engines differ by about 0.03), and these digits would cost storage.
+    1/512 from 2 nats up; engines differ by about 0.03). These digits would cost storage.
     """
     rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # adding 0 turns -0 into 0
     return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)

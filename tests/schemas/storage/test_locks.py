@@ -84,7 +84,7 @@ def test_a_lock_is_gone_at_the_end_however_it_ends(s3: UPath) -> None:
     assert list_files(s3) == {}
 
 
-def test_while_one_process_works_another_is_told_who_it_is(s3: UPath, holder: Callable[[], Holder]) -> None:
+def test_a_second_process_names_the_lock_holder(s3: UPath, holder: Callable[[], Holder]) -> None:
     other = holder()
     assert other.said() == "held"
     with pytest.raises(UserError, match=rf"process {other.process.pid} on .* is writing to it"), exclusive(s3):
@@ -102,7 +102,7 @@ def assert_one_of_three_wins(holder: Callable[[], Holder]) -> None:
         each.let_go()
 
 
-def test_of_several_that_start_at_once_one_wins(holder: Callable[[], Holder]) -> None:
+def test_one_of_several_concurrent_starts_wins(holder: Callable[[], Holder]) -> None:
     assert_one_of_three_wins(holder)
 
 
@@ -122,7 +122,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     assert list_files(s3) == {}
 
 
-def test_of_several_that_take_over_at_once_one_wins(s3: UPath, holder: Callable[[], Holder]) -> None:
+def test_one_of_several_concurrent_takeovers_wins(s3: UPath, holder: Callable[[], Holder]) -> None:
     write_text(s3 / LOCK, "process 1 on nowhere 0")
     assert_one_of_three_wins(holder)
 
@@ -145,7 +145,7 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
     assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
 
 
-def test_a_lock_outlives_a_store_that_is_away(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_survives_a_store_outage(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
 
     def away(_: UPath) -> str:

@@ -81,7 +81,7 @@ def test_two_ways_to_write_the_same(one: str, other: str) -> None:
         ("x\0", "cannot be read"),
     ],
 )
-def test_what_is_not_a_formula_is_refused_in_one_line(text: str, message: str) -> None:
+def test_an_invalid_formula_is_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(FormulaError, match=message) as error:
         parse(text)
     assert "\n" not in str(error.value)

@@ -183,7 +183,7 @@ def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_
     assert find_done(output, units) == set()
     shard.write_bytes(content[:-1])
     assert find_done(output, units) == {name}
-    with pytest.raises(UserError, match=f"{name}: the shard or its record is not as it was written; rerun"):
+    with pytest.raises(UserError, match=f"{name}: the shard or its record was damaged or changed; rerun"):
         gather(output, [name])
     shard.write_bytes(content)
     assert find_done(output, units) == set(), "it will be scored again"
