@@ -127,7 +127,8 @@ class ScoreConfig(Config):
             if self.reference is None and getattr(self, name):
                 raise ValueError(f"--{name} needs --reference")
         taken = {"excess_loss", "long_short"}
-        taken |= {f"{of}_{name}" for of in ("loss", "entropy", "gradient") for name in (*BUILT_IN, *self.conditions)}
+        quantities = ("loss", "entropy", "gradient")
+        taken |= {f"{quantity}_{name}" for quantity in quantities for name in (*BUILT_IN, *self.conditions)}
         if clash := sorted(taken & self.contrasts.keys()):
             raise ValueError(f"--contrasts: {clash[0]} is the name of another column; choose another name")
         if self.workers and self.min_workers and self.min_workers > self.workers:

@@ -39,17 +39,17 @@ def shard_schema(
 ) -> pa.Schema:
     """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then sequence columns, then score columns."""
     sequence_types = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
-    further = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
-    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in further.items())])
+    others = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
+    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in others.items())])
 
 
 def table_schema(table: pa.Table) -> pa.Schema:
     """Shard schema for the columns of a table."""
-    further = list(table.schema)[len(TOKEN_FIELDS) :]
-    scores = tuple(field.name for field in further if pa.types.is_list(field.type))
+    others = list(table.schema)[len(TOKEN_FIELDS) :]
+    scores = tuple(field.name for field in others if pa.types.is_list(field.type))
     kinds: dict[str, SequenceKind] = {
         field.name: "label" if pa.types.is_string(field.type) else "number"
-        for field in further
+        for field in others
         if field.name not in scores
     }
     return shard_schema(scores, kinds)

@@ -103,10 +103,10 @@ class ScoringPlan:
 
 
 def measure_condition(
-    name: str, model: ScoringModel, prompt: Prompt | None, further: Collection[Quantity] = ()
+    name: str, model: ScoringModel, prompt: Prompt | None, extra: Collection[Quantity] = ()
 ) -> dict[str, Measurement]:
-    """Measurements of the condition `name` under the full context: the loss and further quantities."""
-    quantities: tuple[Quantity, ...] = ("loss", *further)
+    """Measurements of the condition `name` under the full context: the loss and extra quantities."""
+    quantities: tuple[Quantity, ...] = ("loss", *extra)
     return {f"{quantity}_{name}": Measurement(model, None, quantity, prompt) for quantity in quantities}
 
 
@@ -114,9 +114,9 @@ def plan_columns(
     reference: ScoringModel | None,
     base: ScoringModel | None,
     window: ShortContext | None,
-    further: Collection[Quantity] = (),
+    extra: Collection[Quantity] = (),
 ) -> ScoringPlan:
-    """Plan the columns of a reference model, a base model, a short context and further quantities of the reference.
+    """Plan the columns of a reference model, a base model, a short context and extra quantities of the reference.
 
     `excess_loss` is Rho-1's score (arXiv 2404.07965): large for tokens that are learnable and not yet learnt.
     `entropy_reference` is for self-reference selection (Rho-1, appendix H).
@@ -124,7 +124,7 @@ def plan_columns(
     """
     if reference is None:
         return ScoringPlan({}, {})
-    measurements = measure_condition("reference", reference, None, further)
+    measurements = measure_condition("reference", reference, None, extra)
     contrasts = {}
     if base is not None:
         measurements["loss_base"] = Measurement(base)

@@ -84,7 +84,9 @@ class TransformersEngine:
                 found["entropy"] = torch.cat([entropies(rows.detach().float()) for rows, _ in chunks])
             if embeddings is not None:
                 positions = torch.arange(1, input_ids.shape[1])
-                scored = [(positions >= of.first_scored) & (positions < len(of.input_ids)) for of in requests]
+                scored = [
+                    (positions >= request.first_scored) & (positions < len(request.input_ids)) for request in requests
+                ]
                 total_loss = losses[torch.cat(scored).to(self.device)].sum()
                 (gradients,) = torch.autograd.grad(total_loss, embeddings)  # [requests, longest, hidden size]
                 found["gradient"] = gradients[:, 1:].float().norm(dim=-1).clamp(max=FLOAT16_MAX).flatten()

@@ -130,7 +130,8 @@ class ScoringJob:
     def _progress(self) -> Progress:
         policy, in_progress = self.policy, 0.0
         for worker in policy.workers:
-            tokens, sequences = (sum(getattr(unit.shard, of) for unit in worker.units) for of in ("tokens", "rows"))
+            tokens = sum(unit.shard.tokens for unit in worker.units)
+            sequences = sum(unit.shard.rows for unit in worker.units)
             expected = self.task.plan.computed_tokens(tokens, sequences)
             in_progress += tokens * min(1.0, self.fleet.computed_tokens(worker) / max(1.0, expected))
         return Progress(policy.units_done, policy.tokens_done + int(in_progress), policy.rejects, policy.ready_workers)

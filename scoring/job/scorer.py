@@ -186,11 +186,12 @@ class ShardScorer:
             return measure(engine, some, list(wanted.values()), self.task.bos_token_id, known_losses)
 
         def find_fault(row: int, scores: np.ndarray) -> str | None:
-            firsts = [first_scored(of, sequences[row], self.task.bos_token_id) for of in wanted.values()]
+            bos = self.task.bos_token_id
+            firsts = [first_scored(measurement, sequences[row], bos) for measurement in wanted.values()]
             return fault_in(scores, firsts)
 
         known_faults = one_by_one.given_up if one_by_one else {}
-        given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
+        given_up = {row: why for (fingerprint, row), why in known_faults.items() if fingerprint == model.fingerprint}
         # Rows with NaN among their stored losses were rejected and recorded by an earlier run.
         rejected = {row for row, losses in enumerate(known or []) if np.isnan(losses[1:]).any()}
         rows = [row for row in range(len(sequences)) if row not in given_up.keys() | rejected]
@@ -254,8 +255,8 @@ def measure(
     scores = [np.full((len(measurements), len(ids)), np.nan, dtype=np.float32) for ids in sequences]
     requests: list[Request] = []
     targets: list[tuple[int, list[int], int]] = []  # per request: sequence, measurements, first token
-    for prompt in dict.fromkeys(of.prompt for of in measurements):
-        lines = [line for line, of in enumerate(measurements) if of.prompt == prompt]
+    for prompt in dict.fromkeys(measurement.prompt for measurement in measurements):
+        lines = [line for line, measurement in enumerate(measurements) if measurement.prompt == prompt]
         if known_losses is not None and all(measurements[line].window for line in lines):
             for of_sequence, losses in zip(scores, known_losses, strict=True):
                 of_sequence[lines] = losses
@@ -266,7 +267,7 @@ def measure(
             if first < len(prompted):
                 requests.append(Request(prompted, first, quantities))
                 targets.append((number, lines, len(ids) - (len(prompted) - first)))
-    for line, window in enumerate(of.window for of in measurements):
+    for line, window in enumerate(measurement.window for measurement in measurements):
         if window is None:
             continue
         for number, ids in enumerate(sequences):

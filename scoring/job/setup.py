@@ -96,11 +96,12 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
     reference = find(config.reference, "--reference") if config.reference else None
     base = find(config.base, "--base") if config.base else None
     window = make_short_context(config.short_context, config.short_stride) if config.short_context else None
-    plan = plan_columns(reference, base, window, further_quantities(config.entropy, config.gradient))
-    for name, of in config.conditions.items():
-        prompt = make_prompt(of.prompt, f"--conditions.{name}.prompt", source)
-        model = find(of.model, f"--conditions.{name}", len(prompt.input_ids) if prompt else 0)
-        plan.measurements.update(measure_condition(name, model, prompt, further_quantities(of.entropy, of.gradient)))
+    plan = plan_columns(reference, base, window, extra_quantities(config.entropy, config.gradient))
+    for name, condition in config.conditions.items():
+        prompt = make_prompt(condition.prompt, f"--conditions.{name}.prompt", source)
+        model = find(condition.model, f"--conditions.{name}", len(prompt.input_ids) if prompt else 0)
+        extra = extra_quantities(condition.entropy, condition.gradient)
+        plan.measurements.update(measure_condition(name, model, prompt, extra))
     plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
     engine = choose_engine(config.engine)
     if engine == "vllm":
@@ -132,7 +133,7 @@ class ModelFinder:
         return model
 
 
-def further_quantities(entropy: bool, gradient: bool) -> list[Quantity]:
+def extra_quantities(entropy: bool, gradient: bool) -> list[Quantity]:
     """The quantities to measure besides the loss."""
     wanted: dict[Quantity, bool] = {"entropy": entropy, "gradient": gradient}
     return [quantity for quantity, flag in wanted.items() if flag]
