@@ -228,7 +228,7 @@ def test_contrasts_alone_need_neither_models_nor_ray(make_shard_set, tmp_path, m
     held = make_shard_set(sequences, scores, "held")
     settings = {"input": held.path, "output": tmp_path / "more"}
     config = ScoreConfig.model_validate(settings | {"contrasts": {"gap": "loss_a - loss_b", "twice": "gap - back"}})
-    with pytest.raises(UserError, match=r"--contrasts\.twice: no column 'back' .* \(there are gap, loss_a, loss_b\)"):
+    with pytest.raises(UserError, match=r"--contrasts\.twice: no column 'back' .* \(available: gap, loss_a, loss_b\)"):
         run(config)
 
     def refuse(*_: object, **__: object) -> None:
