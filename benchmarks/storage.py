@@ -24,9 +24,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weighted_mtp.data.python_library import documentation, sources
+from weighted_mtp.schemas.shard_set.rounding import round_contrast
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import TOKEN_FIELDS, flat_values, list_column, list_lengths, write_shard
-from weighted_mtp.scoring.job.scorer import round_contrast
 
 VOCABULARY = 2048
 LENGTH = 256

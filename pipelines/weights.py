@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weighted_mtp.pipelines.reports.marked_text import Excerpt
 from weighted_mtp.pipelines.reports.pages import check_page, show
+from weighted_mtp.pipelines.reports.tokens.marked_text import Excerpt
 from weighted_mtp.pipelines.reports.weight_report import build_report
 from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, positions
 from weighted_mtp.schemas.configs import WeightsReportConfig

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.data.mixing import MixedLoader
 from weighted_mtp.training.evaluation import to_device
+from weighted_mtp.training.loss.normalizer import StepNormalizer, count_targets
 from weighted_mtp.training.loss.objectives import make_objective
-from weighted_mtp.training.loss.shifted_targets import count_targets
 from weighted_mtp.training.metrics import MetricsAccumulator
 from weighted_mtp.training.model.flops import StepFlops, peak_flops
 from weighted_mtp.training.model.head_sums import HeadSums
@@ -32,20 +32,6 @@ from weighted_mtp.training.rows import Rows
 from weighted_mtp.training.schedules import linear_warmup
 from weighted_mtp.training.sharding import all_finite, no_sync
 from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
-
-
-class StepTargets(NamedTuple):
-    """Targets of one optimizer step, over all micro-batches and processes.
-
-    Attributes:
-        targets: number of targets of the first offset.
-        weight_sum: sum of their absolute weights; 0 if there is nothing to learn.
-        normalizer: Z, the denominator of the loss: one of the two, as `--normalization` says.
-    """
-
-    targets: float
-    weight_sum: float
-    normalizer: float
 
 
 class TrainingLoop:
@@ -131,32 +117,32 @@ class TrainingLoop:
         batch = self.weighting.weigh_rows(batch, warmup, np.random.default_rng([self.config.seed, self.step]))
         own = np.random.default_rng([self.config.seed, self.step, self.accelerator.process_index])
         live = self.weighting.live_weighting(warmup, own)
-        counted = self._count_targets(batch, warmup)
+        normalizer = self._normalizer(batch, warmup)
         self.tokens += int(batch.tokens.sum())
         self.accumulator.count_rows(batch)
-        if not counted.weight_sum:
+        if not normalizer.weight_sum:
             self.accumulator.counters["no_signal_steps"] += 1
             self._skip_update()
         else:
             coefficients = self._coefficients()
             micro_batches = self._micro_batches(batch)
-            sums = self._accumulate_gradients(micro_batches, counted.normalizer, coefficients, live)
+            sums = self._accumulate_gradients(micro_batches, normalizer.value, coefficients, live)
             if self._should_update(micro_batches, sums):
                 self.optimizer.step()
                 of_step = HeadSums(*(values.sum(0) for values in sums))
-                self.accumulator.add_step(of_step, coefficients, counted.targets)
+                self.accumulator.add_step(of_step, coefficients, normalizer.targets)
             else:
                 self._skip_update()
         self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def _count_targets(self, batch: Rows, warmup: float) -> StepTargets:
-        """Count the targets of the whole step, and so its normalizer."""
+    def _normalizer(self, batch: Rows, warmup: float) -> StepNormalizer:
+        """Count the targets of the whole step: its normalizer."""
         ids, weights = torch.from_numpy(batch.position_ids), torch.from_numpy(batch.weights).double()
         counts = count_targets(ids, weights, self.config.heads.offsets[0], scored=self.weighting.live)
         targets, counted = map(float, counts)
         weight_sum = self.weighting.weight_sum(counted, warmup)
-        return StepTargets(targets, weight_sum, targets if self.config.normalization == "tokens" else weight_sum)
+        return StepNormalizer(targets, weight_sum, targets if self.config.normalization == "tokens" else weight_sum)
 
     def _micro_batches(self, batch: Rows) -> list[Rows]:
         """Split this process's share of the rows."""

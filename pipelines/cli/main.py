@@ -12,7 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 
 from weighted_mtp.pipelines.cli.errors import debugging, describe_error, is_user_facing, silence_libraries
-from weighted_mtp.pipelines.cli.parser import COMMANDS, parse
+from weighted_mtp.pipelines.cli.parser import COMMANDS, parse_arguments
 from weighted_mtp.pipelines.cli.usage import describe_usage_error
 from weighted_mtp.schemas.configs import Config
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = io.StringIO()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        command, config = parse(arguments)
+        command, config = parse_arguments(arguments)
         run(command, config)
         return 0
     except KeyboardInterrupt:

@@ -60,7 +60,7 @@ NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 register_type(UPath, deserializer=locate, type_check=isinstance)
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Config]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, Config]:
     """Parse the command line into the name of a command and its settings.
 
     Raises:

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.extreme_tokens import extremes, extremes_table
-from weighted_mtp.pipelines.reports.token_text import decode, printable
+from weighted_mtp.pipelines.reports.tokens.extreme_tokens import extremes, extremes_table
+from weighted_mtp.pipelines.reports.tokens.token_text import decode, printable
 from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest
 from weighted_mtp.schemas.shard_set.shard_set import SAMPLED_FOOTERS, ShardSet
 from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics

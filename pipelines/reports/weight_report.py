@@ -8,9 +8,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.marked_text import LEGEND, Excerpt, marked
-from weighted_mtp.pipelines.reports.token_classes import CLASSES, classify, token_texts
-from weighted_mtp.pipelines.reports.token_text import printable
+from weighted_mtp.pipelines.reports.tokens.marked_text import LEGEND, Excerpt, marked
+from weighted_mtp.pipelines.reports.tokens.token_classes import CLASSES, classify, token_texts
+from weighted_mtp.pipelines.reports.tokens.token_text import printable
 from weighted_mtp.pipelines.reports.weight_statistics import Totals, WeightStatistics, position_names
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from weighted_mtp.schemas.configs.common import Config, PositiveFraction
-from weighted_mtp.schemas.weights.language import parse, rename
+from weighted_mtp.schemas.weights.language import parse_formula, rename
 from weighted_mtp.schemas.weights.nodes import Constant, FormulaError, Node, is_live, is_signed
 from weighted_mtp.schemas.weights.presets import PRESETS, SETTINGS
 
@@ -70,7 +70,7 @@ class WeightsConfig(Config):
             raise ValueError(f"{own} needs --weights.group, the name of a label column")
         for name, text in (("column", self.column), ("formula", self.formula)):
             try:
-                parse(text or "1")
+                parse_formula(text or "1")
             except FormulaError as error:
                 raise ValueError(f"--weights.{name}: {error}") from error
         node = self.node
@@ -96,7 +96,7 @@ class WeightsConfig(Config):
     @property
     def node(self) -> Node:
         """The parsed formula."""
-        return parse(self.text)
+        return parse_formula(self.text)
 
     @property
     def is_live(self) -> bool:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 1.0)
 ADDED_AT_ONCE = 1 << 20
 """Values counted at once. Counting takes several times the memory of the values."""

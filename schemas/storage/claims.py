@@ -3,7 +3,7 @@
 import json
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.storage.files import LOCK, PROGRESS, differences, read_json, write_text
+from weighted_mtp.schemas.storage.files import LOCK, PROGRESS, differences, read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import Location, remove_tree
 
 CLAIM = "request.json"
@@ -29,7 +29,7 @@ def check_claim(output: Location, request: str) -> bool:
     """The checks of `claim_output`, without writing anything."""
     progress = output / PROGRESS
     if (progress / CLAIM).exists():
-        changed = differences(read_json(progress / CLAIM), json.loads(request))
+        changed = differences(read_json_file(progress / CLAIM), json.loads(request))
         if not changed:
             return True
         if any(progress.glob("*.parquet")):

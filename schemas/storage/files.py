@@ -110,7 +110,7 @@ def sha256_file(path: Location) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def read_json(path: Location) -> Any:
+def read_json_file(path: Location) -> Any:
     """Read a JSON file written by this project.
 
     Raises:

@@ -77,7 +77,7 @@ def kind_of(location: Location) -> Literal["file", "directory"] | None:
         return None
 
 
-def walk(directory: Location) -> dict[str, int]:
+def walk_files(directory: Location) -> dict[str, int]:
     """Relative name and size in bytes of every file below a directory, recursively."""
     if isinstance(directory, Path):
         return {

@@ -40,7 +40,7 @@ SYMBOLS: dict[type[ast.AST], str] = {
 }  # fmt: skip
 
 
-def parse(text: str) -> Node:
+def parse_formula(text: str) -> Node:
     """Parse a formula.
 
     Raises:

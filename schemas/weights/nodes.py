@@ -47,12 +47,12 @@ class Call:
 Node = Constant | ColumnRef | Call
 
 
-def walk(node: Node) -> Iterator[Node]:
+def walk_nodes(node: Node) -> Iterator[Node]:
     """The node and all nodes below it."""
     yield node
     if isinstance(node, Call):
         for argument in node.arguments:
-            yield from walk(argument)
+            yield from walk_nodes(argument)
 
 
 def depth(node: Node) -> int:
@@ -62,19 +62,19 @@ def depth(node: Node) -> int:
 
 def columns_of(node: Node) -> list[str]:
     """Names of the columns read by a formula, in order of first use, without `live`."""
-    names = [inner.name for inner in walk(node) if isinstance(inner, ColumnRef) and inner.name != LIVE]
+    names = [inner.name for inner in walk_nodes(node) if isinstance(inner, ColumnRef) and inner.name != LIVE]
     return list(dict.fromkeys(names))
 
 
 def labels_of(node: Node) -> list[str]:
     """Names of the label columns in the `by` arguments of a formula."""
-    scopes = [inner.by for inner in walk(node) if isinstance(inner, Call) and inner.by is not None]
+    scopes = [inner.by for inner in walk_nodes(node) if isinstance(inner, Call) and inner.by is not None]
     return [name for name in dict.fromkeys(scopes) if name not in SCOPES]
 
 
 def is_live(node: Node) -> bool:
     """Whether a formula depends on the model in training."""
-    return any(inner == ColumnRef(LIVE) for inner in walk(node))
+    return any(inner == ColumnRef(LIVE) for inner in walk_nodes(node))
 
 
 def is_signed(node: Node) -> bool:
@@ -84,7 +84,9 @@ def is_signed(node: Node) -> bool:
 
 def waits_for_batch(node: Node) -> bool:
     """Whether a formula needs the whole batch: it depends on `live`, or compares tokens by batch."""
-    return any(inner == ColumnRef(LIVE) or (isinstance(inner, Call) and inner.by == "batch") for inner in walk(node))
+    return any(
+        inner == ColumnRef(LIVE) or (isinstance(inner, Call) and inner.by == "batch") for inner in walk_nodes(node)
+    )
 
 
 def replace_column(node: Node, name: str, other: str) -> Node:

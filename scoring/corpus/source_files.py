@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetsError
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
 FORMATS: dict[str, Format] = {
@@ -92,7 +92,7 @@ def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]
     """All files below the directory `root`, except hidden files and, with `auto`, files of unknown format."""
     files = {
         name: size
-        for name, size in walk(root).items()
+        for name, size in walk_files(root).items()
         if not any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
         and PurePosixPath(name).name not in DATASETS_METADATA
         and (given != "auto" or format_of(name) is not None)

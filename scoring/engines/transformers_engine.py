@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from weighted_mtp.schemas.shard_set.manifest import Quantity
-from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 
 LOSS_ROWS = 1024

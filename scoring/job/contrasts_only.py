@@ -7,7 +7,7 @@ from dataclasses import replace
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shards import read_shard
 from weighted_mtp.scoring.job.report import Progress
-from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_model, write_unit
+from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_scoring_engine, write_unit
 from weighted_mtp.scoring.job.units import commit, new_attempt
 
 
@@ -18,7 +18,7 @@ def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
         UserError: a shard is damaged.
         OSError: a unit cannot be read or written.
     """
-    scorer = ShardScorer(task, load_model)
+    scorer = ShardScorer(task, load_scoring_engine)
     progress = Progress(units=0, tokens=0, rejects=0, workers=1)
     yield progress
     for shard in units:

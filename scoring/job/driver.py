@@ -14,11 +14,11 @@ from dataclasses import replace
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig
-from weighted_mtp.scoring.job.fleet import Death, Result, WorkerFleet
-from weighted_mtp.scoring.job.policy import ScoringPolicy, Worker
+from weighted_mtp.scoring.job.fleet import CallResult, Death, WorkerFleet
 from weighted_mtp.scoring.job.ray_cluster import check_places
 from weighted_mtp.scoring.job.report import Progress
-from weighted_mtp.scoring.job.scorer import ScoringTask, load_model
+from weighted_mtp.scoring.job.retry_policy import ScoringPolicy, Worker
+from weighted_mtp.scoring.job.scorer import ScoringTask, load_scoring_engine
 from weighted_mtp.scoring.job.units import commit, pop_note
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
@@ -42,7 +42,7 @@ class ScoringJob:
         units: list[ShardEntry],
         pool: WorkerPool,
         report: Callable[[str], None],
-        load: Callable[[ScoringModel, EngineConfig], Engine] = load_model,
+        load: Callable[[ScoringModel, EngineConfig], Engine] = load_scoring_engine,
     ) -> None:
         self.task = task
         self.report = report
@@ -89,10 +89,10 @@ class ScoringJob:
 
     def _handle_death(self, death: Death) -> None:
         if death.out_of_memory:
-            self.policy.lower_batch(death.worker, "Ray killed a worker")
+            self.policy.halve_batch(death.worker, "Ray killed a worker")
         self._lose(death.worker, death.reason, caused_by_unit=not (death.out_of_memory or death.with_node))
 
-    def _handle_result(self, result: Result) -> None:
+    def _handle_result(self, result: CallResult) -> None:
         worker, unit, outcome = result.worker, result.unit, result.outcome
         if outcome.kind == "failed":
             assert outcome.error is not None
@@ -100,7 +100,7 @@ class ScoringJob:
                 raise outcome.error from RuntimeError(outcome.trace)
             self._lose(worker, str(outcome.error))  # other machines could load the models, but not this one
         elif outcome.kind == "out_of_memory":
-            self.policy.lower_batch(worker, outcome.reason)
+            self.policy.halve_batch(worker, outcome.reason)
             self.policy.release(worker)
             self.fleet.drop(worker)
         elif outcome.kind == "broken":

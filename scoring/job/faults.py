@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from weighted_mtp.schemas.errors import first_line
-from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 
 ROUNDING = 0.01
 """Tolerance for losses and entropies made slightly negative by rounding errors."""

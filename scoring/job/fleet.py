@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig
-from weighted_mtp.scoring.job.policy import UNITS_PER_WORKER, Worker
 from weighted_mtp.scoring.job.ray_cluster import cause_of_death, count_places, describe_nodes, head_answers, node_died
+from weighted_mtp.scoring.job.retry_policy import UNITS_PER_WORKER, Worker
 from weighted_mtp.scoring.job.scorer import ScoringTask
 from weighted_mtp.scoring.job.units import Unit
 from weighted_mtp.scoring.job.worker import Outcome, ScoringWorker
@@ -51,7 +51,7 @@ class Actor:
 
 
 @dataclass(frozen=True)
-class Call:
+class PendingCall:
     """A call in progress: a unit, a query for progress, or, without either, the start of the worker."""
 
     worker: Worker
@@ -60,7 +60,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Result:
+class CallResult:
     """The outcome of a unit, or, without a unit, of the start of a worker."""
 
     worker: Worker
@@ -91,7 +91,7 @@ class WorkerFleet:
         self.load = load
         self.actor_class = ray.remote(ScoringWorker)
         self.actors: dict[Worker, Actor] = {}
-        self.calls: dict[Any, Call] = {}
+        self.calls: dict[Any, PendingCall] = {}
         self.head_seen_at = self.placed_at = time.monotonic()
 
     def start(self, worker: Worker, task: ScoringTask) -> None:
@@ -104,16 +104,16 @@ class WorkerFleet:
             scheduling_strategy="SPREAD",
         ).remote(task, self.load)
         self.actors[worker] = Actor(handle)
-        self.calls[handle.start.remote()] = Call(worker)
+        self.calls[handle.start.remote()] = PendingCall(worker)
 
     def assign(self, worker: Worker, unit: Unit) -> None:
         """Send a unit to a worker; start the clock of an idle worker."""
         actor = self.actors[worker]
         if len(worker.units) == 1:
             actor.progress_at = time.monotonic()
-        self.calls[actor.handle.score.remote(unit)] = Call(worker, unit)
+        self.calls[actor.handle.score.remote(unit)] = PendingCall(worker, unit)
 
-    def results(self, timeout: float) -> Iterator[Result | Death]:
+    def results(self, timeout: float) -> Iterator[CallResult | Death]:
         """Wait up to `timeout` seconds for a call to end; yield the results of all finished calls.
 
         Skips calls of workers dropped meanwhile. Answers to queries only update the clocks.
@@ -134,7 +134,7 @@ class WorkerFleet:
             if call.query:
                 self._note_progress(self.actors[call.worker], answer)
             else:
-                yield Result(call.worker, call.unit, answer)
+                yield CallResult(call.worker, call.unit, answer)
 
     def _note_progress(self, actor: Actor, computed: int) -> None:
         # Workers answer while they load their models: the first answer starts the clock.
@@ -195,7 +195,7 @@ class WorkerFleet:
         actors = [(worker, actor) for worker, actor in self.actors.items() if worker not in queried]
         for worker, actor in sorted(actors, key=lambda pair: pair[1].queried_at)[:QUERIES_PER_CHECK]:
             actor.queried_at = time.monotonic()
-            self.calls[actor.handle.computed_tokens.remote()] = Call(worker, query=True)
+            self.calls[actor.handle.computed_tokens.remote()] = PendingCall(worker, query=True)
 
     def check_placement(self, report: Callable[[str], None]) -> None:
         """Report a job whose workers all wait for resources used by others.

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
+from weighted_mtp.schemas.shard_set.rounding import round_contrast
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths
-from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, ScoringPlan
@@ -29,8 +29,6 @@ from weighted_mtp.scoring.job.units import (
     write_record,
 )
 
-CONTRAST_STEP = np.float32(2.0**-9)
-"""Contrasts are stored as multiples of this, in nats."""
 PROBE_REQUEST = Request(np.array([0, 1], dtype=np.int32))
 """A request that every model can score, to check that an engine works."""
 
@@ -68,7 +66,7 @@ class ScoredShard:
     score_seconds: float
 
 
-def load_model(model: ScoringModel, config: EngineConfig) -> Engine:
+def load_scoring_engine(model: ScoringModel, config: EngineConfig) -> Engine:
     """Load a model into an engine.
 
     Raises:
@@ -91,7 +89,7 @@ class ShardScorer:
 
         Args:
             task: what to score.
-            load: creates an engine; `load_model` except in tests and benchmarks.
+            load: creates an engine; `load_scoring_engine` except in tests and benchmarks.
 
         Raises:
             UserError: an engine cannot load or run its model.
@@ -282,13 +280,3 @@ def measure(
 def first_scored(measurement: Measurement, ids: np.ndarray, bos_token_id: int | None) -> int:
     """The first token with a score: 0 after a prompt, unless the sequence starts with BOS, else 1."""
     return 0 if measurement.prompt and ids[0] != bos_token_id else 1
-
-
-def round_contrast(contrast: np.ndarray) -> np.ndarray:
-    """Round to multiples of 1/512 nat and clip to the range of float16; float32 in and out.
-
-    Differences near 0 would have float16 digits far below the precision of their two losses (stored with a spacing of
-    1/512 from 2 nats up; engines differ by about 0.03). These digits would cost storage.
-    """
-    rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # adding 0 turns -0 into 0
-    return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)

@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 import pytest
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
-from weighted_mtp.scoring.job.scorer import ScoringTask, load_model
+from weighted_mtp.scoring.job.scorer import ScoringTask, load_scoring_engine
 from weighted_mtp.scoring.job.units import Unit, commit, find_done, new_attempt
 from weighted_mtp.scoring.job.worker import ScoringWorker
 
@@ -48,7 +48,7 @@ def score_in_process() -> Callable[..., None]:
     The worker loads engines with `load`.
     """
 
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_model) -> None:
+    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_scoring_engine) -> None:
         worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load)
         done = find_done(task.output, shards)
         units = [Unit(shard, new_attempt(shard.name)) for shard in shards if shard.name not in done]

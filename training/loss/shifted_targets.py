@@ -14,18 +14,6 @@ def valid_targets(position_ids: Tensor, offset: int) -> Tensor:
     return position_ids[:, offset:] == position_ids[:, :-offset] + offset
 
 
-def count_targets(position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False) -> tuple[Tensor, Tensor]:
-    """Number of valid targets at `offset`, int64, and the sum of their absolute weights, in the dtype of weights.
-
-    With `scored` the weights are components (B, T, components) of live weights, and a target without NaN counts 1.
-    Both results are scalars.
-    """
-    valid = valid_targets(position_ids, offset)
-    weights = weights[:, offset:]
-    sizes = weights.isfinite().all(-1).to(weights.dtype) if scored else weights.abs()
-    return valid.sum(), (sizes * valid).sum()
-
-
 def select_targets(
     input_ids: Tensor, position_ids: Tensor, weights: Tensor, offset: int, *, scored: bool = False
 ) -> HeadTargets:

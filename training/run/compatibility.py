@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import read_json
+from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
 from weighted_mtp.training.model.mtp_model import MTPModel
 
@@ -73,7 +73,7 @@ def run_record(place: Location) -> dict[str, Any] | None:
         return None
     if not (place / "model").is_dir():
         raise UserError(f"--model {place}: this training run is not finished; repeat its command first")
-    return read_json(record)
+    return read_json_file(record)
 
 
 def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json, write_text
+from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json_file, write_text
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
 
@@ -93,7 +93,7 @@ class RunDirectory:
             UserError: it holds something else, or a run with other settings, which the error names.
         """
         if self.record.exists():
-            changed = [name.removeprefix("config.") for name in differences(read_json(self.record), self.identity)]
+            changed = [name.removeprefix("config.") for name in differences(read_json_file(self.record), self.identity)]
             if changed and (self.latest_checkpoint() or self.summary_file.exists()):
                 raise UserError(
                     f"{self.output}: holds a run with other settings ({', '.join(changed)}); "
@@ -118,7 +118,7 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
-        return read_json(self.summary_file) if self.summary_file.exists() else None
+        return read_json_file(self.summary_file) if self.summary_file.exists() else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary of a run whose model is saved."""

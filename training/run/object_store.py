@@ -12,8 +12,8 @@ from pathlib import Path
 
 from upath import UPath
 
-from weighted_mtp.schemas.storage.files import read_json, write_text
-from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk
+from weighted_mtp.schemas.storage.files import read_json_file, write_text
+from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk_files
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
@@ -53,20 +53,20 @@ class ObjectStoreCopy:
             self.remote.fs.put_file(str(source), (self.remote / name).path)
             return
         # Configs last: readers recognise a model or heads by its config.
-        files = sorted(walk(source), key=lambda file: (file.endswith("config.json"), file))
+        files = sorted(walk_files(source), key=lambda file: (file.endswith("config.json"), file))
         for file in files:
             self.remote.fs.put_file(str(source / file), (self.remote / name / file).path)
 
     def complete_checkpoint(self, name: str, keep: int) -> None:
         """Mark a checkpoint complete after all processes have uploaded its files; remove all but the newest `keep`."""
         directory = self.remote / CHECKPOINTS / name
-        write_text(directory / COMPLETE, json.dumps(walk(directory), indent=2) + "\n")
+        write_text(directory / COMPLETE, json.dumps(walk_files(directory), indent=2) + "\n")
         self.remove_checkpoints(keep)
 
     def remove_checkpoints(self, keep: int) -> None:
         """Remove incomplete checkpoints, and all but the newest `keep` of the others."""
         kept = sorted(self._complete_checkpoints())[-keep:]
-        for name in {file.split("/")[0] for file in walk(self.remote / CHECKPOINTS)} - set(kept):
+        for name in {file.split("/")[0] for file in walk_files(self.remote / CHECKPOINTS)} - set(kept):
             remove_tree(self.remote / CHECKPOINTS / name)
 
     def close(self) -> None:
@@ -79,11 +79,11 @@ class ObjectStoreCopy:
 
     def _complete_checkpoints(self) -> dict[str, list[str]]:
         """The files of each complete checkpoint in the store."""
-        sizes = walk(self.remote / CHECKPOINTS)
+        sizes = walk_files(self.remote / CHECKPOINTS)
         complete: dict[str, list[str]] = {}
         for marker in (name for name in sizes if name.endswith(f"/{COMPLETE}")):
             checkpoint = marker.split("/")[0]
-            files: dict[str, int] = read_json(self.remote / CHECKPOINTS / marker)
+            files: dict[str, int] = read_json_file(self.remote / CHECKPOINTS / marker)
             if all(sizes.get(f"{checkpoint}/{name}") == size for name, size in files.items()):
                 complete[checkpoint] = list(files)
         return complete

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.weights.analysis import mean_of
-from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Node, replace_column, waits_for_batch, walk
+from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Node, replace_column, waits_for_batch, walk_nodes
 from weighted_mtp.schemas.weights.stages import StagedFormula
 from weighted_mtp.training.loss.multi_head import LiveWeightFunction
 from weighted_mtp.training.rows import Rows, silent_documents
 from weighted_mtp.training.weighting.controls import Control, apply_control
-from weighted_mtp.training.weighting.expressions import Tokens, evaluate
+from weighted_mtp.training.weighting.expressions import Tokens, evaluate_expression
 from weighted_mtp.training.weighting.segments import ArraySegments, TensorSegments
 
 
@@ -79,7 +79,7 @@ class BatchWeighting:
         """
         assert self.formula is not None
         tokens, scored = _scored_tokens(components, position_ids)
-        own = evaluate(self.formula.batch[0], tokens)
+        own = evaluate_expression(self.formula.batch[0], tokens)
         own = apply_control(self.control, own, tokens.segments["sequence"].counts, rng)
         weights = np.zeros(scored.shape, dtype=np.float32)
         weights[scored] = 1 + np.float32(share) * (own - 1) if share < 1 else own
@@ -91,7 +91,7 @@ class BatchWeighting:
         tokens, scored = _scored_tokens(rows.weights, rows.position_ids)
         components = np.full((*scored.shape, len(formula.batch)), np.nan, dtype=np.float32)
         for number, component in enumerate(formula.batch):
-            components[scored, number] = evaluate(component, tokens)
+            components[scored, number] = evaluate_expression(component, tokens)
         return components
 
     def weight_sum(self, counted: float, share: float) -> float:
@@ -141,7 +141,7 @@ class LiveWeighting:
         """Weights (R,) from live losses (R,), stored components (R, components) and ascending document ids (R,)."""
         if not len(token_losses):
             return token_losses
-        scopes = {inner.by for inner in walk(self.formula) if isinstance(inner, Call)}
+        scopes = {inner.by for inner in walk_nodes(self.formula) if isinstance(inner, Call)}
         if self.control != "none":
             scopes.add("sequence")
         segments = {}
@@ -150,7 +150,7 @@ class LiveWeighting:
         if "sequence" in scopes:
             segments["sequence"] = TensorSegments(documents.unique_consecutive(return_inverse=True)[1])
         columns = {LIVE: token_losses} | {str(number): values for number, values in enumerate(components.unbind(-1))}
-        weights = evaluate(self.formula, Tokens(columns, segments, library=torch))
+        weights = evaluate_expression(self.formula, Tokens(columns, segments, library=torch))
         if self.control != "none":
             counts = segments["sequence"].counts.cpu().numpy()
             controlled = apply_control(self.control, weights.cpu().numpy(), counts, self.rng)

@@ -15,6 +15,7 @@ import pyarrow.compute
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.shard_set.rounding import float16_bits
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.distribution import Distribution
@@ -31,7 +32,6 @@ from weighted_mtp.training.weighting.expressions import (
     fold,
     map_values,
 )
-from weighted_mtp.training.weighting.segments import float16_bits
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from weighted_mtp.schemas.shard_set.rounding import float16_bits
 from weighted_mtp.schemas.weights.function_record import Segments
 from weighted_mtp.schemas.weights.functions import FUNCTIONS
 from weighted_mtp.schemas.weights.nodes import Call, ColumnRef, Constant, Node
-from weighted_mtp.training.weighting.segments import float16_bits
 
 FLOAT16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """The value of each float16 bit pattern, (65536,) float32."""
@@ -116,7 +116,7 @@ def map_values(x: Expression, function: Callable[[np.ndarray], np.ndarray]) -> E
         return TableLookup(x.argument, function(x.table).astype(np.float32))
 
 
-def evaluate(expression: Expression, tokens: Tokens) -> Any:
+def evaluate_expression(expression: Expression, tokens: Tokens) -> Any:
     """Values (N,) float32 of an expression; a float if it is constant."""
     match expression:
         case Constant(value):
@@ -125,16 +125,20 @@ def evaluate(expression: Expression, tokens: Tokens) -> Any:
             values = tokens.columns[name]
             return values.astype(np.float32) if values.dtype == np.float16 else values
         case TableLookup(argument, table):
-            values = tokens.columns[argument.name] if isinstance(argument, ColumnRef) else evaluate(argument, tokens)
+            values = (
+                tokens.columns[argument.name]
+                if isinstance(argument, ColumnRef)
+                else evaluate_expression(argument, tokens)
+            )
             return table[float16_bits(values)]
         case ElementwiseMap(argument, function):
-            return function(evaluate(argument, tokens))
+            return function(evaluate_expression(argument, tokens))
         case StandardiseByLabel():
             index = np.fromiter(map(expression.index.__getitem__, tokens.labels[expression.label]), np.int64)  # (S,)
             broadcast = tokens.segments["sequence"].broadcast
-            centred = evaluate(expression.argument, tokens) - broadcast(expression.mean[index])
+            centred = evaluate_expression(expression.argument, tokens) - broadcast(expression.mean[index])
             return centred * broadcast(expression.inverse[index])
-    arguments = [evaluate(argument, tokens) for argument in expression.arguments]
+    arguments = [evaluate_expression(argument, tokens) for argument in expression.arguments]
     if expression.by is None:
         return _elementwise(expression, arguments, tokens.library)
     in_segments = FUNCTIONS[expression.function].in_segments

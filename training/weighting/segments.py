@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
+from weighted_mtp.schemas.shard_set.rounding import float16_bits
 
 
 class ArraySegments:
@@ -128,13 +128,6 @@ class TensorSegments:
         """Indices (N,) that sort the values by segment and then ascending."""
         order = values.sort(stable=True).indices
         return order if len(self.counts) == 1 else order[self.index[order].sort(stable=True).indices]
-
-
-def float16_bits(values: np.ndarray) -> np.ndarray:
-    """Bit patterns of values (N,) rounded to float16 and clipped to its range, (N,) uint16."""
-    if values.dtype != np.float16:
-        values = np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
-    return values.view(np.uint16)
 
 
 def _make_sort_keys() -> np.ndarray:

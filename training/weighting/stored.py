@@ -29,7 +29,7 @@ from weighted_mtp.schemas.weights.nodes import (
 from weighted_mtp.schemas.weights.stages import StagedFormula
 from weighted_mtp.training.weighting.controls import Control, apply_control, shuffle_between
 from weighted_mtp.training.weighting.corpus import CorpusResolver
-from weighted_mtp.training.weighting.expressions import FLOAT16_VALUES, Expression, TableLookup, evaluate
+from weighted_mtp.training.weighting.expressions import FLOAT16_VALUES, Expression, TableLookup, evaluate_expression
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 TOO_LARGE = "--weights.formula: a weight is too large to be a number; limit it with clip()"
@@ -80,9 +80,9 @@ class Weighting:
         if self.waits:
             components = np.empty((len(self.components), len(scored.mask)), dtype=np.float32)
             for values, component in zip(components, self.components, strict=True):
-                values[:] = scored.scatter(_finite(evaluate(component, scored.tokens)), math.nan)
+                values[:] = scored.scatter(_finite(evaluate_expression(component, scored.tokens)), math.nan)
             return components.T
-        weights = _finite(evaluate(self.components[0], scored.tokens))
+        weights = _finite(evaluate_expression(self.components[0], scored.tokens))
         if self.control == "shuffled" and self.per_sequence:
             weights = shuffle_between(weights, scored.counts, rng)
         else:

@@ -6,7 +6,7 @@ import pytest
 
 from weighted_mtp.schemas.weights.analysis import bounds, mean_of
 from weighted_mtp.schemas.weights.function_record import POSITIVE, UNBOUNDED
-from weighted_mtp.schemas.weights.language import parse
+from weighted_mtp.schemas.weights.language import parse_formula
 from weighted_mtp.schemas.weights.nodes import FormulaError
 
 
@@ -29,7 +29,7 @@ from weighted_mtp.schemas.weights.nodes import FormulaError
     ],
 )
 def test_the_mean_over_a_batch_where_it_is_known(text: str, expected: float | None) -> None:
-    assert mean_of(parse(text)) == (None if expected is None else pytest.approx(expected))
+    assert mean_of(parse_formula(text)) == (None if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_the_mean_over_a_batch_where_it_is_known(text: str, expected: float | No
     ],
 )
 def test_bounds(text: str, expected: tuple[float, float]) -> None:
-    assert bounds(parse(text), lambda name: POSITIVE if name == "loss" else UNBOUNDED) == expected
+    assert bounds(parse_formula(text), lambda name: POSITIVE if name == "loss" else UNBOUNDED) == expected
 
 
 def test_values_that_may_be_negative_are_not_normalised() -> None:
     with pytest.raises(FormulaError, match=r"normalise\(\) of values that may be negative; wrap them in abs\(\)"):
-        bounds(parse("normalise(score)"), lambda name: UNBOUNDED)
+        bounds(parse_formula("normalise(score)"), lambda name: UNBOUNDED)

@@ -4,17 +4,17 @@ import math
 
 import pytest
 
-from weighted_mtp.schemas.weights.language import parse, rename
+from weighted_mtp.schemas.weights.language import parse_formula, rename
 from weighted_mtp.schemas.weights.nodes import Call, ColumnRef, Constant, FormulaError
 
 X, Y = ColumnRef("x"), ColumnRef("y")
 
 
 def test_operators_bind_as_in_python() -> None:
-    assert parse("x - y * 2") == Call("-", (X, Call("*", (Y, Constant(2.0)))))
-    assert parse("(x - y) / -2") == Call("/", (Call("-", (X, Y)), Constant(-2.0)))
-    assert parse(" 1 + 2 * 3 ") == Constant(7.0)
-    assert parse("x >= log(2)") == Call(">=", (X, Constant(math.log(2))))
+    assert parse_formula("x - y * 2") == Call("-", (X, Call("*", (Y, Constant(2.0)))))
+    assert parse_formula("(x - y) / -2") == Call("/", (Call("-", (X, Y)), Constant(-2.0)))
+    assert parse_formula(" 1 + 2 * 3 ") == Constant(7.0)
+    assert parse_formula("x >= log(2)") == Call(">=", (X, Constant(math.log(2))))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_operators_bind_as_in_python() -> None:
     ],
 )
 def test_two_ways_to_write_the_same(one: str, other: str) -> None:
-    assert parse(one) == parse(other)
+    assert parse_formula(one) == parse_formula(other)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_two_ways_to_write_the_same(one: str, other: str) -> None:
 )
 def test_an_invalid_formula_is_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(FormulaError, match=message) as error:
-        parse(text)
+        parse_formula(text)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 

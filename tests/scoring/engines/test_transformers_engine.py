@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from weighted_mtp.schemas.shard_set.value_counts import FLOAT16_MAX
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.engines.transformers_engine import TransformersEngine, batches
 

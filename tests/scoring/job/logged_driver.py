@@ -19,7 +19,7 @@ from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
 from weighted_mtp.scoring.job import fleet, run
 from weighted_mtp.scoring.job.driver import ScoringJob
-from weighted_mtp.scoring.job.scorer import PROBE_REQUEST, load_model
+from weighted_mtp.scoring.job.scorer import PROBE_REQUEST, load_scoring_engine
 
 
 class LoggedEngine:
@@ -45,7 +45,7 @@ class LoggedEngine:
 
 
 def load_logged(model: ScoringModel, config: EngineConfig, *, log: Path, seconds: float) -> Engine:
-    return LoggedEngine(load_model(model, config), log, seconds)
+    return LoggedEngine(load_scoring_engine(model, config), log, seconds)
 
 
 if __name__ == "__main__":

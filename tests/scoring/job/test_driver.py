@@ -22,10 +22,10 @@ from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
 from weighted_mtp.scoring.engines.loading import load_engine
-from weighted_mtp.scoring.job import policy
+from weighted_mtp.scoring.job import retry_policy
 from weighted_mtp.scoring.job import run as scoring_run
 from weighted_mtp.scoring.job.driver import ScoringJob
-from weighted_mtp.scoring.job.scorer import load_model
+from weighted_mtp.scoring.job.scorer import load_scoring_engine
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -37,7 +37,7 @@ class FailingEngine:
     """An engine that fails on sequences with certain tokens."""
 
     def __init__(self, model: ScoringModel, config: EngineConfig, log: Path) -> None:
-        self.engine = load_model(model, config)
+        self.engine = load_scoring_engine(model, config)
         self.config = config
         self.log = log
         self.broken = False
@@ -209,7 +209,7 @@ def test_memory_that_runs_out_lowers_the_batch(score, log, capfd):
 
 
 def test_memory_that_never_suffices_stops_the_run(score, monkeypatch):
-    monkeypatch.setattr(policy, "MIN_BATCH_TOKENS", 3000)
+    monkeypatch.setattr(retry_policy, "MIN_BATCH_TOKENS", 3000)
     with pytest.raises(UserError, match=r"out of memory even with 4000 tokens at once \(RuntimeError: CUDA out of"):
         score({6: EXHAUST}, batch_tokens=4000)
 

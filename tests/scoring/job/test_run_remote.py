@@ -10,7 +10,7 @@ from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import LOCK, PROGRESS, copy_files
-from weighted_mtp.schemas.storage.locations import walk
+from weighted_mtp.schemas.storage.locations import walk_files
 
 
 def upload(source: Path, target: UPath) -> UPath:
@@ -53,7 +53,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
         patch.setattr("weighted_mtp.scoring.job.run.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             run(ScoreConfig.model_validate(settings | remote))
-    done = {name for name in walk(s3 / "scored") if name.startswith(PROGRESS) and name.endswith(".parquet")}
+    done = {name for name in walk_files(s3 / "scored") if name.startswith(PROGRESS) and name.endswith(".parquet")}
     assert len(done) == 3
     (s3 / "scored" / PROGRESS / tokens.manifest.shards[1].name).unlink()
     (s3 / "scored" / PROGRESS / f"{tokens.manifest.shards[1].name}.0123.record").write_bytes(b"of a killed worker")
@@ -67,5 +67,5 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     for shard in local.manifest.shards:
         assert (scored.path / shard.name).read_bytes() == (local.path / shard.name).read_bytes()
     names = {path.relative_to(local.path).as_posix() for path in local.path.rglob("*") if path.is_file()}
-    assert set(walk(s3 / "scored")) == names
+    assert set(walk_files(s3 / "scored")) == names
     assert LOCK not in names

@@ -8,6 +8,7 @@ import pytest
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShortContext
+from weighted_mtp.schemas.shard_set.rounding import round_contrast
 from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import PROGRESS
@@ -15,7 +16,7 @@ from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns
 from weighted_mtp.scoring.conditions.short_context import plan_windows
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
-from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, round_contrast, write_unit
+from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, write_unit
 from weighted_mtp.scoring.job.units import Attempt, commit, find_done, gather
 
 CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)

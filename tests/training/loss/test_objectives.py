@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weighted_mtp.schemas.configs import HeadsConfig, ObjectiveConfig, TrainConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.weights.language import parse
+from weighted_mtp.schemas.weights.language import parse_formula
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
     HeadTargets,
@@ -171,7 +171,7 @@ def test_live_weights_rank_by_likelihood_and_only_selected_rows_are_shaped(model
     model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 2)), from_scratch=False)
     positions, ids = torch.arange(20)[None], torch.arange(20)[None] * 11 % 256
     stored = torch.full((1, 20), 5.0)
-    live = LiveWeighting(parse("normalise(top(live, 0.5), by=batch)"))
+    live = LiveWeighting(parse_formula("normalise(top(live, 0.5), by=batch)"))
     reference = model(ids, positions, stored[..., None], live=live)[1]
     loss, sums = model(
         ids, positions, stored[..., None], live=live, objective=DiversityOrPrecision(0.0, lambda_tail=-1.0)

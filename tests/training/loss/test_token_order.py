@@ -18,7 +18,7 @@ from weighted_mtp.pipelines import evaluate
 from weighted_mtp.schemas.configs import EvaluateConfig, HeadsConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.weights.language import parse
+from weighted_mtp.schemas.weights.language import parse_formula
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
     HeadTargets,
@@ -185,7 +185,7 @@ def test_adds_to_the_loss_of_all_heads(
 def test_live_weights_are_those_of_offset_1(model_dir: Callable[..., Path]) -> None:
     model = with_order(model_dir(), offsets=(1,), top_coefficient=1.0)
     stored = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) * 3 + 4
-    live = LiveWeighting(parse("normalise(top(live, 0.4), by=batch)"))
+    live = LiveWeighting(parse_formula("normalise(top(live, 0.4), by=batch)"))
     sums = model(IDS, POSITIONS, stored[..., None], live=live)[1]
     assert sums.selected[1] == sums.selected[0] == math.ceil(0.4 * len(predicting(POSITIONS)))
     assert [values[1].item() for values in sums[4:]] == pytest.approx([values[0].item() for values in sums[4:]])

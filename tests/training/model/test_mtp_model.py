@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from weighted_mtp.schemas.configs import HeadsConfig
-from weighted_mtp.training.loss.shifted_targets import count_targets
+from weighted_mtp.training.loss.normalizer import count_targets
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model, load_model
 from weighted_mtp.training.model.trunk import decoder_parts, recorded_call
 

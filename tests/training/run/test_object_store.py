@@ -17,7 +17,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage import locks
 from weighted_mtp.schemas.storage.files import copy_files, write_text
-from weighted_mtp.schemas.storage.locations import Location, walk
+from weighted_mtp.schemas.storage.locations import Location, walk_files
 from weighted_mtp.training.run import directory as run_module
 from weighted_mtp.training.run.object_store import COMPLETE
 from weighted_mtp.training.run.train import train
@@ -84,11 +84,11 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     train(local)
     train(remote)
     assert_same(local, remote)
-    expected = {name for name in walk(local.output) if not name.startswith("wmtp/")}
-    found = {name for name in walk(remote.output) if not name.startswith("wmtp/")}
+    expected = {name for name in walk_files(local.output) if not name.startswith("wmtp/")}
+    found = {name for name in walk_files(remote.output) if not name.startswith("wmtp/")}
     assert found - expected == {f"checkpoints/step-0000000{step}/{COMPLETE}" for step in (4, 6)}
     assert expected < found
-    assert any("events" in name for name in walk(remote.output / "wmtp"))
+    assert any("events" in name for name in walk_files(remote.output / "wmtp"))
     assert not list((cache / "runs").iterdir())
     assert train(remote)["already_complete"]
     losses = [evaluate(EvaluateConfig(model=str(run.output), input=run.input[0])) for run in (local, remote)]
@@ -148,7 +148,7 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     killed = start_process(DIE, config=broken.model_dump_json())
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    files = set(walk(broken.output / "checkpoints"))
+    files = set(walk_files(broken.output / "checkpoints"))
     assert f"step-00000004/{SHARD}" in files
     assert [name for name in files if name.endswith(COMPLETE)] == [f"step-00000002/{COMPLETE}"]
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
@@ -158,13 +158,13 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     def record(self: Any, step: int) -> None:
         claim(self, step)
         continued.append(step)
-        assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000002"}
+        assert {name.split("/")[0] for name in walk_files(broken.output / "checkpoints")} == {"step-00000002"}
 
     monkeypatch.setattr(run_module.RunDirectory, "claim", record)
     train(broken)
     assert continued == [2]
     assert_same(whole, broken)
-    assert {name.split("/")[0] for name in walk(broken.output / "checkpoints")} == {"step-00000006"}
+    assert {name.split("/")[0] for name in walk_files(broken.output / "checkpoints")} == {"step-00000006"}
 
 
 def test_a_checkpoint_that_lost_a_file_does_not_count(config: Callable[..., TrainConfig], s3: UPath) -> None:
@@ -187,7 +187,7 @@ def test_a_store_that_holds_something_else_is_left_alone(
     write_text(run.output / "thesis.tex", "years of work")
     with pytest.raises(UserError, match=f"{run.output}: already holds something else"):
         train(run)
-    assert list(walk(run.output)) == ["thesis.tex"]
+    assert list(walk_files(run.output)) == ["thesis.tex"]
     assert not list((cache / "runs").iterdir())
 
 
@@ -200,7 +200,7 @@ def test_two_ranks_share_one_local_copy(
     train(one)
     for machine, stop in enumerate((4, None)):
         launch(two, 2, stop_at=stop, XDG_CACHE_HOME=str(tmp_path / f"machine {machine}"))
-        found = walk(two.output)
+        found = walk_files(two.output)
         assert {f"checkpoints/step-00000004/random-0000{rank}.pt" for rank in (0, 1)} < set(found)
         assert ("summary.json" in found) == (stop is None)
     for a, b in zip(metrics(one), metrics(two), strict=True):

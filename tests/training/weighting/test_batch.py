@@ -6,7 +6,7 @@ import torch
 from weighted_sets import NAN, MakeSet, rows_of, scored
 
 from weighted_mtp.schemas.configs import WeightsConfig
-from weighted_mtp.schemas.weights.language import parse
+from weighted_mtp.schemas.weights.language import parse_formula
 from weighted_mtp.schemas.weights.nodes import ColumnRef
 from weighted_mtp.schemas.weights.stages import StagedFormula
 from weighted_mtp.training.loss.multi_head import HeadTargets
@@ -97,7 +97,7 @@ def test_a_formula_of_live_losses_and_stored_columns() -> None:
     """Two stored components, and a live stage: the top half of live - a in each document, times b."""
     config = WeightsConfig(formula="top(live - loss_a, 0.5, by=sequence) * sigmoid(long_short)")
     stages = StagedFormula.split(config.node)
-    assert stages.stored == (ColumnRef("loss_a"), parse("sigmoid(long_short)"))
+    assert stages.stored == (ColumnRef("loss_a"), parse_formula("sigmoid(long_short)"))
     assert stages.live is not None
     scheme = LiveWeighting(stages.live)
     stored = torch.tensor([[1.0, 0.25], [0.0, 0.5], [0.0, 0.75]])

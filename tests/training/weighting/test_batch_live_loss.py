@@ -13,7 +13,8 @@ from torch import Tensor
 from weighted_mtp.schemas.configs import HeadsConfig, TrainConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.training.loss.chunked_loss import ChunkedLoss
-from weighted_mtp.training.loss.shifted_targets import count_targets, select_targets
+from weighted_mtp.training.loss.normalizer import count_targets
+from weighted_mtp.training.loss.shifted_targets import select_targets
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting

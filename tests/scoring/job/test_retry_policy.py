@@ -7,8 +7,8 @@ import pytest
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
-from weighted_mtp.scoring.job import policy as module
-from weighted_mtp.scoring.job.policy import ScoringPolicy, Worker
+from weighted_mtp.scoring.job import retry_policy as module
+from weighted_mtp.scoring.job.retry_policy import ScoringPolicy, Worker
 from weighted_mtp.scoring.job.units import Unit
 
 
@@ -163,23 +163,23 @@ def test_failures_of_nodes_are_not_counted(policy, lines):
 
 def test_memory_that_runs_out_halves_the_batch_once(policy, lines):
     first, second = ready(policy), ready(policy)
-    policy.lower_batch(first, "CUDA out of memory")
-    policy.lower_batch(second, "CUDA out of memory")
+    policy.halve_batch(first, "CUDA out of memory")
+    policy.halve_batch(second, "CUDA out of memory")
     assert policy.batch_tokens == 512
     assert lines == ["out of memory (CUDA out of memory): continuing with batches of 512 tokens"]
     policy.release(first)
     assert names(assign(policy, ready(policy))) == ["a", "b"]
     assert policy.workers[-1].batch_tokens == 512
-    policy.lower_batch(policy.workers[-1], "again")
+    policy.halve_batch(policy.workers[-1], "again")
     assert policy.batch_tokens == 256
     assert policy.failures == {}
 
 
 def test_memory_that_never_suffices_stops_the_job(policy):
     for _ in range(2):
-        policy.lower_batch(policy.add_worker(), "no memory")
+        policy.halve_batch(policy.add_worker(), "no memory")
     with pytest.raises(UserError, match=r"out of memory even with 256 tokens at once \(no memory\); use fewer"):
-        policy.lower_batch(policy.add_worker(), "no memory")
+        policy.halve_batch(policy.add_worker(), "no memory")
 
 
 def test_three_failed_starts_in_a_row_stop_the_job(policy):

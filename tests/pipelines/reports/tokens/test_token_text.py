@@ -1,4 +1,4 @@
-from weighted_mtp.pipelines.reports.token_text import printable
+from weighted_mtp.pipelines.reports.tokens.token_text import printable
 
 
 def test_printable_escapes_what_would_break_the_line() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.token_text import decode, printable
+from weighted_mtp.pipelines.reports.tokens.token_text import decode, printable
 
 LEGEND = (
     "‹no weight, or less than half the mean of the kept tokens›  unmarked: between  «at least twice the mean»  "

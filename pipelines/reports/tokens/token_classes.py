@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from weighted_mtp.pipelines.reports.token_text import decode
+from weighted_mtp.pipelines.reports.tokens.token_text import decode
 
 CLASSES = (
     "word start",

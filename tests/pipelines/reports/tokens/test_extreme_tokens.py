@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from weighted_mtp.pipelines.reports.extreme_tokens import extremes, split_text
+from weighted_mtp.pipelines.reports.tokens.extreme_tokens import extremes, split_text
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 MakeShardSet = Callable[..., ShardSet]

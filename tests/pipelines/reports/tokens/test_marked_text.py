@@ -8,7 +8,7 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from weighted_mtp.pipelines.reports.marked_text import Excerpt, mark_style, marked
+from weighted_mtp.pipelines.reports.tokens.marked_text import Excerpt, mark_style, marked
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from weighted_mtp.pipelines.reports.token_classes import CLASSES, class_of, classify, token_texts
+from weighted_mtp.pipelines.reports.tokens.token_classes import CLASSES, class_of, classify, token_texts
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ class ScoringPolicy:
         self.tokens_done += unit.shard.tokens
         self.rejects += rejects
 
-    def lower_batch(self, worker: Worker, reason: str) -> None:
+    def halve_batch(self, worker: Worker, reason: str) -> None:
         """Halve the batch of workers that start later, unless it was lowered since this worker started.
 
         Raises:

@@ -1,0 +1,1 @@
+"""Tokens as text, their kinds, and excerpts that mark them."""
