@@ -1,1 +1,1 @@
-"""Small corpora that exist on every machine, without downloads."""
+"""Small corpora available on every machine without downloads."""

@@ -1,4 +1,4 @@
-"""Text that every Python installation has: the documentation and the sources of its standard library.
+"""Text included in every Python installation: documentation and source code of its standard library.
 
 These are two clearly different domains: a few hundred kilobytes of prose and several megabytes of code. The documents
 depend on the Python version, but not on the machine.
@@ -18,11 +18,11 @@ Document = tuple[str, str]
 """Name and text."""
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"})
-SKIPPED_FOLDERS_OF_TESTS = frozenset({"test", "tests", "idle_test"})
+SKIPPED_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 
 def documentation() -> Iterator[Document]:
-    """Yield the topics of the language reference, which `help("topics")` lists, sorted by name.
+    """Yield the language reference topics listed by `help("topics")`, sorted by name.
 
     Raises:
         ModuleNotFoundError: the Python installation lacks `pydoc_data`.
@@ -36,7 +36,7 @@ def documentation() -> Iterator[Document]:
 def sources() -> Iterator[Document]:
     """Yield the Python modules of the standard library, sorted by path, without tests and files that are not UTF-8."""
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = SKIPPED_FOLDERS | SKIPPED_FOLDERS_OF_TESTS
+    skipped = SKIPPED_FOLDERS | SKIPPED_TEST_FOLDERS
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root)
         machine_specific = path.parts[0].startswith(("_sysconfigdata", "config-"))
@@ -52,8 +52,8 @@ def sources() -> Iterator[Document]:
 def split(documents: Iterable[Document], **shares: float) -> dict[str, list[Document]]:
     """Split documents into named parts, for example `split(documents(), train=0.8, held_out=0.2)`.
 
-    The name of a document alone determines its part, so the part stays the same when other documents are added or
-    removed. Shares are expected values; small parts can be off by a few documents.
+    The name of a document alone determines its part: adding or removing other documents does not change it. Shares are
+    expected values; small parts can be off by a few documents.
 
     Args:
         shares: share of the documents in each part; they sum to 1.

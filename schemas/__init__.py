@@ -1,4 +1,4 @@
-"""What the two stages agree on: run configs, the shard format, the manifest, fingerprints.
+"""Contracts between the two stages: run configs, shard format, manifest, fingerprints.
 
-Nothing here needs torch, ray or vllm.
+Imports neither torch, ray nor vllm.
 """

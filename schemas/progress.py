@@ -18,7 +18,7 @@ LINE_WITH_TOTAL = (
 class ProgressBar(tqdm):
     """A tqdm bar on stderr. If stderr is not a terminal, it writes at most one plain line every `LINE_SECONDS`.
 
-    Operations shorter than that write nothing to a log.
+    Shorter operations write nothing to a log.
 
     Args:
         iterable: items to count, as for `tqdm`.

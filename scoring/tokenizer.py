@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: loading, saving, and their description in a manifest."""
+"""Load and save Hugging Face tokenizers, and describe them in a manifest."""
 
 import tempfile
 from pathlib import Path
@@ -22,16 +22,16 @@ def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedT
         remedy: end of the error message.
 
     Raises:
-        UserError: there is no such tokenizer, it is damaged, or it needs custom code.
+        UserError: the tokenizer is missing, is damaged, or needs custom code.
     """
     try:
         return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # depends on the files: a dozen types from OSError to KeyError, and bare Exception
+    except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
 def load_corpus_tokenizer(shards: ShardSet) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that is stored in a shard set."""
+    """Load the tokenizer stored in a shard set."""
     path = shards.tokenizer_path
     return load_tokenizer(local_copy(path), f"{path}: cannot be loaded", "restore it or rewrite the set")
 
@@ -51,7 +51,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Location) -> N
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, directory: Location) -> TokenizerInfo:
-    """Manifest entry of the tokenizer `name`, whose files are in `directory`."""
+    """Manifest entry of the tokenizer `name` with its files in `directory`."""
     return TokenizerInfo(
         name=name,
         fingerprint=tokenizer_fingerprint(tokenizer),

@@ -1,4 +1,4 @@
-"""Weighted multi-token prediction: find out offline which tokens matter, then train on that.
+"""Weighted multi-token prediction: score tokens offline, then train with weights from the scores.
 
-The subpackages are links to the folders of the same names at the top of the repository.
+The subpackages are symbolic links to the top-level folders of the same names.
 """

@@ -1,4 +1,4 @@
-"""Base class of all settings, and field types that several commands share."""
+"""Base class of all settings, and field types shared by several commands."""
 
 import keyword
 import os.path
@@ -12,7 +12,7 @@ from weighted_mtp.schemas.storage.locations import LocationSetting
 
 
 def split_paths(value: Any) -> Any:
-    """One path, or several as a list or separated by commas, as a list. Names of directories may contain commas.
+    """Convert a path, comma-separated paths or a list of paths to a list. Names of directories may contain commas.
 
     Raises:
         ValueError: a comma without a path on both sides.
@@ -32,11 +32,11 @@ def exact(share: float) -> Fraction:
 def check_identifier(name: str) -> None:
     """Raise ValueError unless `name` can be a column name, or part of one."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"'{name}' is no name for a column; use letters, digits and underscores")
+        raise ValueError(f"'{name}' is not a valid column name; use letters, digits and underscores")
 
 
 def is_reserved(name: str) -> bool:
-    """Whether `name` is reserved for shards or formulas, or is a Python keyword, which formulas cannot read."""
+    """Whether `name` is reserved for shards or formulas, or is a Python keyword, which formulas cannot contain."""
     return name in RESERVED or keyword.iskeyword(name)
 
 

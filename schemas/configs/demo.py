@@ -8,9 +8,9 @@ from weighted_mtp.schemas.configs.common import Config, EngineChoice, Positive, 
 
 
 class DemoConfig(Config):
-    """Run the whole job on text that every Python installation has."""
+    """Run the whole pipeline on text included in every Python installation."""
 
-    output: Path = Field(Path("runs/demo"), description="directory of all files that the demo writes")
+    output: Path = Field(Path("runs/demo"), description="directory for all files of the demo")
     engine: EngineChoice = Field("auto", description="engine of the scoring step")
     base_steps: Positive = Field(400, description="training steps of the base model")
     reference_steps: Positive = Field(100, description="training steps of the reference model, from the base model")

@@ -8,14 +8,14 @@ from weighted_mtp.schemas.configs.common import Config, Positive
 
 
 class DirectDecodingConfig(Config):
-    """Direct multi-token decoding: the split into layers, and how often decoding layers read the thinking layers."""
+    """Direct multi-token decoding (DMTD): groups of layers, and tokens per cycle."""
 
     cycle: Annotated[int, Field(gt=0, le=256)] = Field(
         1,
-        description="tokens to predict from one pass of all layers, up to 4 in the paper; 1 for an ordinary model",
+        description="tokens predicted per pass of all layers, up to 4 in the paper; 1 for an ordinary model",
     )
     encoding_layers: Annotated[int, Field(ge=0)] = Field(
-        0, description="number of first layers, whose output the decoding layers always read; 0 for the embeddings"
+        0, description="number of first layers; decoding layers always read their output; 0 for the embeddings"
     )
     decoding_layers: Annotated[int, Field(ge=0)] = Field(
         0, description="number of last layers, which run alone except at the start of a cycle; 8 of 36 in the paper"
@@ -40,20 +40,20 @@ class HeadsConfig(Config):
         "residual", description="a parallel head is x + SiLU(W x), or one decoder layer as in the MTP paper"
     )
     offsets: tuple[Positive, ...] = Field(
-        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, may have gaps, as [1,3,5,7]"
+        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, may have gaps, such as [1,3,5,7]"
     )
     coefficients: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
-        None, description="factor of each offset's loss; default 1; sequential heads share 0.3"
+        None, description="loss coefficient of each offset; default 1; sequential heads share 0.3"
     )
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the steps in which all factors but the first rise from 0"
+        0.0, description="share of the steps over which all coefficients but the first rise from 0"
     )
     top_coefficient: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="factor of token order prediction (TOP) by a second unembedding; 1 in its paper, 0 for none",
+        description="loss coefficient of token order prediction (TOP); 1 in the paper; 0 disables it",
     )
     top_window: Positive | None = Field(
-        None, description="number of next tokens whose order is predicted; default the rest of the document"
+        None, description="number of next tokens to order; default is the rest of the document"
     )
 
     dmtd: DirectDecodingConfig = Field(DirectDecodingConfig(), description="direct multi-token decoding")
@@ -76,7 +76,7 @@ class HeadsConfig(Config):
 
     @property
     def loss_coefficients(self) -> tuple[float, ...]:
-        """One coefficient per offset, then that of token order prediction, if there is any.
+        """One coefficient per offset, then the one of token order prediction if enabled.
 
         The default is 1, and lambda / D with lambda 0.3 for D sequential heads (arXiv 2412.19437).
         """
@@ -87,12 +87,12 @@ class HeadsConfig(Config):
 
     @property
     def predicts_order(self) -> bool:
-        """Whether there is token order prediction."""
+        """Whether token order prediction is enabled."""
         return self.top_coefficient > 0
 
     @property
     def predictions(self) -> tuple[str, ...]:
-        """Names of the predictions with a loss of their own.
+        """Names of the predictions with separate losses.
 
         The offsets, `top` for token order prediction, and with DMTD the phases of offset 1.
         """

@@ -12,7 +12,7 @@ from weighted_mtp.schemas.weights.nodes import Constant
 
 
 class IterateConfig(Config):
-    """Score and train in turn: the model trained in a round is the reference of the next."""
+    """Alternate scoring and training: each trained model is the reference of the next round."""
 
     input: LocationSetting = Field(description="shard set to score and to train on")
     output: LocationSetting = Field(description="directory of the rounds")
@@ -20,11 +20,11 @@ class IterateConfig(Config):
     base: NameSetting = Field(description="base model of all rounds: directory or Hugging Face id")
     model: NameSetting | None = Field(None, description="model to train in the first round; default is --base")
     rounds: Positive = Field(2, description="number of rounds; rerun with a larger number to add rounds")
-    fresh: bool = Field(False, description="start each round from --model instead of the model of the round before")
-    score: dict[str, Any] = Field({}, description="settings of 'wmtp score', as --score.short_context 512")
+    fresh: bool = Field(False, description="start each round from --model instead of the previous round's model")
+    score: dict[str, Any] = Field({}, description="settings of 'wmtp score', such as --score.short_context 512")
     train: dict[str, Any] = Field(
         {},
-        description="settings of 'wmtp train', as --train '{weights: {preset: rho1-static}, max_steps: 1000}'",
+        description="settings of 'wmtp train', such as --train '{weights: {preset: rho1-static}, max_steps: 1000}'",
     )
 
     def scoring(self, **settings: Any) -> ScoreConfig:
@@ -55,7 +55,7 @@ class IterateConfig(Config):
             reason = "no such setting" if unknown else message
             raise ValueError(f"--{key}: {reason}; see 'wmtp {name} --help'") from error
         if isinstance(training.weights.node, Constant):
-            raise ValueError("--train.weights.preset: choose a scheme, or training would not use the scores")
+            raise ValueError("--train.weights.preset: choose a scheme that uses the scores")
         return self
 
 

@@ -23,21 +23,21 @@ class PrepareConfig(Config):
     text_field: str = Field("text", description="field with the text")
     id_field: str | None = Field(None, description="field with the document id; default <file>#<row>")
     number_fields: tuple[str, ...] = Field(
-        (), description="fields with a number, as '[reward]'; stored as columns with one value per sequence"
+        (), description="numeric fields, such as '[reward]'; stored as columns with one value per sequence"
     )
-    label_fields: tuple[str, ...] = Field((), description="fields with a string or an integer, stored likewise")
+    label_fields: tuple[str, ...] = Field((), description="string or integer fields, stored the same way")
     sample_by: Literal["document", "paragraph", "line"] = Field(
-        "document", description="what forms a document in a text file"
+        "document", description="unit of a text file that forms a document"
     )
     subset: str | None = Field(None, description="configuration of a Hugging Face dataset")
     split: str = Field("train", description="split of a Hugging Face dataset")
-    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="longest sequence, in tokens")
+    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="maximum sequence length, in tokens")
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="put BOS before each document; auto follows the tokenizer's default"
     )
     append_eos: bool = Field(False, description="put EOS after each document")
     shard_tokens: Positive = Field(1 << 22, description="tokens per shard; a shard ends once it holds this many")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 is one per core")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 means one per core")
 
     @field_validator("number_fields", "label_fields")
     @classmethod
@@ -46,7 +46,7 @@ class PrepareConfig(Config):
             check_identifier(name)
             written = re.match("loss_|entropy_|gradient_|excess_loss|long_short", name)
             if written or is_reserved(name):
-                raise ValueError(f"'{name}' is a name that wmtp uses itself; rename the field in the corpus")
+                raise ValueError(f"'{name}' is reserved by wmtp; rename the field in the corpus")
         return names
 
     @model_validator(mode="after")

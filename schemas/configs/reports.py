@@ -1,4 +1,4 @@
-"""The settings of the commands that measure, show or check, and write no sets or models."""
+"""Settings of the commands that write no shard sets or models."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ class EvaluateConfig(Config):
     batch_size: Positive = Field(8, description="rows per forward pass")
     max_tokens: Positive | None = Field(None, description="stop after this many tokens; default is all")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU"
+        "auto", description="compute dtype; auto is bfloat16 on a GPU and float32 on a CPU"
     )
 
 
@@ -30,7 +30,7 @@ class InspectConfig(Config):
     """Show the contents of a shard set."""
 
     set: LocationSetting = Field(description="shard set")
-    column: str | None = Field(None, description="score column whose extremes are shown; default is the first contrast")
+    column: str | None = Field(None, description="score column for extreme tokens; default is the first contrast")
     samples: Annotated[int, Field(ge=0)] = Field(5, description="number of highest and lowest scoring tokens to show")
     html: Path | None = Field(None, description="also write the report as an HTML page")
 
@@ -41,7 +41,7 @@ class WeightsReportConfig(Config):
     set: ShardSets = Field(description="shard set; A,B also reads the score columns of B, a set with the same rows")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     live_column: str | None = Field(
-        None, description="column to use in place of the loss of the model in training, for example loss_base"
+        None, description="column to use instead of the loss of the model in training, such as loss_base"
     )
     samples: Annotated[int, Field(ge=0)] = Field(3, description="number of text excerpts to show with their weights")
     max_tokens: Positive = Field(
@@ -54,8 +54,8 @@ class WeightsReportConfig(Config):
     def _check(self) -> "WeightsReportConfig":
         if self.weights.is_live and self.live_column is None:
             raise ValueError(
-                "these weights depend on the loss of the model in training; name a column to use in its place, "
-                "for example --live_column loss_base"
+                "these weights depend on the loss of the model in training; name a column to use instead, "
+                "such as --live_column loss_base"
             )
         if self.live_column is not None and not self.weights.is_live:
             raise ValueError("--live_column: these weights do not depend on the model in training; leave it out")

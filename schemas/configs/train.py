@@ -54,11 +54,13 @@ class OptimizerConfig(Config):
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
-    betas: tuple[FractionBelowOne, FractionBelowOne] = Field((0.9, 0.95), description="AdamW's moments")
+    betas: tuple[FractionBelowOne, FractionBelowOne] = Field(
+        (0.9, 0.95), description="AdamW's decay rates of the moments"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="share of the steps with a rising learning rate"
+        0.05, description="share of the steps for learning rate warm-up"
     )
 
 
@@ -67,7 +69,7 @@ class LoRAConfig(Config):
 
     rank: Positive = Field(16, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="adapters are scaled by alpha / rank")
-    dropout: FractionBelowOne = Field(0.0, description="dropout of the adapters' input")
+    dropout: FractionBelowOne = Field(0.0, description="dropout on adapter inputs")
     targets: tuple[str, ...] = Field(
         ("all-linear",), description="modules to adapt, such as [q_proj,v_proj]; default all linear layers"
     )
@@ -87,11 +89,11 @@ class TrainConfig(Config):
     }  # fmt: skip
 
     input: ShardSets = Field(
-        description="shard set to train on; A,B trains on A with the score columns of B too, a set of the same rows"
+        description="shard set to train on; A,B also reads the score columns of B, a set with the same rows"
     )
     mix: dict[str, ProperFraction] = Field(
         {},
-        description="further shard sets and their shares of the rows, as '{scored/code: 0.3}'; --input gives the rest",
+        description="more shard sets and their shares of the rows: '{scored/code: 0.3}'; --input gives the rest",
     )
     model: NameSetting = Field(
         description="Hugging Face decoder-only model: directory or id; or a finished run, with its heads"
@@ -102,44 +104,44 @@ class TrainConfig(Config):
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="training objective")
     trainable: Literal["all", "heads", "lora"] = Field(
-        "all", description="parameters that learn: all, those of the extra heads, or those of extra heads and adapters"
+        "all", description="parameters to train: all, the extra heads, or the extra heads and adapters"
     )
     lora: LoRAConfig = Field(LoRAConfig(), description="low-rank adapters, with --trainable lora")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
     normalization: Literal["tokens", "weight_sum"] = Field(
         "tokens",
-        description="divide by the number of target tokens, or by the sum of their weights",
+        description="divide the loss by the number of target tokens, or by the sum of their weights",
     )
     sequence_length: RowLength | None = Field(
         None, description="tokens in a packed training row; default is the largest max_length of the shard sets"
     )
-    batch_size: Positive = Field(32, description="rows per optimizer step, over all devices")
+    batch_size: Positive = Field(32, description="rows per optimizer step, across all devices")
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
-    max_steps: Positive | None = Field(None, description="optimizer steps; default follows from epochs")
+    max_steps: Positive | None = Field(None, description="optimizer steps; default depends on --epochs")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over --input when max_steps is unset")
     seed: Seed = Field(0, description="seed of initialisation and data order")
-    loader_workers: Positive = Field(1, description="threads per shard set that read and pack ahead")
+    loader_workers: Positive = Field(1, description="threads per shard set for reading and packing ahead")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute type; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
+        "auto", description="compute dtype; auto is bfloat16 on a GPU and float32 on a CPU; parameters stay float32"
     )
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="attention implementation of transformers; auto is flash_attention_2 on a GPU that has it"
     )
     max_bad_steps: Annotated[int, Field(ge=0)] = Field(
-        3, description="stop after more than this many steps in a row whose loss or gradient is not finite"
+        3, description="stop after more than this many consecutive steps with a non-finite loss or gradient"
     )
     fsdp: bool = Field(
-        False, description="shard parameters, gradients and moments over the processes (FSDP2) instead of copying them"
+        False, description="shard parameters, gradients and moments across processes (FSDP2) instead of copying them"
     )
     activation_checkpointing: bool = Field(
         False, description="recompute decoder layers in the backward pass: less memory, more time"
     )
     compile: bool = Field(False, description="compile decoder layers with torch.compile; needs a C++ compiler")
     ray_workers: Positive | None = Field(
-        None, description="train in this many processes started by Ray, each on a GPU if there are GPUs"
+        None, description="training processes started by Ray, each on a GPU if available"
     )
     ray_address: str | None = Field(
-        None, description="Ray cluster for --ray_workers; by default Ray is started on this machine"
+        None, description="Ray cluster for --ray_workers; by default Ray starts on this machine"
     )
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; by default only at the end")
@@ -155,7 +157,7 @@ class TrainConfig(Config):
     @classmethod
     def _check_mix(cls, mix: dict[str, float]) -> dict[str, float]:
         if sum(map(exact, mix.values())) >= 1:
-            raise ValueError("shares should sum to less than 1, to leave some rows to --input")
+            raise ValueError("shares should sum to less than 1, to leave some rows for --input")
         for name in mix:
             for path in split_paths(name):
                 locate(path)
@@ -167,13 +169,13 @@ class TrainConfig(Config):
             raise ValueError("--sequence_length must be larger than the largest of --heads.offsets")
         if self.normalization == "weight_sum" and self.weights.is_live and mean_of(self.weights.node) is None:
             raise ValueError(
-                "--normalization weight_sum needs the sum of the weights before they are known: put "
-                "normalise(..., by=batch) around the formula, or use --normalization tokens"
+                "--normalization weight_sum needs the sum of the weights in advance: wrap the formula in "
+                "normalise(..., by=batch), or use --normalization tokens"
             )
         if self.trainable == "heads" and len(self.heads.offsets) == 1:
-            raise ValueError("--trainable heads needs heads besides the model's own, as --heads.offsets [1,2,3,4]")
+            raise ValueError("--trainable heads needs extra heads, such as --heads.offsets [1,2,3,4]")
         if self.trainable == "heads" and not any(self.heads.loss_coefficients[1 : len(self.heads.offsets)]):
-            raise ValueError("--trainable heads needs a factor above 0 among --heads.coefficients after the first")
+            raise ValueError("--trainable heads needs a value above 0 among --heads.coefficients after the first")
         if self.trainable != "lora" and self.lora != LoRAConfig():
             raise ValueError("--lora needs --trainable lora")
         if self.ray_address and not self.ray_workers:

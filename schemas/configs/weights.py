@@ -17,7 +17,7 @@ else:
 
 
 class WeightsConfig(Config):
-    """How score columns become one weight per target token: a preset, or a formula in the weight language."""
+    """The map from score columns to one weight per target token: a preset, or a formula in the weight language."""
 
     preset: PresetName = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")
     formula: str | None = Field(
@@ -45,13 +45,13 @@ class WeightsConfig(Config):
     silent: Annotated[float, Field(ge=0)] | None = Field(
         None, description="dense, sparse, ppmi, npmi: weight in sequences without signal; default 0"
     )
-    group: str | None = Field(None, description="advantage: column of labels within which rewards are compared")
+    group: str | None = Field(None, description="advantage: label column; rewards are compared within a label")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the steps over which weights move from 1 to those of the scheme"
+        0.0, description="share of the steps over which weights move from 1 to the scheme's"
     )
     control: Literal["none", "shuffled", "random"] = Field(
         "none",
-        description="control experiment: weights shuffled within each sequence, or LogNormal of the same moments",
+        description="control experiment: weights shuffled within each sequence, or LogNormal with the same moments",
     )
 
     @model_validator(mode="after")
@@ -63,11 +63,11 @@ class WeightsConfig(Config):
         used = preset.settings if preset else []
         for name in SETTINGS:
             if getattr(self, name) is not None and name not in used:
-                raise ValueError(f"--weights.{name} does nothing with {own}; leave it out")
+                raise ValueError(f"--weights.{name} has no effect with {own}; leave it out")
         if self.live and (preset is None or preset.live_column is None):
-            raise ValueError(f"--weights.live is not for {own}")
+            raise ValueError(f"--weights.live does not apply to {own}")
         if "group" in used and not (self.group or "").isidentifier():
-            raise ValueError(f"{own} needs --weights.group, the name of a column of labels")
+            raise ValueError(f"{own} needs --weights.group, the name of a label column")
         for name, text in (("column", self.column), ("formula", self.formula)):
             try:
                 parse_formula(text or "1")
@@ -75,9 +75,9 @@ class WeightsConfig(Config):
                 raise ValueError(f"--weights.{name}: {error}") from error
         node = self.node
         if is_signed(node) and self.control == "random":
-            raise ValueError("--weights.control random draws no negative weights; use shuffled")
+            raise ValueError("--weights.control random cannot draw negative weights; use shuffled")
         if isinstance(node, Constant) and self.control != "none":
-            raise ValueError(f"--weights.control needs other weights than those of {own}")
+            raise ValueError(f"--weights.control needs weights other than those of {own}")
         return self
 
     @property

@@ -19,7 +19,7 @@ FORMAT_VERSION: Final = 3
 Quantity = Literal["loss", "entropy", "gradient"]
 SequenceKind = Literal["number", "label"]
 PROMPT_SHOWN = 40
-"""Longest prompt, in characters, that the description of a condition shows in full."""
+"""Most characters of a prompt shown in the description of a condition."""
 
 
 class ManifestRecord(BaseModel):
@@ -36,22 +36,22 @@ class ShortContext(ManifestRecord):
 
 
 class Condition(ManifestRecord):
-    """A model and the context it sees. Under a condition every token has one loss, and optional further quantities.
+    """A model and its context. A condition gives every token one loss and, optionally, other quantities.
 
     Attributes:
         model: name given by the user.
         revision: commit of a model from the hub.
         fingerprint: identity of weights and config, independent of their location.
         device: device of the engine.
-        dtype: compute type of the model.
+        dtype: compute dtype of the model.
         engine: name of the engine.
         engine_version: version of its package.
-        engine_method: how vLLM returned the numbers.
+        engine_method: how vLLM returned the scores.
         engine_args: vLLM arguments that differ from the defaults.
         tensor_parallel_size: GPUs, or processes on a CPU, that shared the model.
         window: short context; None for the full context.
         prompt: text before every sequence, or None.
-        quantity: which number of a token the column holds.
+        quantity: quantity in the column.
     """
 
     model: str
@@ -80,7 +80,7 @@ class Condition(ManifestRecord):
 
 
 def quote(text: str) -> str:
-    """The beginning of a text, quoted, on one line."""
+    """A text, truncated and quoted, on one line."""
     shown = text if len(text) <= PROMPT_SHOWN else text[:PROMPT_SHOWN] + "..."
     return json.dumps(shown, ensure_ascii=False)
 
@@ -97,7 +97,7 @@ class Contrast(ManifestRecord):
 
 
 def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
-    """Whether two origins give the same numbers. Name and revision of a model do not matter."""
+    """Whether two origins give the same numbers. Ignores the name and revision of a model."""
     if isinstance(one, Condition) and isinstance(other, Condition):
         return one.model_copy(update={"model": other.model, "revision": other.revision}) == other
     return one == other
@@ -126,9 +126,9 @@ class TokenizerInfo(ManifestRecord):
 
 
 class CorpusInfo(ManifestRecord):
-    """The corpus, and the settings that turned it into token ids.
+    """The corpus and its tokenisation settings.
 
-    `sequence_columns` maps document fields that became columns to their kinds: `number` is float32, `label` is string.
+    `sequence_columns` maps document fields stored as columns to their kinds: `number` is float32, `label` is string.
     """
 
     input: str
@@ -238,7 +238,7 @@ def canonical_pieces(manifest: Manifest) -> Iterator[bytes]:
 def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Write `manifest.json` with its digest, atomically, one line per shard.
 
-    With the manifest a directory becomes a shard set.
+    The manifest makes a directory a shard set.
     """
     content = manifest.model_dump(mode="json", exclude={"shards", "timings"}) | {"digest": manifest.digest}
     timings = manifest.timings.model_dump_json() if manifest.timings else "null"

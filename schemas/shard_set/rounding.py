@@ -11,7 +11,7 @@ def round_contrast(contrast: np.ndarray) -> np.ndarray:
     """Round to multiples of 1/512 nat and clip to the range of float16; float32 in and out.
 
     Differences near 0 would have float16 digits far below the precision of their two losses (stored with a spacing of
-    1/512 from 2 nats on; engines differ by about 0.03), and these digits would cost storage.
+    1/512 from 2 nats up; engines differ by about 0.03). These digits would cost storage.
     """
     rounded = np.round(contrast / CONTRAST_STEP) * CONTRAST_STEP + np.float32(0)  # adding 0 turns -0 into 0
     return np.clip(rounded, -FLOAT16_MAX, FLOAT16_MAX)

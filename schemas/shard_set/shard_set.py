@@ -27,7 +27,7 @@ from weighted_mtp.schemas.storage.locations import Location, list_files, locate
 STATISTICS = "statistics.parquet"
 REJECTS = "rejects.jsonl"
 SAMPLED_FOOTERS = 256
-"""Most footers read to measure column sizes, from evenly spaced shards: each footer costs requests to a store."""
+"""Most footers read to measure column sizes, from evenly spaced shards. Each costs requests to an object store."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ShardSet:
 
 
 class FileCheck(NamedTuple):
-    """Result of `verify` for one file: its size in the manifest, and one line about its fault, if any."""
+    """Result of `verify` for one file: its size in the manifest, and one line about its fault, or None."""
 
     name: str
     bytes: int
@@ -126,7 +126,7 @@ def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
 
 
 def manifest_schema(manifest: Manifest) -> pa.Schema:
-    """Arrow schema of the shards that a manifest describes."""
+    """Arrow schema of the shards of a manifest."""
     return shard_schema(tuple(manifest.columns), manifest.corpus.sequence_columns)
 
 
@@ -159,7 +159,7 @@ def finish_shard_set(output: Location, manifest: Manifest, value_counts: dict[st
 
 
 def find_finished(output: Location, request: str) -> ShardSet | None:
-    """The finished shard set in `output`, if it exists, for the JSON text `request`.
+    """The finished shard set in `output` for the JSON text `request`, or None.
 
     Raises:
         UserError: the set is damaged, or belongs to another request.
@@ -173,6 +173,6 @@ def find_finished(output: Location, request: str) -> ShardSet | None:
             "to add columns to it, give it as --input with a new --output" if adds else "choose another or remove it"
         )
         raise UserError(
-            f"--output {output}: holds a shard set of other inputs or settings ({', '.join(changed)}); {remedy}"
+            f"--output {output}: holds a shard set with other inputs or settings ({', '.join(changed)}); {remedy}"
         )
     return shards

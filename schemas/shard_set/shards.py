@@ -1,8 +1,8 @@
 """Reading and writing one Parquet shard: Arrow schema, encoding, row groups.
 
-A row is one sequence: a contiguous span of one document. Sequence columns hold one value of the document per row.
+A row is one sequence: a contiguous span of one document. Sequence columns hold one document-level value per row.
 Score columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT groups the high
-bytes of all values, which repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
+bytes of all values. They repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
 """
 
 import hashlib
@@ -39,17 +39,17 @@ def shard_schema(
 ) -> pa.Schema:
     """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then sequence columns, then score columns."""
     sequence_types = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
-    further = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
-    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in further.items())])
+    others = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
+    return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in others.items())])
 
 
 def table_schema(table: pa.Table) -> pa.Schema:
-    """The shard schema of a table with the columns of a shard."""
-    further = list(table.schema)[len(TOKEN_FIELDS) :]
-    scores = tuple(field.name for field in further if pa.types.is_list(field.type))
+    """Shard schema for the columns of a table."""
+    others = list(table.schema)[len(TOKEN_FIELDS) :]
+    scores = tuple(field.name for field in others if pa.types.is_list(field.type))
     kinds: dict[str, SequenceKind] = {
         field.name: "label" if pa.types.is_string(field.type) else "number"
-        for field in further
+        for field in others
         if field.name not in scores
     }
     return shard_schema(scores, kinds)
@@ -170,7 +170,7 @@ def read_footer(path: Location) -> pq.FileMetaData:
 
 
 def _open(path: Location) -> Any:
-    # Arrow requests the ranges it needs; reading ahead would fetch much more from a store.
+    # Arrow requests exact ranges; reading ahead would fetch much more from a store.
     return pa.OSFile(str(path)) if isinstance(path, Path) else path.open("rb", cache_type="none")
 
 

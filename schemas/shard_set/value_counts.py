@@ -2,7 +2,7 @@
 
 A float16 has 65,536 bit patterns, so their counts describe the values of a column of any length completely. The counts
 of a set are the sums of the counts of its shards. They give the exact mean and any quantile of the values, or of any
-function of them, so corpus-wide thresholds need no pass over the data.
+function of them, so corpus-wide thresholds require no pass over the data.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Several shard sets of one corpus, read as one set with the score columns of all of them.
+"""Several shard sets of one corpus, read as one set with all their score columns.
 
 Two checks ensure that the sets have the same rows: opening compares tokenizer and shards in the manifests, and reading
 a row group compares the token ids.
@@ -47,7 +47,7 @@ class ZippedSets:
 
     @property
     def first(self) -> ShardSet:
-        """The first set, for everything that all sets share: tokenizer, shards, row groups, token ids."""
+        """The first set. All sets share its tokenizer, shards, row groups and token ids."""
         return self.sets[0]
 
     @property
@@ -111,7 +111,7 @@ class ZippedSets:
                 continue
             if not part["input_ids"].equals(table["input_ids"]):
                 first, other = (s.path / s.manifest.shards[shard].name for s in (self.first, holder))
-                raise UserError(f"{other}: other input_ids than in {first} (row group {row_group}); {REMEDY}")
+                raise UserError(f"{other}: input_ids differ from {first} (row group {row_group}); {REMEDY}")
             for name in held:
                 table = table.append_column(name, part[name])
         assert table is not None
@@ -158,7 +158,7 @@ def corpus_difference(one: Manifest, other: Manifest) -> str | None:
 def check_columns(one: ShardSet, other: ShardSet) -> None:
     """Raise UserError if two columns of the same name have different origins.
 
-    A contrast stores only the names of its two columns. They are in the same set, so this compares them, too.
+    A contrast names two columns of its own set, so comparing all columns also compares these.
     """
     for name, column in one.manifest.columns.items():
         if name in other.manifest.columns and not same_origin(column.origin, other.manifest.columns[name].origin):

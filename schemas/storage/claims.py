@@ -1,4 +1,4 @@
-"""Claims on output directories: a run writes its request first, so that only the same command continues it."""
+"""Claims on output directories: a run writes its request first. Only the same command can continue it."""
 
 import json
 
@@ -43,7 +43,7 @@ def check_claim(output: Location, request: str) -> bool:
 
 
 def clear_directory(directory: Location) -> None:
-    """Remove everything in `directory` except a lock, but not the directory itself. It may be missing."""
+    """Empty `directory`, which may be missing, but keep its lock."""
     for path in directory.iterdir() if directory.exists() else ():
         if path.is_dir() and not path.is_symlink():
             remove_tree(path)

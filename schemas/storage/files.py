@@ -25,12 +25,12 @@ PROGRESS = ".progress"
 """Directory of an unfinished run inside its output. It is removed once the manifest is written."""
 
 LOCK = ".lock"
-"""File that keeps a second run out of an output: locked on a disk, renewed in a store (see `schemas.storage.locks`)."""
+"""Lock file of an output directory: locked on a disk, renewed in a store (see `schemas.storage.locks`)."""
 
 
 @contextmanager
 def atomic_write(path: Location) -> Iterator[BinaryIO]:
-    """Yield a binary file that gets the name `path` only if the block ends without an exception.
+    """Yield a binary file that is stored as `path` only if the block succeeds.
 
     On a disk the data is fsynced before the rename, and the directory after it, so a crash leaves the old file or the
     new one. An object store receives the finished file in one upload, which is atomic.
@@ -42,7 +42,7 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
                 file.flush()
                 path.fs.put_file(file.name, path.path)
             return
-        # Not the process id: two machines that share a disk may use the same one.
+        # Process ids are not unique across machines that share a disk.
         temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
@@ -54,7 +54,7 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         fsync(path.parent)
     except OSError as error:
-        if error.errno is not None:  # the error of a full disk does not name the file
+        if error.errno is not None:  # full-disk errors do not name the file
             error.filename = error.filename or str(path)
         raise
 
@@ -111,7 +111,7 @@ def sha256_file(path: Location) -> str:
 
 
 def read_json_file(path: Location) -> Any:
-    """Read a JSON file that this project wrote.
+    """Read a JSON file written by this project.
 
     Raises:
         UserError: it cannot be parsed.

@@ -21,7 +21,7 @@ from weighted_mtp.schemas.errors import UserError
 
 Location = Path | UPath
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extra of this distribution that installs the file system of a protocol."""
+"""Extra of this package that installs the file system for a protocol."""
 
 
 def locate(name: Any) -> UPath:
@@ -120,7 +120,7 @@ def remove_tree(directory: Location) -> None:
 
 
 def cache_directory() -> Path:
-    """Directory of this machine for copies of remote data."""
+    """Local directory for copies of remote data."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
 
 
@@ -147,7 +147,7 @@ def local_copy(directory: Location) -> Path:
             try:
                 for name in names:
                     fs.get_file((directory / name).path, str(partial / name))
-                with suppress(OSError):  # a machine that shares the cache may have been faster
+                with suppress(OSError):  # another machine that shares the cache may have been faster
                     partial.rename(copy)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

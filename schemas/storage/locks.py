@@ -24,7 +24,7 @@ RENEWAL_SECONDS = 10.0
 
 @contextmanager
 def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
-    """Lock the directory `output` for this process. It is created if missing, and removed again if it stays empty.
+    """Lock the directory `output` for this process. Creates it if missing and removes it again if it stays empty.
 
     On a disk the kernel locks a file and releases it when the process ends. In an object store the lock is an object
     that the process renews. Yields a function that returns whether the lock is still held; on a disk it always is.
@@ -45,7 +45,7 @@ def is_shard_set(path: Location) -> bool:
 
 
 def _refusal(output: Location, holder: str) -> UserError:
-    return UserError(f"--output {output}: {holder} is writing it; wait or choose another")
+    return UserError(f"--output {output}: {holder} is writing to it; wait or choose another")
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def _locked_file(output: Path) -> Iterator[Callable[[], bool]]:
         except BlockingIOError as error:
             raise _refusal(output, "another process") from error
         if not os.fstat(descriptor).st_nlink:
-            raise _refusal(output, "another process")  # it finished and removed its lock in this moment
+            raise _refusal(output, "another process")  # it has just finished and removed its lock
         try:
             yield lambda: True
         finally:
@@ -82,7 +82,7 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
     name = f"{holder} {uuid4().hex}"
     if not _create(lock, name):
         found = _content(lock)
-        print(f"{output}: locked by {' '.join(found.split()[:4])}; looking whether it is alive", file=sys.stderr)
+        print(f"{output}: locked by {' '.join(found.split()[:4])}; checking whether it is alive", file=sys.stderr)
         time.sleep(3 * RENEWAL_SECONDS)
         if _content(lock) == found:
             lock.unlink(missing_ok=True)
@@ -94,9 +94,9 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
 
     def renew() -> None:
         while not done.wait(RENEWAL_SECONDS):
-            with suppress(Exception):  # stores may be unavailable for a while, and have different exceptions
+            with suppress(Exception):  # stores may be temporarily unavailable, and raise different exceptions
                 if not _content(lock).startswith(name):
-                    print(f"{output}: the lock of this run is gone, or another's by now; it stops", file=sys.stderr)
+                    print(f"{output}: this run no longer holds its lock; it stops", file=sys.stderr)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also interrupts a wait
                     return
                 lock.write_bytes(f"{name} {time.time()}".encode())
@@ -114,7 +114,7 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
 
 
 def _create(lock: UPath, content: str) -> bool:
-    """Create the lock; False if it exists. If several processes try at once, one succeeds."""
+    """Create the lock; False if it exists. Of several concurrent attempts, one succeeds."""
     try:
         lock.fs.pipe_file(lock.path, content.encode(), mode="create")
     except FileExistsError:
@@ -124,6 +124,6 @@ def _create(lock: UPath, content: str) -> bool:
 
 def _content(lock: UPath) -> str:
     try:
-        return lock.fs.cat_file(lock.path).decode()  # in one request: a change between two is an error
+        return lock.fs.cat_file(lock.path).decode()  # a single request: a change between two requests would be an error
     except FileNotFoundError:
         return ""

@@ -1,4 +1,4 @@
-"""Properties of a formula that follow without data: its bounds, and what is known of its signs and its mean."""
+"""Static properties of a formula: its bounds, sign, signal and mean."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Constant, 
 
 
 def bounds(node: Node, of_column: Callable[[str], Bounds]) -> Bounds:
-    """The least and the largest possible value of a formula.
+    """Smallest and largest possible value of a formula.
 
     Args:
         node: the formula.
@@ -29,7 +29,7 @@ def bounds(node: Node, of_column: Callable[[str], Bounds]) -> Bounds:
 
 
 def is_magnitude(node: Node) -> bool:
-    """Whether the formula alone shows that values are never negative, which makes 0 the least."""
+    """Whether the formula guarantees non-negative values."""
     match node:
         case Constant(value):
             return value >= 0
@@ -46,7 +46,7 @@ def has_signal(node: Node) -> bool:
 
 
 def mean_of(node: Node) -> float | None:
-    """The mean of a formula over the scored targets of every batch, None if unknown."""
+    """Mean of a formula over the scored targets of every batch; None if unknown."""
     match node:
         case Constant(value):
             return value

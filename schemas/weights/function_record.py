@@ -1,4 +1,4 @@
-"""The record that defines a function or operator of the weight language, and the segments it is evaluated on."""
+"""The definition record of a function or operator of the weight language, and the segments of its evaluation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,15 +40,15 @@ class Segments(Protocol):
         ...
 
     def top(self, values: Any, fraction: float, of_magnitudes: float) -> Any:
-        """Which of the values (N,) are among the `ceil(fraction * n)` largest of the n in their segment, (N,) bool.
+        """Mask (N,) bool of the `ceil(fraction * n)` largest of the n values in each segment.
 
-        Ties at the threshold are kept. A 0 means no signal: it is never kept where values are magnitudes
-        (`of_magnitudes` 1), nor in a segment of zeros only. A `fraction` of 1 keeps everything.
+        Ties at the threshold are kept. A 0 means no signal: it is not kept if values are magnitudes (`of_magnitudes`
+        1), or in a segment of zeros only. A `fraction` of 1 keeps everything.
         """
         ...
 
     def rank(self, values: Any) -> Any:
-        """Share of the values in the segment that are not larger, (N,)."""
+        """Share of values in the segment that are not larger than each value, (N,)."""
         ...
 
 
@@ -64,25 +64,25 @@ YES, NO, ZERO_TO_ONE = always(True), always(False), always(UNIT)
 class Function:
     """A function or operator of the weight language.
 
-    Evaluation works on numpy arrays and torch tensors; `library` is the module that the values belong to. The static
+    Evaluation works on numpy arrays and torch tensors; `library` is the module of the values. The static
     properties are functions of the same property of each argument, followed by the numbers.
 
     Attributes:
-        numbers: numeric parameters with their defaults, None where one is required.
-        needs: the condition on the numbers, in words.
-        allowed: `(*numbers)`, whether they meet it.
-        expand: `(x, *numbers)` to the formula that the function abbreviates; such a function needs nothing below.
-        elementwise: `(library, *arguments, *numbers)` to values (N,), for a function of each token by itself.
+        numbers: numeric parameters and their defaults; None if required.
+        needs: requirement on the numbers, in words.
+        allowed: `(*numbers)` to whether they meet the requirement.
+        expand: `(x, *numbers)` to the equivalent formula; a function with it needs no attributes below.
+        elementwise: `(library, *arguments, *numbers)` to values (N,), for a function of single tokens.
         in_segments: `(library, segments, x, *numbers)` to values (N,), for a function that compares tokens.
-        over_corpus: `(distribution, *numbers)` to an elementwise function of x: the same over the whole corpus.
-        by_label: whether it can also compare the documents of one label.
-        takes_magnitude: whether a last number, 1 or 0, says that x is a magnitude.
+        over_corpus: `(distribution, *numbers)` to the elementwise function of x over the whole corpus.
+        by_label: whether `by` can be a label column.
+        takes_magnitude: whether the last number, 1 or 0, marks x as a magnitude.
         ranks: whether only the order of x matters.
-        bounds: the least and the largest possible value.
-        is_magnitude: whether the formula alone shows that values are never negative.
+        bounds: smallest and largest possible value.
+        is_magnitude: whether values are guaranteed non-negative.
         has_signal: whether the values of a segment are never all 0, except by coincidence.
         mean_one: whether the mean over a segment with signal is 1.
-        is_linear: `(arguments)`, whether its mean is the function of the means of its arguments.
+        is_linear: `(arguments)` to whether the function commutes with the mean.
     """
 
     numbers: Mapping[str, float | None] = field(default_factory=dict)
@@ -103,5 +103,5 @@ class Function:
 
     @property
     def scoped(self) -> bool:
-        """Whether it compares tokens, and so takes `by`."""
+        """Whether the function compares tokens and takes `by`."""
         return self.in_segments is not None

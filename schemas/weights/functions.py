@@ -23,7 +23,7 @@ from weighted_mtp.schemas.weights.operators import OPERATORS, as_floats, operate
 
 Elementwise = Callable[[np.ndarray], np.ndarray]
 MAX_EXPONENT = 11.0
-"""For larger x, e^x exceeds the float16 in which derived values are ranked."""
+"""For larger x, e^x overflows float16, the dtype of ranked values."""
 
 
 def _log(x: Node) -> Node:
@@ -92,7 +92,7 @@ def _normalise_over_corpus(distribution: Distribution, silent: float) -> Element
 
 def _normalise_bounds(x: Bounds, silent: float) -> Bounds:
     if x[0] < 0:
-        raise FormulaError("normalise() of what may be negative; put abs(), relu() or softmax() around it")
+        raise FormulaError("normalise() of values that may be negative; wrap them in abs(), relu() or softmax()")
     return POSITIVE
 
 

@@ -1,8 +1,8 @@
 """The weight language: a one-line formula that turns score columns into a weight for each target token.
 
 A formula is an expression of columns, numbers and `live`, the loss of the model in training, with `+ - * /`,
-comparisons, which give 1 or 0, and the functions of `schemas.weights.functions`. Python's parser reads it; it is never
-run as Python.
+comparisons, which give 1 or 0, and the functions of `schemas.weights.functions`. Python's parser reads it, but it is
+never executed as Python.
 
     normalise(top(loss_base - loss_reference, 0.6))
     interpolate(normalise(abs(long_short), by=sequence), 0.75)
@@ -59,7 +59,7 @@ def parse_formula(text: str) -> Node:
         raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} nested operations")
     for inner in walk_nodes(node):
         if is_signed(inner) and inner is not node:
-            raise FormulaError(f"'{_shortened(text)}': signed() goes around the whole formula")
+            raise FormulaError(f"'{_shortened(text)}': signed() must enclose the whole formula")
     return node
 
 
@@ -142,19 +142,19 @@ def _read_numbers(name: str, function: Function, given: Mapping[str, ast.AST], u
 
 def _read_scope(tree: ast.AST) -> str:
     if not isinstance(tree, ast.Name):
-        raise FormulaError(f"by={ast.unparse(tree)}: is one of {', '.join(SCOPES)}, or a column of labels")
+        raise FormulaError(f"by={ast.unparse(tree)}: must be one of {', '.join(SCOPES)}, or a label column")
     return tree.id
 
 
 def _check_scope(name: str, function: Function, x: Node, by: str) -> None:
     if not any(isinstance(inner, ColumnRef) for inner in walk_nodes(x)):
-        raise FormulaError(f"{name}() of a number")
+        raise FormulaError(f"{name}() needs a column, not a number")
     if waits_for_batch(x) and by not in ("batch", "sequence"):
-        raise FormulaError(f"{name}(by={by}) of values known only for the current batch; use by=batch or sequence")
+        raise FormulaError(f"{name}(by={by}): values are known only for the current batch; use by=batch or sequence")
     if by in SCOPES:
         return
     if not function.by_label:
         by_label = " or ".join(f"{key}()" for key, other in FUNCTIONS.items() if other.by_label)
-        raise FormulaError(f"{name}(by={by}): is one of {', '.join(SCOPES)}; only {by_label} takes a label column")
+        raise FormulaError(f"{name}(by={by}): must be one of {', '.join(SCOPES)}; only {by_label} takes a label column")
     if any(isinstance(inner, Call) and inner.by for inner in walk_nodes(x)):
-        raise FormulaError(f"{name}(by={by}) of values that already compare tokens")
+        raise FormulaError(f"{name}(by={by}): the argument already compares tokens")

@@ -22,7 +22,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class ColumnRef:
-    """A column, or with the name `live` the loss of the model in training."""
+    """A column; `live` is the loss of the model in training."""
 
     name: str
 
@@ -61,13 +61,13 @@ def depth(node: Node) -> int:
 
 
 def columns_of(node: Node) -> list[str]:
-    """Names of the columns whose values a formula reads, in order of first use, without `live`."""
+    """Names of the columns read by a formula, in order of first use, without `live`."""
     names = [inner.name for inner in walk_nodes(node) if isinstance(inner, ColumnRef) and inner.name != LIVE]
     return list(dict.fromkeys(names))
 
 
 def labels_of(node: Node) -> list[str]:
-    """Names of the label columns that a formula groups `by`."""
+    """Names of the label columns in the `by` arguments of a formula."""
     scopes = [inner.by for inner in walk_nodes(node) if isinstance(inner, Call) and inner.by is not None]
     return [name for name in dict.fromkeys(scopes) if name not in SCOPES]
 

@@ -11,7 +11,7 @@ from weighted_mtp.schemas.weights.function_record import NO, POSITIVE, UNBOUNDED
 from weighted_mtp.schemas.weights.nodes import Call, Constant, FormulaError, Node
 
 MAX_NUMBER = 1e38
-"""Weights are float32."""
+"""Largest constant; weights are float32."""
 
 
 def as_floats(condition: Any) -> Any:

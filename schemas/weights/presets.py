@@ -1,4 +1,4 @@
-"""Published weighting schemes, each one formula of the weight language (`schemas.weights.language`)."""
+"""Published weighting schemes as formulas of the weight language (`schemas.weights.language`)."""
 
 import string
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ class Preset:
     Attributes:
         formula: in the weight language, with settings of `schemas.configs.WeightsConfig` in braces. `{score}` is the
             setting `column`; with the setting `live` it is that column minus the live loss.
-        source: where the scheme was published.
+        source: publication of the scheme.
         column: default of the setting `column`.
-        live_column: its default with the setting `live`, None if the preset has no live variant.
-        defaults: of the other settings; a setting without a default is required.
+        live_column: default of `column` with `live`; None if the preset has no live variant.
+        defaults: defaults of the other settings; settings without one are required.
     """
 
     formula: str
@@ -110,4 +110,4 @@ PRESETS = {
     ),
 }
 SETTINGS = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.settings))
-"""Names of the settings that some preset uses."""
+"""Names of the settings used by any preset."""

@@ -1,4 +1,4 @@
-"""Splits a formula into the stages in which its inputs become available."""
+"""Splits a formula into stages according to when its inputs become available."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ class StagedFormula:
     """A formula split by when it can be evaluated. Each stage reads the results of the previous one as columns.
 
     Attributes:
-        stored: components that the loader evaluates from stored columns.
-        batch: components evaluated over the rows of a whole step, from columns "0", "1", ... for those of `stored`.
-        live: the rest, evaluated in each forward pass, from columns "0", "1", ... for those of `batch`; None if the
+        stored: components evaluated by the loader from stored columns.
+        batch: components evaluated over the rows of a whole step; columns "0", "1", ... are the results of `stored`.
+        live: the rest, evaluated in each forward pass; columns "0", "1", ... are the results of `batch`. None if the
             formula is not live.
     """
 
@@ -23,7 +23,7 @@ class StagedFormula:
 
     @classmethod
     def split(cls, node: Node) -> "StagedFormula":
-        """Split a formula; one that does not wait for the batch is entirely in `stored`."""
+        """Split a formula. If it does not wait for the batch, all of it is in `stored`."""
         rest, stored = _split_off(node, waits_for_batch)
         if not is_live(node):
             return cls(stored, (rest,), None)
@@ -32,7 +32,7 @@ class StagedFormula:
 
 
 def _split_off(node: Node, waits: Callable[[Node], bool]) -> tuple[Node, tuple[Node, ...]]:
-    """The formula with columns "0", "1", ... for its largest components that do not wait, and these components."""
+    """Replace the largest components that do not wait by columns "0", "1", ...; return the formula and components."""
     components: dict[Node, ColumnRef] = {}
 
     def substitute(node: Node) -> Node:

@@ -1,4 +1,4 @@
-"""Scoring models: finding a checkpoint, and checking before any work starts that it fits the corpus."""
+"""Scoring models: find a checkpoint and check that it fits the corpus."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class ScoringModel:
         name: name given by the user.
         source: address or absolute path of its files.
         fingerprint: identity of weights and config.
-        max_length: longest sequence the model can read; None if unlimited.
+        max_length: maximum sequence length; None if unlimited.
         revision: commit of a model from the hub.
         recurrent: whether the model has a recurrent state in addition to the key-value cache.
         parameters: number of parameters; 0 if unknown.
@@ -70,7 +70,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     text_config = config.get_text_config()
     if text_config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"{flag} {name}: has {text_config.vocab_size} token ids, the corpus's tokenizer has "
+            f"{flag} {name}: has {text_config.vocab_size} token ids, but the corpus's tokenizer has "
             f"{tokenizer.vocab_size}; use a model made for this tokenizer"
         )
     return ScoringModel(
@@ -103,7 +103,7 @@ def load_config(directory: Path, name: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: config.json cannot be read ({first_line(error)}); restore the checkpoint") from error
     if not is_causal_lm(config):
-        raise UserError(f"{name}: {architectures(config)[0]} is not a causal language model; use one")
+        raise UserError(f"{name}: {architectures(config)[0]} is not a causal language model; use another model")
     return config
 
 
@@ -112,16 +112,16 @@ def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
     tokenizer = load_tokenizer(directory, f"{name}: has no usable tokenizer", "save the tokenizer with it")
     if not corpus.matches(tokenizer):
         raise UserError(
-            f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses can only be compared "
-            "between models that share the corpus's tokenizer: use such a model, or prepare the corpus with this one's"
+            f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses are comparable "
+            "only between models that share the corpus's tokenizer: use one, or prepare the corpus with this tokenizer"
         )
 
 
 def check_weights(directory: Path, name: str) -> int:
     """Check that the checkpoint has every weight of its architecture, by name; return the number of parameters.
 
-    Engines fill missing weights with random numbers or uninitialised memory. Quantised checkpoints are not checked,
-    because listing their weights requires the packages that made them; 0 is returned.
+    Engines fill missing weights with random numbers or uninitialised memory. Quantised checkpoints are not checked
+    and return 0, because listing their weights requires the quantisation packages.
 
     Raises:
         UserError: a weight is missing, or the files cannot be read.
@@ -140,10 +140,10 @@ def check_weights(directory: Path, name: str) -> int:
 
 
 def check_length(model: ScoringModel, flag: str, longest: int, prompt: int = 0) -> None:
-    """Raise UserError unless a model can read sequences of `longest` tokens after a prompt of `prompt` tokens."""
+    """Raise UserError unless a model accepts sequences of `longest` tokens after a prompt of `prompt` tokens."""
     if model.max_length is None or longest + prompt <= model.max_length:
         return
-    limit = f"{flag}: {model.name} reads at most {model.max_length} tokens, the corpus has a sequence of {longest}"
+    limit = f"{flag}: {model.name} reads at most {model.max_length} tokens, but the corpus has a sequence of {longest}"
     if not prompt:
         raise UserError(f"{limit}; rerun 'wmtp prepare' with --max_length {model.max_length}")
     raise UserError(f"{limit} and the prompt has {prompt}; shorten the prompt, or the sequences with 'wmtp prepare'")

@@ -1,7 +1,7 @@
 """The columns of a scoring run: measurements under conditions, and contrasts between columns.
 
-A condition is a model, the context it sees and an optional prompt. Every token has one loss under a condition. A
-contrast is the difference of two losses of the same token.
+A condition is a model, its context and an optional prompt. It gives every token one loss. A contrast is the difference
+of two losses of the same token.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,7 +21,7 @@ from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.prompts import Prompt
 
 MEASUREMENT_FIELDS = {"model", "revision", "fingerprint", "window", "prompt", "quantity"}
-"""Fields of a condition that define what is measured. All others describe the engine."""
+"""Fields of a condition that define the measurement. All others describe the engine."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ScoringPlan:
 
     Attributes:
         measurements: columns to compute.
-        contrasts: columns to subtract. Each refers to stored columns, measurements or earlier contrasts.
-        stored: measurements that the input already has.
+        contrasts: column differences. Each refers to stored columns, measurements or earlier contrasts.
+        stored: measurements already in the input.
     """
 
     measurements: dict[str, Measurement]
@@ -59,7 +59,7 @@ class ScoringPlan:
         return {measurement.quantity for measurement in self.measurements.values()}
 
     def computed_tokens(self, tokens: int, sequences: int) -> float:
-        """Upper bound of the tokens that engines compute for a corpus of `tokens` tokens in `sequences` sequences."""
+        """Upper bound of the tokens computed by engines for a corpus of `tokens` tokens in `sequences` sequences."""
         return sum(self.computed_by(model, tokens, sequences) for model in self.models)
 
     def computed_by(self, model: ScoringModel, tokens: int, sequences: int) -> float:
@@ -87,7 +87,7 @@ class ScoringPlan:
         return max(len(prompt.input_ids) if prompt else 0 for prompt in prompts)
 
     def stored_losses(self, model: ScoringModel) -> str | None:
-        """Name of the input's column with the losses under a model's full context, if there is one."""
+        """Name of the input's column with the full-context losses of a model, or None."""
         for name, stored in self.stored.items():
             if stored == Measurement(stored.model) and stored.model.fingerprint == model.fingerprint:
                 return name
@@ -103,10 +103,10 @@ class ScoringPlan:
 
 
 def measure_condition(
-    name: str, model: ScoringModel, prompt: Prompt | None, further: Collection[Quantity] = ()
+    name: str, model: ScoringModel, prompt: Prompt | None, extra: Collection[Quantity] = ()
 ) -> dict[str, Measurement]:
-    """Measurements of the condition `name` under the full context: the loss and further quantities."""
-    quantities: tuple[Quantity, ...] = ("loss", *further)
+    """Measurements of the condition `name` under the full context: the loss and extra quantities."""
+    quantities: tuple[Quantity, ...] = ("loss", *extra)
     return {f"{quantity}_{name}": Measurement(model, None, quantity, prompt) for quantity in quantities}
 
 
@@ -114,9 +114,9 @@ def plan_columns(
     reference: ScoringModel | None,
     base: ScoringModel | None,
     window: ShortContext | None,
-    further: Collection[Quantity] = (),
+    extra: Collection[Quantity] = (),
 ) -> ScoringPlan:
-    """Plan the columns of a reference model, a base model, a short context and further quantities of the reference.
+    """Plan the columns of a reference model, a base model, a short context and extra quantities of the reference.
 
     `excess_loss` is Rho-1's score (arXiv 2404.07965): large for tokens that are learnable and not yet learnt.
     `entropy_reference` is for self-reference selection (Rho-1, appendix H).
@@ -124,7 +124,7 @@ def plan_columns(
     """
     if reference is None:
         return ScoringPlan({}, {})
-    measurements = measure_condition("reference", reference, None, further)
+    measurements = measure_condition("reference", reference, None, extra)
     contrasts = {}
     if base is not None:
         measurements["loss_base"] = Measurement(base)
@@ -144,7 +144,7 @@ def parse_contrast(difference: str) -> Contrast:
 def reuse_columns(
     plan: ScoringPlan, conditions: Mapping[str, Condition], held: Mapping[str, ScoreColumn], suffix: str
 ) -> ScoringPlan:
-    """Reduce a plan to the columns that the input does not have yet.
+    """Remove columns already in the input from a plan.
 
     A column of the input with the same condition or contrast is reused, regardless of its name.
 
@@ -155,18 +155,18 @@ def reuse_columns(
         suffix: added to the names of new columns.
 
     Raises:
-        UserError: the name of a new column is taken, a contrast refers to a missing column or to columns that cannot be
-            compared, or there are no new columns.
+        UserError: the name of a new column is taken, a contrast refers to a missing column or to incomparable columns,
+            or there are no new columns.
     """
     names: dict[str, str] = {}
-    left = ScoringPlan({}, {})
+    new = ScoringPlan({}, {})
     for name, measurement in plan.measurements.items():
         same = (held_name for held_name, column in held.items() if same_origin(column.origin, conditions[name]))
         if stored := next(same, None):
-            left.stored[stored] = measurement
+            new.stored[stored] = measurement
         else:
             check_name(name + suffix, held, conditions[name])
-            left.measurements[name + suffix] = measurement
+            new.measurements[name + suffix] = measurement
         names[name] = stored or name + suffix
     sources = dict(conditions)
     for name, contrast in plan.contrasts.items():
@@ -178,11 +178,11 @@ def reuse_columns(
         stored = next((held_name for held_name, column in held.items() if column.origin == renamed), None)
         if stored is None:
             check_name(name + suffix, held, renamed)
-            left.contrasts[name + suffix] = renamed
+            new.contrasts[name + suffix] = renamed
         names[name] = stored or name + suffix
-    if not left.columns:
-        raise UserError(f"--input has all of these columns already ({', '.join(names.values())}); ask for others")
-    return left
+    if not new.columns:
+        raise UserError(f"--input already has all of these columns ({', '.join(names.values())}); request others")
+    return new
 
 
 def check_sides(
@@ -207,7 +207,7 @@ def check_sides(
         if side not in sources.keys() | held.keys():
             there = ", ".join([*sources, *(column for column in held if column not in sources)]) or "none"
             raise UserError(
-                f"--contrasts.{name}: no column '{side}' is computed before it or in --input (there are {there})"
+                f"--contrasts.{name}: no column '{side}' in --input or computed before it (available: {there})"
             )
         origin = sources[side] if side in sources else held[side].origin
         while isinstance(origin, Contrast):  # both of its columns share one engine
@@ -216,8 +216,8 @@ def check_sides(
     one, other = (origin.model_dump(mode="json", exclude=MEASUREMENT_FIELDS) for origin in origins)
     if changed := differences(one, other):
         raise UserError(
-            f"--contrasts.{name}: {contrast.describe()} would mix engines ({', '.join(changed)} differ), whose results "
-            "differ by more than scores resolve; score both columns with the same settings"
+            f"--contrasts.{name}: {contrast.describe()} would mix engines ({', '.join(changed)} differ), which differ "
+            "by more than the precision of scores; score both columns with the same settings"
         )
     return origins[0]
 
@@ -227,6 +227,6 @@ def check_name(name: str, held: Mapping[str, ScoreColumn], origin: Condition | C
     if name in held:
         before, after = (one.model_dump(mode="json") for one in (held[name].origin, origin))
         raise UserError(
-            f"--input has a column {name} of another origin ({', '.join(differences(before, after))} differ); "
+            f"--input has a column {name} with another origin ({', '.join(differences(before, after))} differ); "
             "give the new columns other names with --suffix"
         )

@@ -1,4 +1,4 @@
-"""Prompts: a fixed text that the model sees before every sequence. It is not scored."""
+"""Prompts: a fixed, unscored text before every sequence."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Prompt:
             bos_token_id: id of BOS, if the tokenizer has one.
 
         Returns:
-            Token ids, int32, and the position in them of the first token of the sequence that has context.
+            Token ids, int32, and the position of the first token of the sequence that has context.
         """
         starts = int(ids[0] == bos_token_id)
         prompted = np.concatenate([ids[:starts], np.asarray(self.input_ids, np.int32), ids[starts:]])
@@ -42,5 +42,5 @@ def make_prompt(text: str, flag: str, source: ShardSet) -> Prompt | None:
     tokenizer = load_corpus_tokenizer(source)
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     if not ids:
-        raise UserError(f"{flag}: the corpus's tokenizer makes no tokens of {text!r}; leave it out")
+        raise UserError(f"{flag}: the corpus's tokenizer gives no tokens for {text!r}; leave it out")
     return Prompt(text, tuple(ids))

@@ -21,11 +21,11 @@ class ContextWindow:
 
 
 def plan_windows(length: int, size: int, stride: int) -> Iterator[ContextWindow]:
-    """Windows that score each token from position `size` on exactly once.
+    """Windows that score each token from position `size` onwards exactly once.
 
     Window k starts at `k * stride` and scores its last `stride` positions, so each scored token has between
-    `size - stride` and `size - 1` tokens of context. The last window may be shorter. Window 0 is omitted: its tokens
-    see the start of the sequence, so their loss is the loss under the full context.
+    `size - stride` and `size - 1` tokens of context. The last window may be shorter. Window 0 is omitted: it starts
+    with the sequence, so its losses equal those under the full context.
 
     Args:
         length: tokens in the sequence.

@@ -13,7 +13,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class MalformedRow:
-    """A row that the reader of its format could not parse."""
+    """A row that its reader could not parse."""
 
     reason: str
 
@@ -61,7 +61,7 @@ class Document(NamedTuple):
 
 
 class RejectedDocument(NamedTuple):
-    """A row that gives no document. The part of `reason` after a colon varies from row to row."""
+    """A row without a document. The part of `reason` after a colon varies from row to row."""
 
     source: str
     row: int
@@ -150,7 +150,7 @@ def document_text(value: Any, field: str) -> str:
 
 
 def check_unicode(text: str, field: str) -> str:
-    """Return `text`; raise BadRowError for lone surrogates, which tokenizers refuse and UTF-8 cannot encode."""
+    """Return `text`; raise BadRowError for lone surrogates, which tokenizers reject and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
 """Preparing a corpus: from files to a token shard set.
 
 The result depends only on the corpus and the settings, not on the number of workers. A failed run leaves nothing
-behind. A killed run starts over when it is repeated.
+behind. A killed run starts over when repeated.
 """
 
 import json
@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig, track: Track = iter) -> ShardSet:
         try:
             return write_shard_set(config, tokenizer, added, sources, request, track)
         except BaseException:
-            # The run cannot be continued, and its claim would refuse corrected settings.
+            # The run cannot be continued, and its claim would block corrected settings.
             if held() and not (config.output / MANIFEST).exists():
                 clear_directory(config.output)
             raise
@@ -76,7 +76,7 @@ def check_outside(output: Location, corpus: str) -> None:
 def describe_request(
     config: PrepareConfig, tokenizer: PreTrainedTokenizerBase, added: AddedTokens, sources: list[Source]
 ) -> str:
-    """Everything that determines the result, as JSON."""
+    """Settings and inputs that determine the result, as JSON."""
     request: dict[str, Any] = {
         "command": "prepare",
         **config.model_dump(mode="json", exclude={"tokenizer", "output", "workers"}),

@@ -40,7 +40,7 @@ def map_in_order(
         return
     context = get_context("forkserver")
     context.set_forkserver_preload([preload])
-    # A terminal sends Ctrl-C to every process. The server ignores it from its start, and so do the processes it forks.
+    # A terminal sends Ctrl-C to every process. The server starts with it ignored, and its forks inherit that.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, previous)
@@ -54,15 +54,13 @@ def map_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a tokenizer process died, most likely for lack of memory; rerun with fewer --workers"
-        ) from error
+        raise UserError("a tokenizer process died, most likely out of memory; rerun with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _initialize(function: Callable[[Any], Any]) -> None:
-    """Set up a process: it ignores Ctrl-C, exits with its parent, and uses one core."""
+    """Make a process ignore Ctrl-C, exit with its parent, and use one core."""
     global _function
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -35,12 +35,12 @@ ARROW_ROWS = 256
 
 
 def read_batches(sources: Iterable[Source], fields: Fields, sample_by: SampleBy = "document") -> Iterator[RowBatch]:
-    """Read the sources one after the other, in batches of at most 1024 rows and about one megabyte of text.
+    """Read the sources in order, in batches of at most 1024 rows and about one megabyte of text.
 
     Args:
         sources: files and datasets, in reading order.
-        fields: which fields of a record are needed.
-        sample_by: what forms a document in a text file.
+        fields: required fields of a record.
+        sample_by: unit of a text file that forms a document.
 
     Raises:
         UserError: a source cannot be read to its end; the message names it.
@@ -65,7 +65,7 @@ def row_size(row: Row, text_field: str) -> int:
 
 
 def read_rows(source: Source, fields: Fields, sample_by: SampleBy) -> Iterator[tuple[int, Row]]:
-    """Rows of one source, numbered from 0: by line for JSON and text, where blank lines are no rows, else by record."""
+    """Rows of one source, numbered from 0 by line for JSON and text, without blank lines, else by record."""
     where = source.path if isinstance(source, CorpusFile) else source.name
     try:
         if isinstance(source, HubSplit):
@@ -85,7 +85,7 @@ def read_rows(source: Source, fields: Fields, sample_by: SampleBy) -> Iterator[t
 
 
 def openable(path: Location) -> Any:
-    """An argument for pyarrow and lzma: the name of a local file, or an open remote file, which they close."""
+    """Argument for pyarrow and lzma: a local file name, or an open remote file, which they close."""
     return str(path) if isinstance(path, Path) else path.open("rb")
 
 
@@ -111,7 +111,7 @@ def read_json(path: Location) -> Iterator[tuple[int, Row]]:
 
 
 def read_text(path: Location, text_field: str, sample_by: SampleBy) -> Iterator[tuple[int, Row]]:
-    """Documents of a text file: the whole file, its lines, or its paragraphs, which blank lines separate."""
+    """Documents of a text file: the whole file, its lines, or its paragraphs, separated by blank lines."""
     with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as stream:
         if sample_by == "document":
             yield 0, {text_field: stream.read()}
@@ -125,7 +125,7 @@ def read_text(path: Location, text_field: str, sample_by: SampleBy) -> Iterator[
 
 
 def paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of lines that are not blank."""
+    """Runs of non-blank lines."""
     held: list[str] = []
     for line in lines:
         if not line.isspace():
@@ -138,7 +138,7 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def read_csv(path: Location, number_columns: set[str]) -> Iterator[Row]:
-    """Records of a CSV or TSV file with a header. No value means "missing".
+    """Records of a CSV or TSV file with a header. No value is read as missing.
 
     All values are strings, except numbers in `number_columns`.
     """
@@ -204,7 +204,7 @@ def read_hub(source: HubSplit, fields: list[str]) -> Iterator[Row]:
 
 
 def records(batch: pa.RecordBatch | pa.Table, fields: list[str]) -> Iterator[Row]:
-    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the names that exist."""
+    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the existing names."""
     names = batch.schema.names
     if not set(fields) <= set(names):
         return iter([dict.fromkeys(names)] * batch.num_rows)

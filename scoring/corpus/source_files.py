@@ -1,4 +1,4 @@
-"""Which files are read, or which split of a Hugging Face dataset, and in which order."""
+"""The sources of a corpus in reading order: files, or a split of a Hugging Face dataset."""
 
 import glob
 import os
@@ -28,7 +28,7 @@ FORMATS: dict[str, Format] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DATASETS_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-"""Files that `datasets` writes beside its data."""
+"""Files written by `datasets` beside its data."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]
     }
     if not files:
         known = f" ({', '.join(FORMATS)}, also compressed)" if given == "auto" else ""
-        raise UserError(f"--input {root}: holds no file to read{known}; check the path or give --format")
+        raise UserError(f"--input {root}: holds no readable file{known}; check the path or give --format")
     return corpus_files(root, files, given)
 
 
@@ -141,7 +141,7 @@ def corpus_files(root: Location, files: dict[str, int], given: Format | Literal[
     for name, size in sorted(files.items()):
         file_format = format_of(name) if given == "auto" else given
         if file_format is None:
-            raise UserError(f"{root / name}: the name does not tell the format; give --format")
+            raise UserError(f"{root / name}: the file name does not indicate a format; give --format")
         described.append(CorpusFile(root / name, name, file_format, size))
     return described
 
@@ -169,7 +169,7 @@ def hub_split(name: str, subset: str | None, split: str) -> HubSplit:
         builder.as_streaming_dataset(split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
-            f"--input {name}: no such file or directory, and not a dataset that the Hugging Face hub gives "
+            f"--input {name}: no such file or directory, and no dataset available from the Hugging Face hub "
             f"({first_line(error)}); check --input, --subset and --split"
         ) from error
     return HubSplit(builder, "/".join(filter(None, (name, subset, split))), split)

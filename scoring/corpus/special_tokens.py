@@ -1,4 +1,4 @@
-"""BOS and EOS: which special tokens surround the tokens of a document."""
+"""BOS and EOS: the special tokens around a document."""
 
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ class AddedTokens(NamedTuple):
 def choose_added_tokens(
     tokenizer: PreTrainedTokenizerBase, bos: Literal["auto", "always", "never"], append_eos: bool
 ) -> AddedTokens:
-    """Decide on BOS and EOS. The default is what the tokenizer adds by itself.
+    """Choose BOS and EOS. The default follows the tokenizer.
 
     Raises:
         UserError: the tokenizer lacks a requested token, or adds other tokens, as encoders do.
@@ -33,7 +33,7 @@ def choose_added_tokens(
 
 
 def default_added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
-    """Tokens that the tokenizer adds to a text by itself, found by encoding `PROBE_TEXT`.
+    """Special tokens added by the tokenizer itself, found by encoding `PROBE_TEXT`.
 
     Raises:
         UserError: it adds tokens other than BOS and EOS.

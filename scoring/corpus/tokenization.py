@@ -22,7 +22,7 @@ class EncodedBatch(NamedTuple):
         documents: documents with at least one sequence.
         tokens: token ids of these documents.
         text_bytes: size of their texts as UTF-8.
-        rejects: rows that gave no document.
+        rejects: rows without a document.
     """
 
     table: pa.Table
@@ -38,9 +38,9 @@ class BatchEncoder:
 
     Attributes:
         tokenizer: a Hugging Face tokenizer.
-        prefix: the id of BOS, or nothing.
-        suffix: the id of EOS, or nothing.
-        max_length: longest sequence, in tokens.
+        prefix: the id of BOS, or empty.
+        suffix: the id of EOS, or empty.
+        max_length: maximum sequence length, in tokens.
         fields: fields of a record.
     """
 
@@ -60,7 +60,7 @@ class BatchEncoder:
         owners: list[Document] = []  # owners, starts and lengths: one entry per sequence
         starts: list[int] = []
         lengths: list[int] = []
-        flat: list[int] = []  # ids of all sequences, one after the other
+        flat: list[int] = []  # ids of all sequences, concatenated
         kept = text_bytes = 0
         for document, text_ids in zip(documents, encoded, strict=True):
             if not text_ids:

@@ -1,4 +1,4 @@
-"""The interface of all engines: requests, settings, and the protocol they implement."""
+"""The interface of all engines: requests, settings and protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -60,13 +60,13 @@ class EngineConfig:
     Attributes:
         name: implementation.
         method: how vLLM returns losses; None for the transformers engine.
-        dtype: compute type of the model. Losses are always float32; logits are too, except for quantised heads.
+        dtype: compute dtype of the model. Losses are always float32; logits are too, except for quantised heads.
         batch_tokens: tokens computed at once.
         max_length: tokens in the longest sequence.
         threads: CPU threads of one worker.
         on_gpu: whether models run on a GPU.
         tensor_parallel_size: GPUs that share one model, or processes on a CPU.
-        engine_args: further arguments for vLLM's `EngineArgs`.
+        engine_args: additional arguments for vLLM's `EngineArgs`.
     """
 
     name: EngineName

@@ -1,4 +1,4 @@
-"""Which engine to use, and what the installed packages can do."""
+"""Choice of the engine, and capabilities of the installed packages."""
 
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ def choose_method(wanted: Literal["auto", "pooler", "prompt_logprobs"], recurren
 
     Args:
         wanted: the user's choice.
-        recurrent: names of the models with a recurrent state; the scorer inside vLLM is not tested with them.
+        recurrent: names of the models with a recurrent state, untested with the scorer inside vLLM.
     """
     if wanted == "auto":
         return "prompt_logprobs" if recurrent else "pooler"

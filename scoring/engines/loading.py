@@ -6,7 +6,7 @@ from weighted_mtp.scoring.engines.base import Engine, EngineConfig
 
 
 def load_engine(model: Path, config: EngineConfig) -> Engine:
-    """Load the checkpoint in directory `model` into the engine that `config` names."""
+    """Load the checkpoint in directory `model` into the engine `config.name`."""
     if config.name == "vllm":
         from weighted_mtp.scoring.engines.vllm_engine import VllmEngine
 

@@ -1,7 +1,6 @@
-"""Token scores by plain Hugging Face transformers: runs everywhere, and is the reference that tests compare with.
+"""Token scores by plain Hugging Face transformers. Runs everywhere and serves as the reference in tests.
 
-Each sequence takes one forward pass of the model's own code. Padding is on the right, where causal attention hides it
-from the tokens of the sequence.
+Each sequence takes one forward pass of the model's own code. Padding is on the right, masked by causal attention.
 
 Gradients are computed with respect to the input embeddings only, with one backward pass per batch. The activations,
 logits and float32 log-softmax of the batch stay in memory until then.
@@ -85,7 +84,9 @@ class TransformersEngine:
                 found["entropy"] = torch.cat([entropies(rows.detach().float()) for rows, _ in chunks])
             if embeddings is not None:
                 positions = torch.arange(1, input_ids.shape[1])
-                scored = [(positions >= of.first_scored) & (positions < len(of.input_ids)) for of in requests]
+                scored = [
+                    (positions >= request.first_scored) & (positions < len(request.input_ids)) for request in requests
+                ]
                 total_loss = losses[torch.cat(scored).to(self.device)].sum()
                 (gradients,) = torch.autograd.grad(total_loss, embeddings)  # [requests, longest, hidden size]
                 found["gradient"] = gradients[:, 1:].float().norm(dim=-1).clamp(max=FLOAT16_MAX).flatten()
@@ -112,7 +113,7 @@ def by_quantities(requests: list[Request]) -> list[tuple[frozenset[Quantity], li
 def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     """Group rows of similar length. A group padded to its longest row has at most `batch_tokens` tokens.
 
-    A longer row forms its own group. The longest rows come first: running out of memory shows up immediately.
+    A longer row forms its own group. The longest rows come first, to run out of memory immediately or never.
     """
     group: list[int] = []
     longest = 0

@@ -1,4 +1,4 @@
-"""Arguments of a vLLM engine: the user's, which are checked, and those that follow from the job."""
+"""Arguments of a vLLM engine: checks of the user's arguments, and those derived from the job."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -22,12 +22,12 @@ RESERVED_ARGS = {
     "data_parallel_size": "use --workers",
     "runner": "use --engine_method",
     "convert": "use --engine_method",
-    "max_model_len": "it follows from the corpus",
+    "max_model_len": "it depends on the corpus",
     "enable_prefix_caching": "cached tokens would have no losses",
-    "logprobs_mode": "losses are what it is",
-    "pooler_config": "there is nothing to choose",
+    "logprobs_mode": "losses need the default",
+    "pooler_config": "scoring has its own pooler",
 }
-"""vLLM arguments that users cannot set, and the alternative to each."""
+"""vLLM arguments that users cannot set, and the alternative or reason for each."""
 SPEED_ARGS = {
     "async_scheduling",
     "disable_log_stats",
@@ -44,7 +44,7 @@ SPEED_ARGS = {
 """vLLM arguments that change its speed but not its results. They are not part of a condition."""
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 RECURRENT_STATE_BYTES = 1 << 30
-"""Memory for the states of recurrent layers. Models that need more take `--engine_args.kv_cache_memory_bytes`."""
+"""Memory for the states of recurrent layers. `--engine_args.kv_cache_memory_bytes` sets more."""
 
 
 def check_engine_args(arguments: Mapping[str, Any]) -> None:
@@ -72,10 +72,10 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
     batch_tokens = config.engine_args.get("max_num_batched_tokens", config.batch_tokens)
     sequences = config.engine_args.get("max_num_seqs", min(sequences, batch_tokens))
     pooler = config.method == "pooler"
-    # `generate` reserves room for one new token; before 0.32, pooling models wait for that room, too.
-    # No more than that: some models select between two position embeddings by this length.
-    waits = tuple(map(int, engine_version("vllm").split(".")[:2])) < (0, 32)
-    room = 0 if pooler and not waits else 1
+    # `generate` needs room for one new token; before 0.32, pooling does, too.
+    # Add no more: some models select between two position embeddings by this length.
+    pooling_needs_room = tuple(map(int, engine_version("vllm").split(".")[:2])) < (0, 32)
+    room = 0 if pooler and not pooling_needs_room else 1
     arguments = {
         "model": str(model),
         "runner": "pooling" if pooler else "generate",
@@ -105,9 +105,9 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
 
 
 def head_overrides(model: Path, config: EngineConfig) -> dict[str, str]:
-    """Config overrides that make vLLM compute logits in float32.
+    """Config overrides for float32 logits in vLLM.
 
-    Quantised heads do not support that. Before 0.32, only pooling models do.
+    Quantised heads do not support them. Before 0.32, only pooling models do.
     """
     if config.method == "pooler":
         return {"head_dtype": "model"}  # the scorer has its own float32 head

@@ -19,7 +19,7 @@ from weighted_mtp.scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process is the engine
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # reserves one token beyond the model's limit, which is never computed
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one token beyond the model's limit is reserved but never computed
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise tensor parallelism needs a NUMA node per process
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",

@@ -33,7 +33,7 @@ class TokenScorer(Pooler):
 
     Options of a request in `PoolingParams.extra_kwargs`:
         first_scored: int, first position to score; default 1.
-        entropy: bool, whether to return entropies, too.
+        entropy: bool, whether to also return entropies.
 
     A result is a float32 tensor [1 or 2, tokens - first_scored]: losses in nats, then entropies in nats.
     """

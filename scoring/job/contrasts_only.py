@@ -1,4 +1,4 @@
-"""Contrasts of stored columns alone: no model runs, so there are no engines and no workers."""
+"""Contrasts of stored columns only, without models, engines and workers."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from weighted_mtp.scoring.job.units import commit, new_attempt
 
 
 def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
-    """Score units one after the other in this process, for a plan of contrasts alone.
+    """Score units sequentially in this process, for a plan of contrasts only.
 
     Raises:
         UserError: a shard is damaged.

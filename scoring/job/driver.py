@@ -1,10 +1,10 @@
-"""The scoring job: hands units to workers until all are done, whatever happens to workers, nodes or memory.
+"""The scoring job: assigns units to workers until all are done, despite lost workers, lost nodes or lack of memory.
 
-The policy decides, the fleet acts, and the driver passes events between them. Only the outcomes of units travel between
-workers and driver; the driver commits the units.
+The policy decides, the fleet acts, and the driver passes events between them. Workers return only the outcomes of
+units; the driver commits the units.
 
-Why not Ray Data: it cannot say which unit a dead worker had, replace a worker by one with a smaller batch, or report a
-pool that never fits. Why not `ray.util.ActorPool`: it neither replaces dead actors nor relates failures to units.
+Alternatives: Ray Data cannot identify the unit of a dead worker, replace a worker by one with a smaller batch, or
+report a pool that never fits. `ray.util.ActorPool` neither replaces dead actors nor relates failures to units.
 """
 
 import time
@@ -19,7 +19,7 @@ from weighted_mtp.scoring.job.ray_cluster import check_places
 from weighted_mtp.scoring.job.report import Progress
 from weighted_mtp.scoring.job.retry_policy import ScoringPolicy, Worker
 from weighted_mtp.scoring.job.scorer import ScoringTask, load_scoring_engine
-from weighted_mtp.scoring.job.units import commit, take_note
+from weighted_mtp.scoring.job.units import commit, pop_note
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 POLL_SECONDS = 1.0
@@ -33,7 +33,7 @@ class ScoringJob:
         units: the shards to score.
         pool: number and resources of the workers.
         report: called with one line about each incident.
-        load: makes an engine; tests and benchmarks replace it.
+        load: creates an engine; tests and benchmarks replace it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ScoringJob:
         """Score all units; yield the progress after every change, and about once a second.
 
         Raises:
-            UserError: a worker found an error of the user, or workers cannot be placed or kept alive.
+            UserError: a worker reports a user error, or workers cannot be placed or kept alive.
             OSError: a unit cannot be read or written.
         """
         check_places(self.fleet.pool)
@@ -89,7 +89,7 @@ class ScoringJob:
 
     def _handle_death(self, death: Death) -> None:
         if death.out_of_memory:
-            self.policy.halve_batch(death.worker, "Ray ended a worker")
+            self.policy.halve_batch(death.worker, "Ray killed a worker")
         self._lose(death.worker, death.reason, caused_by_unit=not (death.out_of_memory or death.with_node))
 
     def _handle_result(self, result: CallResult) -> None:
@@ -98,7 +98,7 @@ class ScoringJob:
             assert outcome.error is not None
             if unit is not None or not self.policy.ready_workers:
                 raise outcome.error from RuntimeError(outcome.trace)
-            self._lose(worker, str(outcome.error))  # other machines could load the models, this one cannot
+            self._lose(worker, str(outcome.error))  # other machines could load the models, but not this one
         elif outcome.kind == "out_of_memory":
             self.policy.halve_batch(worker, outcome.reason)
             self.policy.release(worker)
@@ -114,8 +114,8 @@ class ScoringJob:
 
     def _lose(self, worker: Worker, reason: str, caused_by_unit: bool = True) -> None:
         in_flight = None
-        if caused_by_unit and worker.units and worker.units[0].one_by_one:  # then it has no other unit
-            in_flight = take_note(self.task.output, worker.units[0].attempt)
+        if caused_by_unit and worker.units and worker.units[0].one_by_one:  # its only unit
+            in_flight = pop_note(self.task.output, worker.units[0].attempt)
         self.policy.lose(worker, reason, caused_by_unit, in_flight)
         self.fleet.drop(worker)
 
@@ -130,7 +130,8 @@ class ScoringJob:
     def _progress(self) -> Progress:
         policy, in_progress = self.policy, 0.0
         for worker in policy.workers:
-            tokens, sequences = (sum(getattr(unit.shard, of) for unit in worker.units) for of in ("tokens", "rows"))
+            tokens = sum(unit.shard.tokens for unit in worker.units)
+            sequences = sum(unit.shard.rows for unit in worker.units)
             expected = self.task.plan.computed_tokens(tokens, sequences)
             in_progress += tokens * min(1.0, self.fleet.computed_tokens(worker) / max(1.0, expected))
         return Progress(policy.units_done, policy.tokens_done + int(in_progress), policy.rejects, policy.ready_workers)

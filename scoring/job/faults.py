@@ -1,7 +1,7 @@
-"""Faults of engines, contained: one bad sequence costs its own scores, not those of its shard.
+"""Containment of engine faults: a bad sequence loses its own scores, not those of its shard.
 
-Sequences that make the engine raise are found by halving; impossible losses are found in the result. Each such sequence
-is tried once more alone before it is given up. Running out of memory, and engines that stopped working, are raised.
+Bisection finds sequences that make the engine raise; impossible losses show in the results. Each such sequence is tried
+once more alone before it is given up. Lack of memory and engines that stopped working raise exceptions.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from weighted_mtp.schemas.errors import first_line
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 
 ROUNDING = 0.01
-"""Rounding errors may make computed losses and entropies slightly negative."""
+"""Tolerance for losses and entropies made slightly negative by rounding errors."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -27,7 +27,7 @@ class BrokenEngineError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory of a GPU or of the machine ran out."""
+    """Whether an exception means that the GPU or the machine ran out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error).lower() for words in OUT_OF_MEMORY
     )
@@ -64,11 +64,11 @@ def measure_each(
     Args:
         measure: returns the scores of the given rows, each float32 [measurements, tokens].
         rows: rows of the sequences.
-        find_fault: describes what is wrong with the scores of a row, if anything.
+        find_fault: describes the fault in the scores of a row, or returns None.
         check_engine: raises if the engine has stopped working.
 
     Returns:
-        Scores by row, and for the other rows the reasons why they have none.
+        Scores by row, and reasons by row for the rows without scores.
 
     Raises:
         OutOfMemoryError: memory ran out.

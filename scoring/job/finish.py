@@ -1,4 +1,4 @@
-"""The end of a scoring run: manifest, statistics and rejects of a set whose shards are all in place."""
+"""The end of a scoring run: manifest, statistics and rejects of a set with all its shards."""
 
 import json
 from collections import Counter
@@ -46,7 +46,7 @@ def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Co
 
 
 def earlier_rejects(source: ShardSet) -> list[RejectedSequence]:
-    """The input's own `rejects.jsonl`: sequences without scores in the columns that it has.
+    """The input's own `rejects.jsonl`: sequences without scores in its columns.
 
     Raises:
         UserError: it is missing or damaged.

@@ -1,4 +1,4 @@
-"""The Ray side of the scoring job: actors, their calls, and the clocks that watch them."""
+"""The Ray side of the scoring job: actors, their calls, and their timeouts."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ from weighted_mtp.scoring.job.worker import Outcome, ScoringWorker
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 PLACEMENT_SECONDS = 60.0
-"""How long a job waits for nodes when no node can hold a worker."""
+"""Longest wait for nodes when no node can hold a worker."""
 HEAD_SECONDS = 30.0
-"""How long a job waits for the head of the cluster to answer; after 60 seconds Ray would end the driver."""
+"""Longest wait for an answer from the head of the cluster; after 60 seconds Ray would end the driver."""
 STALLED_SECONDS = 1800.0
-"""How long a worker with units may compute nothing before it counts as dead: processes may hang."""
+"""Longest time without progress before a worker with units counts as dead: processes may hang."""
 START_SECONDS = 4 * STALLED_SECONDS
-"""How long a worker may take to load its models, downloads included."""
+"""Longest time for a worker to load its models, including downloads."""
 QUERIES_PER_CHECK = 32
-"""Workers whose progress is queried at a time: answers of a thousand at once would keep the driver busy."""
+"""Workers queried for progress at a time: a thousand answers at once would keep the driver busy."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Actor:
 
     Attributes:
         handle: the actor.
-        computed: tokens that its engines have computed, as of its last answer.
-        computed_before: the same when its last unit was done.
-        progress_at: time of last observed progress; 0 as long as the actor has not run.
+        computed: tokens computed by its engines, as of its last answer.
+        computed_before: `computed` when its last unit was done.
+        progress_at: time of last observed progress; 0 until the actor runs.
         queried_at: time of the last query for its progress.
     """
 
@@ -52,7 +52,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A call in progress: a unit, a query for progress, or, with neither, the start of the worker."""
+    """A call in progress: a unit, a query for progress, or, without either, the start of the worker."""
 
     worker: Worker
     unit: Unit | None = None
@@ -61,7 +61,7 @@ class PendingCall:
 
 @dataclass(frozen=True)
 class CallResult:
-    """A worker returned the outcome of a unit, or, without a unit, of its start."""
+    """The outcome of a unit, or, without a unit, of the start of a worker."""
 
     worker: Worker
     unit: Unit | None
@@ -70,7 +70,7 @@ class CallResult:
 
 @dataclass(frozen=True)
 class Death:
-    """A worker died, by itself, with its node, or because Ray ended it for its memory."""
+    """A worker died on its own or with its node, or Ray killed it to free memory."""
 
     worker: Worker
     reason: str
@@ -83,7 +83,7 @@ class WorkerFleet:
 
     Args:
         pool: resources of a worker.
-        load: makes an engine.
+        load: creates an engine.
     """
 
     def __init__(self, pool: WorkerPool, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
@@ -95,7 +95,7 @@ class WorkerFleet:
         self.head_seen_at = self.placed_at = time.monotonic()
 
     def start(self, worker: Worker, task: ScoringTask) -> None:
-        """Start the actor of a worker and let it load its models."""
+        """Start the actor of a worker and load its models."""
         handle = self.actor_class.options(
             num_cpus=self.pool.cpus,
             num_gpus=self.pool.gpus,
@@ -107,16 +107,16 @@ class WorkerFleet:
         self.calls[handle.start.remote()] = PendingCall(worker)
 
     def assign(self, worker: Worker, unit: Unit) -> None:
-        """Send a unit to a worker; the clock of an idle worker starts."""
+        """Send a unit to a worker; start the clock of an idle worker."""
         actor = self.actors[worker]
         if len(worker.units) == 1:
             actor.progress_at = time.monotonic()
         self.calls[actor.handle.score.remote(unit)] = PendingCall(worker, unit)
 
     def results(self, timeout: float) -> Iterator[CallResult | Death]:
-        """Wait up to `timeout` seconds for a call to end; yield the results of all that have ended.
+        """Wait up to `timeout` seconds for a call to end; yield the results of all finished calls.
 
-        Calls of a worker that is dropped meanwhile are left out. Answers to queries only move the clocks.
+        Skips calls of workers dropped meanwhile. Answers to queries only update the clocks.
         """
         refs = list(self.calls)
         if not ray.wait(refs, timeout=timeout)[0]:
@@ -143,13 +143,13 @@ class WorkerFleet:
         actor.computed = computed
 
     def unit_done(self, worker: Worker) -> None:
-        """Start the clock and the count of tokens of the worker's next unit."""
+        """Start the clock and the token count of the worker's next unit."""
         actor = self.actors[worker]
         actor.computed_before = actor.computed
         actor.progress_at = time.monotonic()
 
     def computed_tokens(self, worker: Worker) -> int:
-        """Tokens that a worker's engines have computed since its last unit was done, as of its last answer."""
+        """Tokens computed by a worker's engines since its last unit was done, as of its last answer."""
         actor = self.actors[worker]
         return actor.computed - actor.computed_before
 
@@ -174,13 +174,12 @@ class WorkerFleet:
             return True
         if time.monotonic() - self.head_seen_at > HEAD_SECONDS:
             raise UserError(
-                "the head of the Ray cluster does not answer any more; start it again and rerun the same command, "
-                "which continues"
+                "the head of the Ray cluster no longer answers; restart it and rerun the same command to continue"
             )
         return False
 
     def stalled(self) -> dict[Worker, str]:
-        """Workers that made no progress for too long, and the reason in words."""
+        """Workers without progress for too long, and the reason in words."""
         stalled: dict[Worker, str] = {}
         for worker, actor in self.actors.items():
             seconds = time.monotonic() - actor.progress_at if actor.progress_at else 0.0
@@ -191,7 +190,7 @@ class WorkerFleet:
         return stalled
 
     def query_progress(self) -> None:
-        """Query the progress of the workers whose last query is the longest ago."""
+        """Query the progress of the workers with the oldest queries."""
         queried = {call.worker for call in self.calls.values() if call.query}
         actors = [(worker, actor) for worker, actor in self.actors.items() if worker not in queried]
         for worker, actor in sorted(actors, key=lambda pair: pair[1].queried_at)[:QUERIES_PER_CHECK]:
@@ -199,20 +198,20 @@ class WorkerFleet:
             self.calls[actor.handle.computed_tokens.remote()] = PendingCall(worker, query=True)
 
     def check_placement(self, report: Callable[[str], None]) -> None:
-        """Report a job whose workers all wait for resources that others use.
+        """Report a job whose workers all wait for resources used by others.
 
         Raises:
-            UserError: for `PLACEMENT_SECONDS` no node could hold a worker.
+            UserError: no node could hold a worker for `PLACEMENT_SECONDS`.
         """
         now = time.monotonic()
         if any(actor.progress_at for actor in self.actors.values()):
             self.placed_at = now
         elif count_places(self.pool):
             if now - self.placed_at > PLACEMENT_SECONDS:
-                report(f"still waiting for {self.pool.needs()} that nothing else on the Ray cluster uses")
+                report(f"still waiting for {self.pool.needs()} to become free on the Ray cluster")
                 self.placed_at = now
         elif now - self.placed_at > PLACEMENT_SECONDS:
             raise UserError(
-                f"no node of the Ray cluster ({describe_nodes()}) can hold a worker any more, which needs "
-                f"{self.pool.needs()}; add nodes and rerun the same command, which continues"
+                f"no node of the Ray cluster ({describe_nodes()}) can hold a worker any more; each needs "
+                f"{self.pool.needs()}; add nodes and rerun the same command to continue"
             )

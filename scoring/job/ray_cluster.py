@@ -1,4 +1,4 @@
-"""Ray: connecting to a cluster or starting one on this machine, its resources, and why its workers died."""
+"""Ray: connecting to a cluster or starting one on this machine, its resources, and causes of worker deaths."""
 
 import logging
 import math
@@ -19,12 +19,12 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # on cores shared with anything else, spinning threads cost a factor of five
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on shared cores cost a factor of five
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment even under `uv run`
 }
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Set to 0, Ray joins no cluster and binds all its ports to loopback, as it does on Windows and macOS."""
+"""If 0, Ray joins no cluster and binds all its ports to loopback, as on Windows and macOS."""
 
 
 def count_places(pool: WorkerPool) -> int:
@@ -54,8 +54,8 @@ def describe_nodes() -> str:
 def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator[None]:
     """Connect to the Ray cluster at `address`, or start Ray on this machine; disconnect or shut down at the end.
 
-    Does nothing if Ray is connected already. A Ray on this machine has room for every worker of `pool`, no dashboard,
-    and all ports on loopback.
+    Does nothing if Ray is already connected. Ray on this machine has room for every worker of `pool`, no dashboard, and
+    all ports on loopback.
 
     Raises:
         UserError: no cluster at `address`.
@@ -66,7 +66,7 @@ def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator
     os.environ.update(ENVIRONMENT | os.environ)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    worker.listen_error_messages = lambda *_: None  # pages on stdout about dead nodes; the job reports one line
+    worker.listen_error_messages = lambda *_: None  # prints pages about dead nodes; the job reports one line
     try:
         if address:
             check_reachable(services.canonicalize_bootstrap_address(address))
@@ -75,12 +75,12 @@ def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator
                 ray.init(address=address, **quiet)
         else:
             os.environ[ON_LOOPBACK] = "0"
-            ray_constants.ENABLE_RAY_CLUSTER = False  # this process has read the variable already
+            ray_constants.ENABLE_RAY_CLUSTER = False  # this process has already read the variable
             cpus = math.ceil(pool.max_workers * pool.cpus) if pool else 1
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as error:  # a start that times out raises a bare Exception
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
-        where += "; if it asks for a token, set RAY_AUTH_MODE=token" * bool(address)
+        where += "; if it requires a token, set RAY_AUTH_MODE=token" * bool(address)
         raise UserError(f"{where} ({last_reason(error)})") from error
     except SystemExit as error:
         raise KeyboardInterrupt from error  # Ray turns SIGTERM into SystemExit
@@ -94,7 +94,7 @@ def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Suppress stderr at the level of file descriptors: Ray's C++ parts write there while they connect."""
+    """Suppress stderr at the level of file descriptors: Ray's C++ code writes there while connecting."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -107,7 +107,7 @@ def silent_stderr() -> Iterator[None]:
 
 
 def last_reason(error: BaseException) -> str:
-    """Root cause of an exception in one line; Ray chains other exceptions to it or prints it below a traceback."""
+    """Root cause of an exception in one line. Ray chains other exceptions to it or prints it below a traceback."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -115,7 +115,7 @@ def last_reason(error: BaseException) -> str:
 
 
 def cause_of_death(error: RayError) -> str:
-    """Why a worker died, in one line; Ray's message has it below its first line and the details of the actor."""
+    """Cause of a worker's death in one line. Ray states it below the first line and the details of the actor."""
     if "worker process has died" in str(error):
         return "its process died: killed, crashed, or out of memory"
     if isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False):
@@ -125,7 +125,7 @@ def cause_of_death(error: RayError) -> str:
 
 
 def node_died(error: RayError) -> bool:
-    """Whether a worker died because its node did."""
+    """Whether a worker died with its node."""
     return "its node has died" in str(error) and not isinstance(error, RayTaskError)
 
 

@@ -1,4 +1,4 @@
-"""What a scoring run reports to its caller, who may show bars and print."""
+"""Events of a scoring run, for callers that show progress and messages."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A run that was checked but not started: the columns to compute, and the names of the shards done already."""
+    """A run that was checked but not started: the columns to compute, and the names of completed shards."""
 
     output: Location
     source: ShardSet
@@ -39,16 +39,16 @@ class Report:
     """Receives the events of a scoring run; this base class ignores them."""
 
     def warning(self, message: str) -> None:
-        """A setting has a consequence that the user may not want."""
+        """A setting may have an unwanted consequence."""
 
     def already_complete(self, shards: ShardSet) -> None:
         """The output holds the finished set; nothing is left to do."""
 
     def start(self, shards: list[ShardEntry], done: set[str], max_workers: int) -> None:
-        """Scoring starts: all shards of the set, the names of those completed before, and the most workers."""
+        """Scoring starts: all shards, the names of those already completed, and the maximum number of workers."""
 
     def progress(self, progress: Progress) -> None:
-        """After every change, and about once a second."""
+        """The progress, after every change and about once a second."""
 
     def incident(self, message: str) -> None:
         """A worker was lost, memory ran out, or the job waits for resources."""

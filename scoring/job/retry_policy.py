@@ -1,9 +1,9 @@
-"""Decisions of the scoring job: which unit a worker gets, what a failure was due to, and when the job gives up.
+"""Decisions of the scoring job: assigning units, attributing failures, and giving up.
 
-Plain Python without Ray, clocks or files: the driver reports events, and decisions depend on nothing else.
+Plain Python without Ray, clocks or files: decisions depend only on events reported by the driver.
 
-A unit whose workers keep dying is scored one sequence at a time by a worker of its own. A sequence at which workers
-keep dying is given up: it gets no scores. Running out of memory halves the batch of all workers that start later.
+A unit that keeps losing workers is scored one sequence at a time by a dedicated worker. A sequence that keeps losing
+workers is given up: it gets no scores. Running out of memory halves the batch of all workers that start later.
 """
 
 from collections import Counter, deque
@@ -15,15 +15,15 @@ from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.scoring.job.units import SequenceKey, Unit, new_attempt
 
 UNITS_PER_WORKER = 2
-"""One in the engines and one being read or written."""
+"""One in the engines, the other being read or written."""
 FAILURES_BEFORE_ONE_BY_ONE = 2
-"""Workers that a unit may lose before its sequences are tried one by one."""
+"""Lost workers after which the sequences of a unit are tried one by one."""
 FAILURES_BEFORE_GIVING_UP = 2
-"""Workers that a sequence tried alone may lose before it is given up."""
+"""Lost workers after which a sequence tried alone is given up."""
 MAX_UNEXPLAINED_FAILURES = 8
-"""Workers that a unit may lose between sequences, and sequences of it that may be given up, before the job stops."""
+"""Limit, for each unit, of workers lost between sequences and of sequences given up; the job stops above it."""
 MAX_FAILED_STARTS = 3
-"""Workers that may die in a row while they load their models."""
+"""Consecutive failed starts after which the job starts no more workers, or stops if it has none."""
 MIN_BATCH_TOKENS = 256
 
 
@@ -51,7 +51,7 @@ class UnitFailures:
 
 @dataclass(eq=False)
 class Worker:
-    """A worker: the batch size that it started with, whether its models are loaded, and the units that it has."""
+    """A worker: its initial batch size, whether its models are loaded, and its units."""
 
     batch_tokens: int
     ready: bool = False
@@ -64,7 +64,7 @@ class ScoringPolicy:
     Args:
         units: the shards to score.
         batch_tokens: tokens per engine batch at the start.
-        max_workers: most workers at a time.
+        max_workers: maximum number of workers.
         report: called with one line about each incident.
     """
 
@@ -91,7 +91,7 @@ class ScoringPolicy:
         return sum(worker.ready for worker in self.workers)
 
     def needs_worker(self) -> bool:
-        """Whether another worker would have work and is allowed."""
+        """Whether another worker is allowed and would have work."""
         unfinished = len(self.pending) + sum(len(worker.units) for worker in self.workers)
         return len(self.workers) < min(self.max_workers, unfinished)
 
@@ -102,14 +102,14 @@ class ScoringPolicy:
         return worker
 
     def set_ready(self, worker: Worker) -> None:
-        """The worker has loaded its models."""
+        """Record that a worker has loaded its models."""
         worker.ready = True
         self.failed_starts = 0
 
     def next_unit(self, worker: Worker) -> Unit | None:
         """Assign the next unit to a worker; None if the worker must wait.
 
-        A unit in one-by-one mode is the only one of its worker, so that no other unit is lost with it.
+        A unit in one-by-one mode is its worker's only unit: no other unit is lost with it.
         """
         if not worker.ready or not self.pending:
             return None
@@ -123,7 +123,7 @@ class ScoringPolicy:
         return unit
 
     def complete(self, worker: Worker, unit: Unit, rejects: int) -> None:
-        """A unit is committed, with the number of its sequences that could not be scored."""
+        """Record a committed unit and the number of its rejected sequences."""
         worker.units.remove(unit)
         self.failures.pop(unit.shard.name, None)
         self.units_done += 1
@@ -131,7 +131,7 @@ class ScoringPolicy:
         self.rejects += rejects
 
     def halve_batch(self, worker: Worker, reason: str) -> None:
-        """Halve the batch of workers that start from now on, unless that was done since this worker started.
+        """Halve the batch of workers that start later, unless it was lowered since this worker started.
 
         Raises:
             UserError: the batch would be too small.
@@ -144,22 +144,22 @@ class ScoringPolicy:
                 f"out of memory even with {worker.batch_tokens} tokens at once ({reason}); use fewer --workers, "
                 "a smaller --dtype, or a smaller model"
             )
-        self.report(f"out of memory ({reason}): going on with batches of {lower} tokens")
+        self.report(f"out of memory ({reason}): continuing with batches of {lower} tokens")
         self.batch_tokens = lower
 
     def lose(
         self, worker: Worker, reason: str, caused_by_unit: bool = True, in_flight: SequenceKey | None = None
     ) -> None:
-        """A worker died or became useless: count the failure and queue its units again.
+        """Remove a dead or useless worker: count the failure and requeue its units.
 
         Args:
             worker: the worker.
             reason: one line for the user.
-            caused_by_unit: False if its node died or Ray ended it for its memory.
-            in_flight: the sequence in its engines, if it scored one by one and noted one.
+            caused_by_unit: False if its node died or Ray killed it to free memory.
+            in_flight: the sequence in its engines, if noted in one-by-one mode.
 
         Raises:
-            UserError: too many workers failed at the same unit or while loading their models.
+            UserError: too many workers failed on the same unit or while loading their models.
         """
         if caused_by_unit:
             if not worker.ready:
@@ -171,7 +171,7 @@ class ScoringPolicy:
         self.release(worker)
 
     def release(self, worker: Worker) -> None:
-        """Remove a worker and put its units in front of the queue, in their order."""
+        """Remove a worker and return its units to the front of the queue, in order."""
         self.pending.extendleft(unit.shard for unit in reversed(worker.units))
         self.workers.remove(worker)
 
@@ -184,7 +184,7 @@ class ScoringPolicy:
                 f"{MAX_FAILED_STARTS} workers in a row failed to load their models ({reason}); if memory ran "
                 "out, lower --batch_tokens or --workers; rerunning the same command continues"
             )
-        self.report(f"{MAX_FAILED_STARTS} workers in a row could not start: going on with {self.ready_workers}")
+        self.report(f"{MAX_FAILED_STARTS} workers in a row could not start: continuing with {self.ready_workers}")
         self.max_workers = self.ready_workers
         self.failed_starts = 0
 
@@ -198,9 +198,9 @@ class ScoringPolicy:
         else:
             failures.by_sequence[in_flight] += 1
             if failures.by_sequence[in_flight] >= FAILURES_BEFORE_GIVING_UP:
-                failures.given_up[in_flight] = f"workers died of it: {reason}"
+                failures.given_up[in_flight] = f"workers died scoring it: {reason}"
         if max(failures.unexplained, len(failures.given_up)) > MAX_UNEXPLAINED_FAILURES:
             raise UserError(
-                f"{unit.shard.name}: {failures.workers} workers died of it ({reason}); if memory ran out, lower "
+                f"{unit.shard.name}: {failures.workers} workers died scoring it ({reason}); if memory ran out, lower "
                 "--batch_tokens or --workers; rerunning the same command continues"
             )

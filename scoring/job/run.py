@@ -1,6 +1,6 @@
 """Stage one as a function: token shards to scored shards.
 
-A run that stops is continued by the same call; a run that is finished is left alone.
+The same call continues a stopped run and leaves a finished one unchanged.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ def score(config: ScoreConfig, report: Report) -> ShardSet:
         report: receives warnings, progress and incidents.
 
     Raises:
-        UserError: the input, a model, the output or the machine is not as it must be.
+        UserError: the input, a model, the output or the machine is unsuitable.
         OSError: a shard cannot be read or written.
     """
     inputs = check_inputs(config, report.warning)
@@ -43,7 +43,7 @@ def score(config: ScoreConfig, report: Report) -> ShardSet:
             report.already_complete(finished)
             return finished
         if not claim_output(run.output, run.request):
-            remove_tree(run.output / TOKENIZER)  # left by an earlier claim under which nothing was done
+            remove_tree(run.output / TOKENIZER)  # left by an earlier claim without finished work
         clear_attempts(run.output)
         copy_files(run.source.tokenizer_path, run.output / TOKENIZER)
         score_missing(run.task, run.source.manifest.shards, run.pool, report)
@@ -51,7 +51,7 @@ def score(config: ScoreConfig, report: Report) -> ShardSet:
 
 
 def dry_run(config: ScoreConfig, report: Report) -> DryRun | None:
-    """Check everything that `score` checks before it starts, and write nothing; None if the set is complete.
+    """Run all checks of `score` without writing anything; None if the set is complete.
 
     Raises:
         UserError: as for `score`.
@@ -67,12 +67,12 @@ def dry_run(config: ScoreConfig, report: Report) -> DryRun | None:
 
 
 def cluster(address: str | None) -> AbstractContextManager[None]:
-    """The connection to the Ray cluster at `address`, if there is one."""
+    """The connection to the Ray cluster at `address`, or nothing."""
     return ray_session(address) if address else nullcontext()
 
 
 def score_missing(task: ScoringTask, shards: list[ShardEntry], pool: WorkerPool, report: Report) -> None:
-    """Score the shards that are not done yet, on the connected Ray cluster or one that is started for it."""
+    """Score the shards that are not done yet, on the connected Ray cluster or a new local one."""
     done = find_done(task.output, shards)
     missing = [shard for shard in shards if shard.name not in done]
     needs_ray = bool(task.plan.models) or ray.is_initialized()  # contrasts of stored columns need no engines

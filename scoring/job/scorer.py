@@ -46,7 +46,7 @@ class ScoringTask:
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Scores a shard that lost workers one sequence at a time.
+    """One-by-one scoring of the sequences of a shard that lost workers.
 
     Attributes:
         given_up: sequences not to try, and why.
@@ -70,13 +70,13 @@ def load_scoring_engine(model: ScoringModel, config: EngineConfig) -> Engine:
     """Load a model into an engine.
 
     Raises:
-        UserError: its files on this machine differ from those that the driver found.
+        UserError: its files on this machine differ from the driver's.
     """
     directory = model.directory
     if model_fingerprint(directory) != model.fingerprint:
         raise UserError(
-            f"{model.name}: {directory} on {socket.gethostname()} holds another checkpoint than the run was started "
-            "with; restore it there, and rerun the same command"
+            f"{model.name}: {directory} on {socket.gethostname()} does not hold the checkpoint that the run "
+            "started with; restore it there and rerun the same command"
         )
     return load_engine(directory, config)
 
@@ -89,11 +89,11 @@ class ShardScorer:
 
         Args:
             task: what to score.
-            load: makes an engine; `load_scoring_engine` except in tests and benchmarks.
+            load: creates an engine; `load_scoring_engine` except in tests and benchmarks.
 
         Raises:
             UserError: an engine cannot load or run its model.
-            OutOfMemoryError: memory does not suffice for it.
+            OutOfMemoryError: an engine does not fit into memory.
         """
         self.task = task
         self.engines: dict[str, Engine] = {}
@@ -117,7 +117,7 @@ class ShardScorer:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that the engines have computed so far, without probes at the start."""
+        """Tokens computed by the engines so far, without the initial probes."""
         return sum(engine.computed_tokens for engine in self.engines.values()) - self.probed_tokens
 
     def score(self, shard: str, table: pa.Table, one_by_one: OneByOne | None = None) -> ScoredShard:
@@ -126,7 +126,7 @@ class ShardScorer:
         Args:
             shard: its name.
             table: its content.
-            one_by_one: if the shard lost workers, how to score its sequences one by one.
+            one_by_one: settings of one-by-one scoring, if the shard lost workers.
 
         Raises:
             UserError: no sequence of the shard can be scored.
@@ -167,7 +167,7 @@ class ShardScorer:
         one_by_one: OneByOne | None,
         scores: dict[str, np.ndarray],
     ) -> tuple[dict[int, str], int]:
-        """Add the columns that a model measures to `scores`, each float32 [tokens of the shard].
+        """Add the columns of one model to `scores`, each float32 [tokens of the shard].
 
         Returns:
             Reasons why sequences could not be scored, by row, and the number of scored sequences.
@@ -184,12 +184,13 @@ class ShardScorer:
             return measure(engine, some, list(wanted.values()), self.task.bos_token_id, known_losses)
 
         def find_fault(row: int, scores: np.ndarray) -> str | None:
-            firsts = [first_scored(of, sequences[row], self.task.bos_token_id) for of in wanted.values()]
+            bos = self.task.bos_token_id
+            firsts = [first_scored(measurement, sequences[row], bos) for measurement in wanted.values()]
             return fault_in(scores, firsts)
 
         known_faults = one_by_one.given_up if one_by_one else {}
-        given_up = {row: reason for (of, row), reason in known_faults.items() if of == model.fingerprint}
-        # Rows whose stored losses are NaN were rejected by an earlier run, which has a line for each.
+        given_up = {row: why for (fingerprint, row), why in known_faults.items() if fingerprint == model.fingerprint}
+        # Rows with NaN among their stored losses were rejected and recorded by an earlier run.
         rejected = {row for row, losses in enumerate(known or []) if np.isnan(losses[1:]).any()}
         rows = [row for row in range(len(sequences)) if row not in given_up.keys() | rejected]
         found: dict[int, np.ndarray] = {}  # by row, float32 [measurements, tokens of the row]
@@ -236,24 +237,24 @@ def measure(
 ) -> list[np.ndarray]:
     """Compute all measurements of one model.
 
-    Full sequences, prompted ones and windows go to the engine in one call, which fills its batches best.
+    Full sequences, prompted sequences and windows go to the engine in one call, to fill its batches best.
 
     Args:
         engine: the model.
         sequences: token ids, int32.
         measurements: what to measure.
-        bos_token_id: BOS; where it starts a sequence, it also starts windows and stands before prompts.
-        known_losses: for each sequence its float32 losses under the full context, if they are stored. The first tokens
-            of a short context keep their full-context loss, which is then not computed again.
+        bos_token_id: BOS; if a sequence starts with it, so do its windows, and prompts follow it.
+        known_losses: float32 full-context losses of each sequence, if stored. The first tokens of a short context keep
+            these losses.
 
     Returns:
         For each sequence a float32 array [measurements, tokens].
     """
     scores = [np.full((len(measurements), len(ids)), np.nan, dtype=np.float32) for ids in sequences]
     requests: list[Request] = []
-    targets: list[tuple[int, list[int], int]] = []  # of each request: sequence, measurements, first token
-    for prompt in dict.fromkeys(of.prompt for of in measurements):
-        lines = [line for line, of in enumerate(measurements) if of.prompt == prompt]
+    targets: list[tuple[int, list[int], int]] = []  # per request: sequence, measurements, first token
+    for prompt in dict.fromkeys(measurement.prompt for measurement in measurements):
+        lines = [line for line, measurement in enumerate(measurements) if measurement.prompt == prompt]
         if known_losses is not None and all(measurements[line].window for line in lines):
             for of_sequence, losses in zip(scores, known_losses, strict=True):
                 of_sequence[lines] = losses
@@ -264,7 +265,7 @@ def measure(
             if first < len(prompted):
                 requests.append(Request(prompted, first, quantities))
                 targets.append((number, lines, len(ids) - (len(prompted) - first)))
-    for line, window in enumerate(of.window for of in measurements):
+    for line, window in enumerate(measurement.window for measurement in measurements):
         if window is None:
             continue
         for number, ids in enumerate(sequences):

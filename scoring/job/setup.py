@@ -1,7 +1,7 @@
-"""The settings of a scoring run, resolved: the only module of the job that reads the config.
+"""Resolves the settings of a scoring run. No other module of the job reads the config.
 
-Everything that can be wrong with settings, input and models is found here, before an engine starts. `check_inputs`
-needs no cluster; `set_up` follows once the cluster is connected.
+All errors in settings, input and models are detected here, before an engine starts. `check_inputs` needs no cluster;
+`set_up` runs once the cluster is connected.
 """
 
 import json
@@ -38,7 +38,7 @@ from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What a run scores: the token set, everything that is asked for, and the engine with its method (vLLM only)."""
+    """Checked inputs of a run: the token set, all requested columns, and the engine with its method (vLLM only)."""
 
     source: ShardSet
     plan: ScoringPlan
@@ -53,11 +53,11 @@ class ScoringSetup:
     Attributes:
         source: the shard set to score.
         output: directory of the new one.
-        plan: the columns that are left to compute.
-        engine: how the engines run.
+        plan: the columns still to compute.
+        engine: settings of the engines.
         pool: number and resources of the workers.
         origins: the manifest's description of each new column.
-        request: JSON that identifies the run; a stopped run is continued only by the same request.
+        request: JSON that identifies the run; only the same request continues a stopped run.
     """
 
     source: ShardSet
@@ -70,7 +70,7 @@ class ScoringSetup:
 
     @property
     def task(self) -> ScoringTask:
-        """What workers need to know."""
+        """The part of the setup that workers need."""
         return ScoringTask(
             source=resolve(self.source.path),
             output=resolve(self.output),
@@ -81,24 +81,27 @@ class ScoringSetup:
 
 
 def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInputs:
-    """Open the input, find and check the models, and plan all columns that are asked for.
+    """Open the input, find and check the models, and plan all requested columns.
 
     Raises:
         UserError: the input, a model or a setting of the engine is unusable.
     """
     if resolve(config.input) == resolve(config.output):
-        raise UserError(f"--output {config.output}: is the --input; choose another, which will hold its columns too")
+        raise UserError(
+            f"--output {config.output}: is also the --input; choose another, which will hold its columns, too"
+        )
     source = ShardSet.open(config.input)
     source.value_counts(), earlier_rejects(source)  # both are needed at the end: fail now if they are damaged
     find = ModelFinder(source)
     reference = find(config.reference, "--reference") if config.reference else None
     base = find(config.base, "--base") if config.base else None
     window = make_short_context(config.short_context, config.short_stride) if config.short_context else None
-    plan = plan_columns(reference, base, window, further_quantities(config.entropy, config.gradient))
-    for name, of in config.conditions.items():
-        prompt = make_prompt(of.prompt, f"--conditions.{name}.prompt", source)
-        model = find(of.model, f"--conditions.{name}", len(prompt.input_ids) if prompt else 0)
-        plan.measurements.update(measure_condition(name, model, prompt, further_quantities(of.entropy, of.gradient)))
+    plan = plan_columns(reference, base, window, extra_quantities(config.entropy, config.gradient))
+    for name, condition in config.conditions.items():
+        prompt = make_prompt(condition.prompt, f"--conditions.{name}.prompt", source)
+        model = find(condition.model, f"--conditions.{name}", len(prompt.input_ids) if prompt else 0)
+        extra = extra_quantities(condition.entropy, condition.gradient)
+        plan.measurements.update(measure_condition(name, model, prompt, extra))
     plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
     engine = choose_engine(config.engine)
     if engine == "vllm":
@@ -113,14 +116,14 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
 
 
 class ModelFinder:
-    """Finds the models of a run and checks that they fit the corpus, each only once."""
+    """Finds each model of a run once and checks that it fits the corpus."""
 
     def __init__(self, source: ShardSet) -> None:
         self.corpus = source.manifest
         self.found: dict[str, ScoringModel] = {}
 
     def __call__(self, name: str, flag: str, prompt_tokens: int = 0) -> ScoringModel:
-        """The model called `name`; `flag` is for messages, `prompt_tokens` the length of its prompt.
+        """The model named `name`; `flag` is for messages, `prompt_tokens` the length of its prompt.
 
         Raises:
             UserError: not found, another tokenizer, or a context that is too short.
@@ -130,8 +133,8 @@ class ModelFinder:
         return model
 
 
-def further_quantities(entropy: bool, gradient: bool) -> list[Quantity]:
-    """The quantities that are measured besides the loss."""
+def extra_quantities(entropy: bool, gradient: bool) -> list[Quantity]:
+    """The quantities to measure besides the loss."""
     wanted: dict[Quantity, bool] = {"entropy": entropy, "gradient": gradient}
     return [quantity for quantity, flag in wanted.items() if flag]
 
@@ -149,7 +152,7 @@ def plan_method(
     """
     if "gradient" in plan.quantities:
         raise UserError(
-            "--gradient: vLLM computes no gradients; add --engine transformers, in a run of its own if need be"
+            "--gradient: vLLM computes no gradients; use --engine transformers, in a separate run if necessary"
         )
     check_engine_args(engine_args)
     recurrent = [model.name for model in plan.models if model.recurrent]
@@ -158,14 +161,14 @@ def plan_method(
         raise UserError("--entropy: prompt_logprobs returns no entropies; leave it out or use --engine transformers")
     if wanted == "auto" and recurrent:
         warn(
-            f"{recurrent[0]} has a recurrent state, with which scoring inside vLLM is not tested: "
-            "using prompt_logprobs, which is slower; --engine_method pooler overrides that"
+            f"{recurrent[0]} has a recurrent state, and scoring inside vLLM is not tested for such models: "
+            "using prompt_logprobs, which is slower; --engine_method pooler overrides this"
         )
     return method
 
 
 def set_up(config: ScoreConfig, inputs: ScoringInputs) -> ScoringSetup:
-    """Place the workers on the connected cluster, or this machine, and leave out the columns that the input has.
+    """Plan the workers for the connected cluster, or this machine, and omit columns already in the input.
 
     Raises:
         UserError: no such GPU, or a new column whose name is taken.
@@ -174,7 +177,7 @@ def set_up(config: ScoreConfig, inputs: ScoringInputs) -> ScoringSetup:
     cpus, gpus = count_devices(inputs.engine)
     if config.gpus_per_worker and not gpus:
         raise UserError(
-            f"--gpus_per_worker {config.gpus_per_worker:g}: no GPU that {inputs.engine} could use here; leave it out"
+            f"--gpus_per_worker {config.gpus_per_worker:g}: no GPU usable by {inputs.engine} here; leave it out"
         )
     pool = WorkerPool.plan(
         config.workers,
@@ -198,7 +201,7 @@ def set_up(config: ScoreConfig, inputs: ScoringInputs) -> ScoringSetup:
     plan = reuse_columns(inputs.plan, describe_conditions(inputs.plan, engine), manifest.columns, config.suffix)
     if clash := [name for name in plan.columns if name in manifest.corpus.sequence_columns]:
         raise UserError(
-            f"--input {inputs.source.path}: has a column '{clash[0]}' of its corpus; give the contrast another name"
+            f"--input {inputs.source.path}: already has a corpus column '{clash[0]}'; give the contrast another name"
         )
     origins = describe_conditions(plan, engine) | plan.contrasts
     request = describe_request(inputs.source, origins)
@@ -238,6 +241,6 @@ def describe_conditions(plan: ScoringPlan, engine: EngineConfig) -> dict[str, Co
 
 
 def describe_request(source: ShardSet, origins: Mapping[str, Condition | Contrast]) -> str:
-    """The request as JSON: digest of the input, and the columns, but not where models lie or how fast they run."""
+    """The request as JSON: digest of the input, and the columns, without model locations and speed settings."""
     columns = {name: origin.model_dump(mode="json", exclude={"model", "revision"}) for name, origin in origins.items()}
     return json.dumps({"command": "score", "input": source.manifest.digest, "columns": columns}, indent=2)

@@ -1,8 +1,8 @@
-"""Units of work, and the state of a scoring run on disk: which units are done, and their records.
+"""Units of work, and the state of a scoring run on disk: completed units and their records.
 
-A unit is a shard. A worker writes its results under names of its own into `.progress/`. The driver, which alone holds
-the output, moves the shard to its final name and then its record. So a unit counts once however many workers had it,
-and a worker that was given up as dead and goes on writing changes nothing.
+A unit is a shard. A worker writes its results under unique names into `.progress/`. The driver, the only process that
+locks the output, moves the shard to its final name and then its record. So a unit counts once even if several workers
+scored it, and late writes of a worker presumed dead have no effect.
 """
 
 from collections import deque
@@ -23,7 +23,7 @@ from weighted_mtp.schemas.storage.locations import Location, list_files
 
 RECORD_KEY = b"record"
 READERS = 32
-"""Records read at once: object stores answer slowly, but many requests at a time."""
+"""Records read at once: object stores are slow to answer, but answer many requests at a time."""
 SequenceKey = tuple[str, int]
 """A sequence of a unit under one model: the model's fingerprint, and the row."""
 
@@ -40,7 +40,7 @@ class RejectedSequence(ManifestRecord):
 
 
 class UnitRecord(ManifestRecord):
-    """Result of a unit besides its value counts, with the seconds of reading, of the engines and of writing."""
+    """Result of a unit except its value counts, with the seconds of reading, scoring and writing."""
 
     entry: ShardEntry
     rejects: list[RejectedSequence]
@@ -57,15 +57,15 @@ class Attempt:
     name: str
 
     def shard(self, output: Location) -> Location:
-        """Where the scored shard waits for the driver."""
+        """Location of the scored shard until the commit."""
         return output / PROGRESS / f"{self.unit}.{self.name}"
 
     def record(self, output: Location) -> Location:
-        """Where the record waits for the driver."""
+        """Location of the record until the commit."""
         return output / PROGRESS / f"{self.unit}.{self.name}.record"
 
     def note(self, output: Location) -> Location:
-        """Where a worker that scores one by one notes the sequence that it tries next."""
+        """Location of the note with the next sequence in one-by-one mode."""
         return output / PROGRESS / f"{self.unit}.{self.name}.sequence"
 
 
@@ -76,7 +76,7 @@ class Unit:
     Attributes:
         shard: the shard.
         attempt: names of the files that the worker writes.
-        one_by_one: whether to score one sequence at a time, and to note each before it is tried.
+        one_by_one: whether to score one sequence at a time and note each one first.
         given_up: sequences not to try, and why.
     """
 
@@ -92,7 +92,7 @@ def new_attempt(unit: str) -> Attempt:
 
 
 def write_attempt(output: Location, attempt: Attempt, table: pa.Table, rejects: int) -> ShardEntry:
-    """Write a scored shard where the driver finds it; return its manifest entry. `write_record` must follow."""
+    """Write a scored shard for the driver to commit; return its manifest entry. `write_record` must follow."""
     return replace(write_shard(attempt.shard(output), table), name=attempt.unit, rejects=rejects)
 
 
@@ -125,20 +125,20 @@ def commit(output: Location, attempt: Attempt) -> None:
 
 
 def find_done(output: Location, units: list[ShardEntry]) -> set[str]:
-    """Names of the units that are done."""
+    """Names of the completed units."""
     done = list_files(output / PROGRESS).keys() & list_files(output).keys()
     return {unit.name for unit in units} & done
 
 
 def note_sequence(output: Location, attempt: Attempt, model: str, row: int) -> None:
-    """Note the sequence that is tried next, so that the driver can find it if the worker dies."""
+    """Note the next sequence, for the driver to read if the worker dies."""
     write_text(attempt.note(output), f"{model} {row}")
 
 
-def take_note(output: Location, attempt: Attempt) -> SequenceKey | None:
+def pop_note(output: Location, attempt: Attempt) -> SequenceKey | None:
     """Read and remove the note of an attempt; None if no sequence was noted or all were scored."""
     note = attempt.note(output)
-    if note.name not in list_files(note.parent):  # `exists` of a store may be answered from an older cache
+    if note.name not in list_files(note.parent):  # a store may answer `exists` from a stale cache
         return None
     model, row = note.read_text().split()
     note.unlink()
@@ -198,8 +198,7 @@ class DamagedUnitError(UserError):
 
     def __init__(self, output: Location, unit: str) -> None:
         super().__init__(
-            f"{output / unit}: the shard or its record is not as it was written; "
-            "rerun the same command, which scores it again"
+            f"{output / unit}: the shard or its record was damaged or changed; rerun the same command to score it again"
         )
         self.unit = unit
 

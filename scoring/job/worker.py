@@ -27,9 +27,9 @@ class Outcome:
     Attributes:
         kind: `failed` must stop the run, `out_of_memory` needs a smaller batch, `broken` another worker.
         rejects: number of sequences that could not be scored.
-        reason: of `out_of_memory` and `broken`, in one line.
-        error: of `failed`.
-        trace: the worker's traceback, of `failed`.
+        reason: one line, for `out_of_memory` and `broken`.
+        error: the exception, for `failed`.
+        trace: the worker's traceback, for `failed`.
     """
 
     kind: Literal["done", "failed", "out_of_memory", "broken"]
@@ -48,7 +48,7 @@ class ScoringWorker:
     def __init__(self, task: ScoringTask, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
         self.task = task
         self.load = load
-        # CUDA's current device and stream are per thread, so the engines are created and used in a single one.
+        # CUDA's current device and stream are per thread, so a single thread creates and uses the engines.
         self.engine_thread = ThreadPoolExecutor(1)
         self.scorer: ShardScorer | None = None
 
@@ -61,7 +61,7 @@ class ScoringWorker:
         return outcome_of(lambda: self._score(unit), f"scoring {unit.shard.name}")
 
     def computed_tokens(self) -> int:
-        """Tokens that the engines have computed since the start of the worker."""
+        """Tokens computed by the engines since the start of the worker."""
         return self.scorer.computed_tokens if self.scorer else 0
 
     def _start(self) -> Outcome:

@@ -1,4 +1,4 @@
-"""How many workers a job has and which resources each of them takes. Plain arithmetic, no Ray."""
+"""The number of workers of a job and the resources of each. Plain arithmetic, no Ray."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ class WorkerPool:
     """Limits on the number of workers, and the CPUs and GPUs of each.
 
     Attributes:
-        max_workers: most workers at a time.
+        max_workers: maximum number of workers.
         min_workers: workers that must fit on the cluster for the job to start.
         cpus: CPUs per worker.
         gpus: GPUs per worker: a share of one GPU, or several whole ones on one node.
@@ -34,7 +34,7 @@ class WorkerPool:
         """Spread workers evenly over `gpus` GPUs.
 
         Args:
-            workers: most workers; 0 for as many as the GPUs hold, or one on a CPU.
+            workers: maximum number of workers; 0 for as many as fit on the GPUs, or one on a CPU.
             min_workers: workers that must fit at the start; None for all of them.
             cpus: CPUs per worker.
             gpus_per_worker: GPUs per worker; None for one, `tensor_parallel_size`, or a share if workers outnumber

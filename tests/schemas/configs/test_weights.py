@@ -19,17 +19,20 @@ def test_columns_of_a_scheme_are_renamed() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "rho1-static", "tau": 2.0}, "--weights.tau does nothing with --weights.preset rho1-static"),
-        ({"preset": "uniform", "column": "x"}, "--weights.column does nothing with --weights.preset uniform"),
-        ({"formula": "x", "fraction": 0.5}, "--weights.fraction does nothing with --weights.formula"),
+        ({"preset": "rho1-static", "tau": 2.0}, "--weights.tau has no effect with --weights.preset rho1-static"),
+        ({"preset": "uniform", "column": "x"}, "--weights.column has no effect with --weights.preset uniform"),
+        ({"formula": "x", "fraction": 0.5}, "--weights.fraction has no effect with --weights.formula"),
         ({"formula": "x", "preset": "dense"}, "exclude each other"),
         ({"formula": "top(x)"}, r"--weights.formula: 'top\(x\)': top\(\) needs a number"),
         ({"preset": "dense", "column": "a b"}, "--weights.column: 'a b': cannot be read"),
-        ({"preset": "soft-threshold", "live": True}, "--weights.live is not for --weights.preset soft-threshold"),
+        (
+            {"preset": "soft-threshold", "live": True},
+            "--weights.live does not apply to --weights.preset soft-threshold",
+        ),
         ({"preset": "advantage"}, "needs --weights.group"),
-        ({"control": "shuffled"}, "--weights.control needs other weights"),
-        ({"formula": "2", "control": "random"}, "--weights.control needs other weights"),
-        ({"preset": "reward", "control": "random"}, "--weights.control random draws no negative weights"),
+        ({"control": "shuffled"}, "--weights.control needs weights other"),
+        ({"formula": "2", "control": "random"}, "--weights.control needs weights other"),
+        ({"preset": "reward", "control": "random"}, "--weights.control random cannot draw negative weights"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict, message: str) -> None:

@@ -48,20 +48,20 @@ def test_an_edited_manifest_is_refused(scored: ShardSet, edit: Callable[[dict], 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '"text"'])
-def test_a_manifest_that_is_none_is_refused(scored: ShardSet, text: str) -> None:
+def test_an_invalid_manifest_is_refused(scored: ShardSet, text: str) -> None:
     (scored.path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json: not a valid manifest"):
         read_manifest(scored.path)
 
 
-def test_what_is_no_shard_set_is_named(tmp_path: Path) -> None:
+def test_a_directory_without_a_shard_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such shard set"):
         ShardSet.open(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"not a finished shard set \(manifest\.json is missing\)"):
         ShardSet.open(tmp_path)
 
 
-def test_the_digest_is_that_of_the_manifest_without_it(scored: ShardSet) -> None:
+def test_the_digest_excludes_itself(scored: ShardSet) -> None:
     content = json.loads((scored.path / MANIFEST).read_text())
     digest = content.pop("digest")
     content.pop("timings")

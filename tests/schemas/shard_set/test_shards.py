@@ -30,7 +30,7 @@ def token_table(lengths: list[int], **scores: np.ndarray) -> pa.Table:
     return pa.table(columns | {name: list_column(values, np.array(lengths)) for name, values in scores.items()})
 
 
-def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
+def test_shards_round_trip_bit_for_bit(tmp_path: Path) -> None:
     losses = np.array([np.nan, 0.1, 65504, -3.3, 6e-8, np.inf], np.float16)
     path = tmp_path / shard_name(0, 1)
     entry = write_shard(path, token_table([2, 1, 3], loss_reference=losses))
@@ -114,7 +114,7 @@ def test_a_flipped_byte_in_a_page_is_found_on_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not parquet at all", None])
-def test_what_is_no_parquet_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_an_invalid_parquet_file_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "shard.parquet"
     if content is not None:
         path.write_bytes(content)

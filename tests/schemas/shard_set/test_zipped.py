@@ -65,7 +65,7 @@ def test_other_ids_or_lengths_are_refused_by_file(
     shard = next(i for i in (0, 1) if sequences[2 * i : 2 * i + 2] != SEQUENCES[2 * i : 2 * i + 2])
     assert zipped.read(1 - shard, ["loss_b"], 0).num_rows
     name = a.manifest.shards[shard].name
-    with pytest.raises(UserError, match=rf"{other.path / name}: other input_ids than in {a.path / name} \(row group 0"):
+    with pytest.raises(UserError, match=rf"{other.path / name}: input_ids differ from {a.path / name} \(row group 0"):
         zipped.read(shard, ["loss_b"], 0)
 
 

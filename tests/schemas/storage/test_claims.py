@@ -20,7 +20,7 @@ def test_claim_output_continues_the_same_request_and_refuses_another(tmp_path: P
     assert claim_output(tmp_path, json.dumps({"x": 2})) is False
 
 
-def test_a_claim_under_which_nothing_was_done_gives_way(tmp_path: Path) -> None:
+def test_a_claim_without_finished_work_is_replaced(tmp_path: Path) -> None:
     claim_output(tmp_path, json.dumps({"x": 1}))
     assert claim_output(tmp_path, json.dumps({"x": 2})) is False
     assert claim_output(tmp_path, json.dumps({"x": 2})) is True

@@ -57,7 +57,7 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_an_exception_leaves_what_was_there(place: Location, before: bytes | None) -> None:
+def test_an_exception_keeps_the_old_file(place: Location, before: bytes | None) -> None:
     path = place / "file"
     if before:
         path.write_bytes(before)
@@ -79,7 +79,7 @@ def test_the_name_appears_only_when_the_block_ends(place: Location) -> None:
     assert (place / "file").read_bytes() == b"abc"
 
 
-def test_an_upload_in_parts_that_was_killed_is_invisible(s3: UPath) -> None:
+def test_a_killed_multipart_upload_is_invisible(s3: UPath) -> None:
     """The parts are all there; the process dies before it says that they are one object."""
     script = (
         "import os, signal, sys\n"
@@ -109,7 +109,7 @@ def test_move_replaces(place: Location) -> None:
     assert list_files(place) == {"b": 3}
 
 
-def test_a_listing_holds_files_only_and_of_an_absent_directory_none(place: Location) -> None:
+def test_a_listing_has_only_files_and_is_empty_for_a_missing_directory(place: Location) -> None:
     (place / "folder").mkdir()
     write_text(place / "folder" / "below", "x")
     write_text(place / "file", "xy")
@@ -120,7 +120,7 @@ def test_a_listing_holds_files_only_and_of_an_absent_directory_none(place: Locat
     assert list_files(place / "file" / "absent") == {}
 
 
-def test_what_another_process_wrote_is_seen_at_once(place: Location) -> None:
+def test_writes_of_another_process_are_visible_immediately(place: Location) -> None:
     write_text(place / "a", "x")
     assert list_files(place) == {"a": 1}
     assert not (place / "b").exists()

@@ -84,10 +84,10 @@ def test_a_lock_is_gone_at_the_end_however_it_ends(s3: UPath) -> None:
     assert list_files(s3) == {}
 
 
-def test_while_one_process_works_another_is_told_who_it_is(s3: UPath, holder: Callable[[], Holder]) -> None:
+def test_a_second_process_names_the_lock_holder(s3: UPath, holder: Callable[[], Holder]) -> None:
     other = holder()
     assert other.said() == "held"
-    with pytest.raises(UserError, match=rf"process {other.process.pid} on .* is writing it"), exclusive(s3):
+    with pytest.raises(UserError, match=rf"process {other.process.pid} on .* is writing to it"), exclusive(s3):
         pass
     other.let_go()
     assert list_files(s3) == {}
@@ -97,12 +97,12 @@ def assert_one_of_three_wins(holder: Callable[[], Holder]) -> None:
     holders = [holder() for _ in range(3)]
     said = [each.said() for each in holders]
     assert said.count("held") == 1
-    assert sum("is writing it" in line for line in said) == 2
+    assert sum("is writing to it" in line for line in said) == 2
     for each in holders:
         each.let_go()
 
 
-def test_of_several_that_start_at_once_one_wins(holder: Callable[[], Holder]) -> None:
+def test_one_of_several_concurrent_starts_wins(holder: Callable[[], Holder]) -> None:
     assert_one_of_three_wins(holder)
 
 
@@ -122,7 +122,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     assert list_files(s3) == {}
 
 
-def test_of_several_that_take_over_at_once_one_wins(s3: UPath, holder: Callable[[], Holder]) -> None:
+def test_one_of_several_concurrent_takeovers_wins(s3: UPath, holder: Callable[[], Holder]) -> None:
     write_text(s3 / LOCK, "process 1 on nowhere 0")
     assert_one_of_three_wins(holder)
 
@@ -141,11 +141,11 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
 
     with pytest.raises(KeyboardInterrupt):
         lose_it()
-    assert "the lock of this run is gone" in capsys.readouterr().err
+    assert "this run no longer holds its lock" in capsys.readouterr().err
     assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
 
 
-def test_a_lock_outlives_a_store_that_is_away(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_survives_a_store_outage(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
 
     def away(_: UPath) -> str:
@@ -179,7 +179,7 @@ def test_a_lock_is_read_whole_while_its_holder_renews_it(s3: UPath, monkeypatch:
 
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.01)
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", renew_before_reading)
-    with pytest.raises(UserError, match="process 1 on nowhere is writing it"), exclusive(s3):
+    with pytest.raises(UserError, match="process 1 on nowhere is writing to it"), exclusive(s3):
         pass
 
 
@@ -201,7 +201,7 @@ def test_an_output_has_one_writer(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is writing it"), exclusive(output):
+        with pytest.raises(UserError, match="another process is writing to it"), exclusive(output):
             pass
         holder.kill()
     with exclusive(output):

@@ -59,6 +59,6 @@ def test_bounds(text: str, expected: tuple[float, float]) -> None:
     assert bounds(parse_formula(text), lambda name: POSITIVE if name == "loss" else UNBOUNDED) == expected
 
 
-def test_what_may_be_negative_is_not_normalised() -> None:
-    with pytest.raises(FormulaError, match=r"normalise\(\) of what may be negative; put abs\(\)"):
+def test_values_that_may_be_negative_are_not_normalised() -> None:
+    with pytest.raises(FormulaError, match=r"normalise\(\) of values that may be negative; wrap them in abs\(\)"):
         bounds(parse_formula("normalise(score)"), lambda name: UNBOUNDED)

@@ -54,7 +54,7 @@ def test_two_ways_to_write_the_same(one: str, other: str) -> None:
         ("x / 0", "division by 0"),
         ("1e39 * x", "a number is too large"),
         ("+".join("x" * 300), "more than 100 nested operations"),
-        ("standardise(rank(x, by=sequence), by=prompt)", "of values that already compare tokens"),
+        ("standardise(rank(x, by=sequence), by=prompt)", "the argument already compares tokens"),
         ("2 > 1", "compares two numbers"),
         ("top(x)", "needs a number for fraction"),
         ("top(x, y)", "needs a number for fraction"),
@@ -62,8 +62,8 @@ def test_two_ways_to_write_the_same(one: str, other: str) -> None:
         ("top(x, 0.5, 0.5)", r"top\(\) takes top\(x, fraction, by\)"),
         ("top(x, 0.5, fraction=0.5)", "is given fraction twice"),
         ("top(x, fraction=0.5, k=3)", "not k"),
-        ("top(1, 0.5)", r"top\(\) of a number"),
-        ("top(x, 0.5, by=3)", "by=3: is one of corpus, batch, sequence"),
+        ("top(1, 0.5)", r"top\(\) needs a column, not a number"),
+        ("top(x, 0.5, by=3)", "by=3: must be one of corpus, batch, sequence"),
         ("top(x, 0.5, by=prompt)", r"only standardise\(\) takes a label column"),
         ("top(live, 0.5, by=corpus)", "known only for the current batch"),
         ("standardise(top(x, 0.5, by=batch), by=corpus)", "known only for the current batch"),
@@ -74,14 +74,14 @@ def test_two_ways_to_write_the_same(one: str, other: str) -> None:
         ("normalise(x, -1)", "silent not below 0"),
         ("log(0)", r"log\(\) takes one number above 0"),
         ("log(x)", r"log\(\) takes one number above 0"),
-        ("1 + signed(x)", "goes around the whole formula"),
+        ("1 + signed(x)", "must enclose the whole formula"),
         ("(" * 1000 + "x" + ")" * 1000, "cannot be read"),
         ("-" * 5000 + "x", "cannot be read"),
         ("x" * 20_000, "longer than 10,000 characters"),
         ("x\0", "cannot be read"),
     ],
 )
-def test_what_is_not_a_formula_is_refused_in_one_line(text: str, message: str) -> None:
+def test_an_invalid_formula_is_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(FormulaError, match=message) as error:
         parse_formula(text)
     assert "\n" not in str(error.value)

@@ -34,7 +34,7 @@ def test_models_with_the_same_weights_are_loaded_once(models):
     assert plan_columns(reference, base, ShortContext(size=8, stride=6)).models == [reference, base]
 
 
-def test_columns_follow_from_what_is_asked_for(models):
+def test_columns_follow_from_the_flags(models):
     reference, base = models
     window = ShortContext(size=8, stride=6)
     assert plan_columns(reference, None, None).columns == ("loss_reference",)
@@ -42,7 +42,7 @@ def test_columns_follow_from_what_is_asked_for(models):
     assert plan_columns(reference, None, window).columns == ("loss_reference", "loss_short", "long_short")
 
 
-def test_columns_that_are_there_are_not_computed_again(models):
+def test_existing_columns_are_not_recomputed(models):
     reference, base = models
     plan = plan_columns(reference, base, ShortContext(size=8, stride=6))
 
@@ -60,7 +60,7 @@ def test_columns_that_are_there_are_not_computed_again(models):
 
     held["loss_base"] = held_column(conditions["loss_short"])
     with pytest.raises(
-        UserError, match=r"a column loss_base of another origin \(fingerprint, window differ\); .* --suffix"
+        UserError, match=r"a column loss_base with another origin \(fingerprint, window differ\); .* --suffix"
     ):
         reuse_columns(plan, conditions, held, "")
     left = reuse_columns(plan, conditions, held, "_2")
@@ -70,7 +70,7 @@ def test_columns_that_are_there_are_not_computed_again(models):
     held |= {name: held_column(condition(measurement)) for name, measurement in left.measurements.items()}
     held |= {name: held_column(contrast) for name, contrast in left.contrasts.items()}
     with pytest.raises(
-        UserError, match=r"has all of these columns already \(mine, loss_base_2, loss_base, excess_.*_2\)"
+        UserError, match=r"already has all of these columns \(mine, loss_base_2, loss_base, excess_.*_2\)"
     ):
         reuse_columns(plan, conditions, held, "_3")
 

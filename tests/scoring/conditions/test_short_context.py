@@ -19,7 +19,7 @@ def slow_plan(length: int, size: int, stride: int) -> dict[int, int]:
 
 
 @given(st.integers(1, 300), sizes_and_strides)
-def test_every_token_is_scored_once_by_the_window_the_definition_names(length, size_and_stride):
+def test_every_token_is_scored_once_by_the_defined_window(length, size_and_stride):
     size, stride = size_and_stride
     scored = {}
     for span in plan_windows(length, size, stride):
@@ -39,7 +39,7 @@ def test_plan_by_hand():
     assert list(plan_windows(9, 8, 6)) == [ContextWindow(6, 9, 8)]
 
 
-def test_bos_takes_the_place_of_the_first_token_only_where_the_sequence_has_it():
+def test_bos_replaces_the_first_token_only_if_the_sequence_has_it():
     span = ContextWindow(4, 8, 6)
     ids = np.arange(10, dtype=np.int32)
     assert window_ids(ids, span, None).tolist() == [4, 5, 6, 7]

@@ -194,11 +194,11 @@ def test_a_remote_parquet_file_is_read_by_column(
         ("corpus/*.nothing", "matches no file"),
         ("empty", "no such file or directory"),
         ("corpus/odd.xyz", "give --format"),
-        ("odd", "holds no file to read"),
+        ("odd", "holds no readable file"),
         ("corpus/cut.jsonl.gz", r"cut.jsonl.gz: cannot be read as json"),
     ],
 )
-def test_a_remote_corpus_that_is_none_leaves_nothing(name: str, message: str, tokenizer_dir: Path, s3: UPath) -> None:
+def test_an_invalid_remote_corpus_leaves_no_output(name: str, message: str, tokenizer_dir: Path, s3: UPath) -> None:
     for path in ("corpus/odd.xyz", "odd/odd.xyz"):
         write_text(s3 / path, "x")
     (s3 / "corpus" / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "document"}\n' * 1000)[:-20])

@@ -196,7 +196,7 @@ def test_data_set_saved_by_datasets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.xz"])
-def test_file_that_is_not_what_its_name_says(name: str, tmp_path: Path) -> None:
+def test_file_with_a_misleading_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name}: cannot be read") as error:
         read(write(tmp_path / name, b"plain text\n" * 10))
     assert "\n" not in str(error.value)

@@ -65,7 +65,7 @@ def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
         ("./missing", "no such file"),
         ("missing/too/deep", "no such file"),
         ("*.nothing", "matches no file"),
-        ("empty", "holds no file to read"),
+        ("empty", "holds no readable file"),
         ("odd.xyz", "give --format"),
     ],
 )

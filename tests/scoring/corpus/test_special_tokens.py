@@ -46,7 +46,7 @@ def test_added_tokens(
     assert ids == [BOS] * expected[0] + plain + [EOS] * expected[1]
 
 
-def test_auto_is_what_the_tokenizer_does(tokenizer_dir: Path) -> None:
+def test_auto_follows_the_tokenizer(tokenizer_dir: Path) -> None:
     for template in ("$A", "<s> $A", "<s> $A </s>", "$A </s>"):
         tokenizer = with_template(tokenizer_dir, template)
         prefix, suffix = added_ids(tokenizer, choose_added_tokens(tokenizer, "auto", False))

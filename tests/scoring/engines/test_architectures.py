@@ -3,13 +3,13 @@ from transformers import BertConfig, Gemma2Config, JambaConfig, LlamaConfig, Mam
 from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
 
 
-def test_models_with_a_state_of_their_own():
+def test_recurrent_models():
     assert is_recurrent(MambaConfig())
     assert is_recurrent(JambaConfig())
     assert not is_recurrent(Gemma2Config())
 
 
-def test_a_config_without_architectures_stands_for_the_causal_language_model_of_its_type():
+def test_a_config_without_architectures_means_the_causal_lm_of_its_type():
     assert architectures(LlamaConfig()) == ["LlamaForCausalLM"]
     assert architectures(LlamaConfig(architectures=["Mine"])) == ["Mine"]
     assert is_causal_lm(LlamaConfig())

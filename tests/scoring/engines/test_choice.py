@@ -20,7 +20,7 @@ def test_without_vllm(monkeypatch):
         choose_engine("vllm")
 
 
-def test_models_with_a_state_of_their_own_are_scored_by_the_public_api():
+def test_recurrent_models_are_scored_by_the_public_api():
     assert choose_method("auto", []) == choose_method("pooler", ["mamba"]) == "pooler"
     assert choose_method("auto", ["mamba"]) == choose_method("prompt_logprobs", []) == "prompt_logprobs"
 

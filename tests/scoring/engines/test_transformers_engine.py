@@ -77,7 +77,7 @@ def test_losses_are_the_same_with_and_without_gradients(reference_model, sequenc
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loaded.model.parameters())
 
 
-def test_only_sequences_that_want_gradients_take_a_backward_pass(reference_model, sequences):
+def test_only_sequences_with_gradients_take_a_backward_pass(reference_model, sequences):
     """Whatever fits into a batch with them."""
     loaded = engine(reference_model)
     kept: list[tuple[int, bool]] = []

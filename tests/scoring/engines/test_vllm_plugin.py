@@ -10,7 +10,7 @@ HEAVY = ("numpy", "pandas", "polars", "pyarrow", "pydantic", "ray", "torch", "tr
 
 
 @pytest.mark.usefixtures("vllm_installed")
-def test_plugin_leaves_vllm_alone_unless_it_is_asked(monkeypatch):
+def test_plugin_does_nothing_by_default(monkeypatch):
     from vllm.model_executor.models import ModelRegistry
 
     monkeypatch.delenv(SCORE_TOKENS, raising=False)
@@ -24,7 +24,7 @@ def test_plugin_is_what_vllm_finds():
     assert entry.load() is register
 
 
-def test_plugin_imports_nothing_heavy_unless_it_is_asked(monkeypatch):
+def test_plugin_imports_nothing_heavy_by_default(monkeypatch):
     """Every use of vLLM in the environment imports the plugin."""
     monkeypatch.delenv(SCORE_TOKENS, raising=False)
     script = (

@@ -166,12 +166,12 @@ def test_sequences_that_the_engine_refuses_are_left_out(score, log, capfd):
     assert "llama-0: ValueError: prompt is too long" in printed.out
 
 
-def test_losses_that_are_no_numbers_are_left_out(score, log):
+def test_invalid_losses_are_left_out(score, log):
     assert rejected(score({10: NOT_A_NUMBER}, in_process=True)) == {10: "token 39 has the score nan"}
     assert sorted(int(line.split()[0]) for line in log.read_text().splitlines()) == [1, 4, 4, 4], "tried again alone"
 
 
-def test_a_shard_of_which_nothing_can_be_scored_stops_the_run(score):
+def test_a_shard_without_scorable_sequences_stops_the_run(score):
     with pytest.raises(
         UserError, match=r"no sequence of shard-00001-of-00003\S+ can be scored \(ValueError: prompt is"
     ):
@@ -181,7 +181,7 @@ def test_a_shard_of_which_nothing_can_be_scored_stops_the_run(score):
 @pytest.mark.slow
 def test_a_sequence_that_kills_its_worker_is_found_and_left_out(score, capfd):
     (reason,) = rejected(score({6: CRASH})).values()
-    assert reason.startswith("workers died of it: ")
+    assert reason.startswith("workers died scoring it: ")
     printed = capfd.readouterr()
     assert printed.err.count("lost a worker") == 4, "two at full speed, two sequence by sequence"
     assert "4 incidents" in printed.out
@@ -194,7 +194,7 @@ def test_a_worker_that_was_killed_once_costs_nothing(score):
 @pytest.mark.slow
 def test_an_engine_that_a_sequence_breaks_is_replaced(score):
     (reason,) = rejected(score({6: BREAK})).values()
-    assert reason == "workers died of it: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert reason == "workers died scoring it: RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_memory_that_runs_out_lowers_the_batch(score, log, capfd):
     batches = [int(line.split()[1]) for line in log.read_text().splitlines()]
     assert (batches[0], batches[-1], min(batches)) == (4000, 1000, 1000)
     assert (
-        "out of memory (RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB): going on with batches of 1000"
+        "out of memory (RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB): continuing with batches of 1000"
         in (capfd.readouterr().err)
     )
 

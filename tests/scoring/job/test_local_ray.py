@@ -56,7 +56,7 @@ def test_ports_are_on_loopback_and_the_dashboard_has_none(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "message"),
-    [("gcs_server", "the head of the Ray cluster does not answer"), ("raylet", "can hold a worker any more")],
+    [("gcs_server", "the head of the Ray cluster no longer answers"), ("raylet", "can hold a worker any more")],
 )
 def test_ray_is_killed(run, victim, message):
     run.start()

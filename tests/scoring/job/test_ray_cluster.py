@@ -48,7 +48,7 @@ def test_workers_that_cannot_be_placed(nodes, tokens, reference_model, tmp_path)
         "--workers 1: each needs 2 CPUs on one node, .*can hold 0": {"cpus_per_worker": 2},
         "--workers 3: each needs 1 CPUs on one node, .*can hold 2": {"workers": 3},
         "--workers 3: .*lower --workers, .*--min_workers, or add nodes": {"workers": 4, "min_workers": 3},
-        "--gpus_per_worker 0.5: no GPU that transformers could use here": {"gpus_per_worker": 0.5},
+        "--gpus_per_worker 0.5: no GPU usable by transformers here": {"gpus_per_worker": 0.5},
     }
     with ray_session(nodes.address):
         for message, settings in refused.items():
@@ -83,7 +83,7 @@ def test_two_runs_with_one_output(nodes, scoring, tokens):
         runs[1].start()
         assert runs[1].wait() == 1
     assert len(runs[1].lines()) == 1
-    assert runs[1].lines()[0].endswith("another process is writing it; wait or choose another")
+    assert runs[1].lines()[0].endswith("another process is writing to it; wait or choose another")
     assert runs[0].wait() == 0, runs[0].lines()
     assert len(runs[0].scored()) == ROWS
     scored = ShardSet.open(runs[0].output)
@@ -112,4 +112,4 @@ def test_head_dies(cluster, scoring, tokens):
     run.wait_until(lambda: run.done() > 1)
     cluster.kill_gcs()
     assert run.wait(60) == 1
-    assert run.lines()[-1].startswith("wmtp score: error: the head of the Ray cluster does not answer any more")
+    assert run.lines()[-1].startswith("wmtp score: error: the head of the Ray cluster no longer answers")

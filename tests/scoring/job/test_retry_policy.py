@@ -119,7 +119,7 @@ def test_a_sequence_that_lost_two_workers_is_given_up(policy):
     worker = ready(policy)
     assert worker.units[0].given_up == {}
     policy.lose(worker, "killed", in_flight=("model", 3))
-    assert ready(policy).units[0].given_up == {("model", 3): "workers died of it: killed"}
+    assert ready(policy).units[0].given_up == {("model", 3): "workers died scoring it: killed"}
 
 
 def test_different_sequences_are_counted_separately(policy):
@@ -138,7 +138,7 @@ def test_too_many_sequences_given_up_stop_the_job(policy):
             worker = ready(policy)
     policy.lose(worker, "killed", in_flight=("model", 100))
     worker = ready(policy)
-    with pytest.raises(UserError, match=r"^a: 20 workers died of it \(killed\); if memory ran out, lower"):
+    with pytest.raises(UserError, match=r"^a: 20 workers died scoring it \(killed\); if memory ran out, lower"):
         policy.lose(worker, "killed", in_flight=("model", 100))
     assert len(policy.failures["a"].given_up) == module.MAX_UNEXPLAINED_FAILURES + 1
 
@@ -148,7 +148,7 @@ def test_too_many_failures_between_sequences_stop_the_job(policy):
     for _ in range(module.MAX_UNEXPLAINED_FAILURES):
         policy.lose(worker, "killed")
         worker = ready(policy)
-    with pytest.raises(UserError, match=r"^a: 11 workers died of it"):
+    with pytest.raises(UserError, match=r"^a: 11 workers died scoring it"):
         policy.lose(worker, "killed")
 
 
@@ -166,7 +166,7 @@ def test_memory_that_runs_out_halves_the_batch_once(policy, lines):
     policy.halve_batch(first, "CUDA out of memory")
     policy.halve_batch(second, "CUDA out of memory")
     assert policy.batch_tokens == 512
-    assert lines == ["out of memory (CUDA out of memory): going on with batches of 512 tokens"]
+    assert lines == ["out of memory (CUDA out of memory): continuing with batches of 512 tokens"]
     policy.release(first)
     assert names(assign(policy, ready(policy))) == ["a", "b"]
     assert policy.workers[-1].batch_tokens == 512
@@ -199,6 +199,6 @@ def test_failed_starts_beside_ready_workers_limit_the_pool(policy, lines):
     for _ in range(module.MAX_FAILED_STARTS):
         assert policy.needs_worker()
         policy.lose(policy.add_worker(), "killed")
-    assert "3 workers in a row could not start: going on with 1" in lines
+    assert "3 workers in a row could not start: continuing with 1" in lines
     assert policy.max_workers == 1
     assert not policy.needs_worker()

@@ -270,7 +270,7 @@ def test_scores_are_added_to_a_scored_corpus(config, score_here, reference_model
     assert counts["loss_reference"].statistics() == first.manifest.columns["loss_reference"].statistics
 
     other = config(input=added.path, output=tmp_path / "other", reference=str(base_model), base=str(reference_model))
-    with pytest.raises(UserError, match=r"loss_reference of another origin \(dtype, fingerprint, model differ\)"):
+    with pytest.raises(UserError, match=r"loss_reference with another origin \(dtype, fingerprint, model differ\)"):
         run(other.model_copy(update={"dtype": "bfloat16"}))
     swapped = run(other.model_copy(update={"suffix": "_swapped"}))
     assert list(swapped.manifest.columns)[-1:] == ["excess_loss_swapped"]
@@ -316,12 +316,12 @@ def test_more_workers_than_the_cluster_has(config, running_ray):
 @pytest.mark.usefixtures("no_ray")
 class TestRefusedBeforeAnyWork:
     def test_output_is_the_input(self, config, tokens):
-        with pytest.raises(UserError, match=r"--output .*: is the --input; choose another"):
+        with pytest.raises(UserError, match=r"--output .*: is also the --input; choose another"):
             run(config(output=tokens.path))
 
     def test_gpus_where_there_are_none(self, config):
         if not torch.cuda.is_available():
-            with pytest.raises(UserError, match="--gpus_per_worker 1: no GPU that transformers could use here"):
+            with pytest.raises(UserError, match="--gpus_per_worker 1: no GPU usable by transformers here"):
                 run(config(gpus_per_worker=1))
 
     @pytest.fixture(autouse=True)
@@ -343,7 +343,7 @@ class TestRefusedBeforeAnyWork:
 
     def test_a_contrast_called_as_a_column_of_the_corpus(self, config, base_model):
         contrasts = {"reward": "loss_base - loss_reference"}
-        with pytest.raises(UserError, match="has a column 'reward' of its corpus; give the contrast another name"):
+        with pytest.raises(UserError, match="already has a corpus column 'reward'; give the contrast another name"):
             run(config(base=str(base_model), contrasts=contrasts))
 
     def test_other_tokenizer(self, config, make_model):
@@ -365,7 +365,7 @@ class TestRefusedBeforeAnyWork:
 
     def test_too_few_token_ids(self, config, make_model):
         path = make_model(seed=1, vocab_size=257)
-        with pytest.raises(UserError, match="has 257 token ids, the corpus's tokenizer has 258"):
+        with pytest.raises(UserError, match="has 257 token ids, but the corpus's tokenizer has 258"):
             run(config(reference=str(path)))
 
     def test_no_weights(self, config, make_model):
@@ -404,7 +404,7 @@ class TestRefusedBeforeAnyWork:
     def test_context_shorter_than_the_sequences(self, config, make_model):
         path = make_model(seed=1, max_position_embeddings=128)
         with pytest.raises(
-            UserError, match=r"at most 128 tokens, the corpus has a sequence of 256; .* --max_length 128"
+            UserError, match=r"at most 128 tokens, but the corpus has a sequence of 256; .* --max_length 128"
         ):
             run(config(reference=str(path)))
 

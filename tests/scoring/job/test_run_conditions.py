@@ -178,7 +178,7 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
 
     settings |= {"output": tmp_path / "none"}
     with pytest.raises(
-        UserError, match=r"--contrasts\.one: no column 'loss_wrose' is computed before it or in --input \(there are"
+        UserError, match=r"--contrasts\.one: no column 'loss_wrose' in --input or computed before it \(available"
     ):
         run(config(**settings, contrasts={"one": "loss_wrose - loss_plain"}))
     with pytest.raises(
@@ -186,7 +186,7 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
     ):
         run(config(**settings, contrasts={"one": "loss_reference - loss_worse"}, dtype="bfloat16"))
     del conditions["worse"]
-    with pytest.raises(UserError, match=r"--input has all of these columns already \(loss_reference\)"):
+    with pytest.raises(UserError, match=r"--input already has all of these columns \(loss_reference\)"):
         run(config(**settings))
     only = run(config(**settings | {"input": more.path}, contrasts={"again": "one_2 - two_2"}))
     np.testing.assert_array_equal(column(only, "again_2"), 2 * column(more, "one_2"))
@@ -216,7 +216,7 @@ def test_contrasts_of_contrasts(config, score_here, reference_model, base_model,
     np.testing.assert_allclose(column(more, "excess_loss_2"), -column(more, "excess_loss"), rtol=0, atol=2.0**-7)
 
     settings |= {"contrasts": dict(reversed(settings["contrasts"].items())), "output": tmp_path / "none"}
-    with pytest.raises(UserError, match=r"--contrasts\.half: no column 'further' is computed before it or in --input"):
+    with pytest.raises(UserError, match=r"--contrasts\.half: no column 'further' in --input or computed before it"):
         run(config(**settings))
 
 
@@ -227,7 +227,7 @@ def test_contrasts_alone_need_neither_models_nor_ray(make_shard_set, tmp_path, m
     held = make_shard_set(sequences, scores, "held")
     settings = {"input": held.path, "output": tmp_path / "more"}
     config = ScoreConfig.model_validate(settings | {"contrasts": {"gap": "loss_a - loss_b", "twice": "gap - back"}})
-    with pytest.raises(UserError, match=r"--contrasts\.twice: no column 'back' .* \(there are gap, loss_a, loss_b\)"):
+    with pytest.raises(UserError, match=r"--contrasts\.twice: no column 'back' .* \(available: gap, loss_a, loss_b\)"):
         run(config)
 
     def refuse(*_: object, **__: object) -> None:
@@ -259,7 +259,7 @@ def test_contrasts_alone_need_neither_models_nor_ray(make_shard_set, tmp_path, m
         np.testing.assert_allclose(column(more, name), expected, rtol=0, atol=2.0**-10)
     assert [check for check in verify(more.path, more.manifest) if check.fault] == []
     again = {"input": more.path, "output": tmp_path / "again", "contrasts": {"gap": contrasts["gap"]}, "suffix": "_2"}
-    with pytest.raises(UserError, match=r"--input has all of these columns already \(gap\); ask for others"):
+    with pytest.raises(UserError, match=r"--input already has all of these columns \(gap\); request others"):
         run(ScoreConfig.model_validate(again))
 
 
@@ -277,11 +277,11 @@ def test_a_dry_run_counts_the_tokens_of_prompts(config, reference_model, base_mo
     assert f"at most {sum(LENGTHS):,} by {base_model}" in printed
 
 
-def test_what_cannot_be_is_said_before_any_work(config, tokens, make_model, tokenizer_dir):
+def test_impossible_settings_fail_before_any_work(config, tokens, make_model, tokenizer_dir):
     path = make_model(seed=3, max_position_embeddings=110)
     with pytest.raises(
         UserError,
-        match=r"--conditions\.worse: .*llama-3 reads at most 110 tokens, the corpus has a sequence of 100 "
+        match=r"--conditions\.worse: .*llama-3 reads at most 110 tokens, but the corpus has a sequence of 100 "
         r"and the prompt has 16; shorten the prompt",
     ):
         run(

@@ -82,5 +82,5 @@ def test_gradients_are_a_column(config, score_here, reference_model, sequences, 
 def test_vllm_computes_none(request, config):
     request.getfixturevalue("vllm_installed")
     for name in ("vllm", "auto"):
-        with pytest.raises(UserError, match="--gradient: vLLM computes no gradients; add --engine transformers"):
+        with pytest.raises(UserError, match="--gradient: vLLM computes no gradients; use --engine transformers"):
             run(config(engine=name))

@@ -20,7 +20,7 @@ from weighted_mtp.scoring.job.setup import (
     check_inputs,
     describe_conditions,
     describe_request,
-    further_quantities,
+    extra_quantities,
     plan_method,
     set_up,
 )
@@ -50,9 +50,9 @@ def refuse(message: str) -> None:
     raise AssertionError(f"there should be no warning: {message}")
 
 
-def test_further_quantities() -> None:
-    assert further_quantities(False, False) == []
-    assert further_quantities(entropy=True, gradient=True) == ["entropy", "gradient"]
+def test_extra_quantities() -> None:
+    assert extra_quantities(False, False) == []
+    assert extra_quantities(entropy=True, gradient=True) == ["entropy", "gradient"]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from weighted_mtp.scoring.job.units import (
     gather,
     new_attempt,
     note_sequence,
+    pop_note,
     read_records,
-    take_note,
     write_attempt,
     write_record,
 )
@@ -118,11 +118,11 @@ def test_a_damaged_record_is_named(output: Output) -> None:
 
 def test_a_note_is_taken_once(output: Output) -> None:
     attempt = Attempt(output.names[0], "1")
-    assert take_note(output.path, attempt) is None
+    assert pop_note(output.path, attempt) is None
     note_sequence(output.path, attempt, "fingerprint", 3)
     note_sequence(output.path, attempt, "fingerprint", 4)
-    assert take_note(output.path, attempt) == ("fingerprint", 4)
-    assert take_note(output.path, attempt) is None
+    assert pop_note(output.path, attempt) == ("fingerprint", 4)
+    assert pop_note(output.path, attempt) is None
 
 
 def test_what_earlier_runs_left_behind_is_removed_but_not_what_is_done(output: Output) -> None:

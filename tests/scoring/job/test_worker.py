@@ -16,7 +16,7 @@ from weighted_mtp.scoring.conditions.plan import plan_columns
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.job.faults import BrokenEngineError, OutOfMemoryError
 from weighted_mtp.scoring.job.scorer import ScoringTask
-from weighted_mtp.scoring.job.units import Unit, new_attempt, take_note
+from weighted_mtp.scoring.job.units import Unit, new_attempt, pop_note
 from weighted_mtp.scoring.job.worker import Outcome, ScoringWorker, outcome_of
 
 MODEL = ScoringModel("m", Path("m"), "fingerprint", None)
@@ -73,7 +73,7 @@ def test_a_unit_is_written_under_the_names_of_its_attempt(task, unit, one_by_one
     nan = np.nan
     np.testing.assert_array_equal(losses, np.array([nan, 0.2, 0.3, nan, nan, nan, 0.7], np.float16))
     assert asked.attempt.record(task.output).exists()
-    assert take_note(task.output, asked.attempt) is None
+    assert pop_note(task.output, asked.attempt) is None
 
 
 def test_given_up_sequences_are_not_tried(task, unit) -> None:
@@ -89,7 +89,7 @@ def test_the_note_names_the_sequence_that_ended_the_process(task, unit) -> None:
     asked = unit(True)
     with pytest.raises(SystemExit):
         started(task, engine).score(asked)
-    assert take_note(task.output, asked.attempt) == ("fingerprint", 1)
+    assert pop_note(task.output, asked.attempt) == ("fingerprint", 1)
 
 
 def test_memory_that_runs_out_is_an_outcome(task, unit) -> None:

@@ -121,7 +121,7 @@ def test_missing_column_names_the_ones_there_are(scored_set: Callable[..., Shard
         ({"formula": "1e38 * loss_a * 100"}, r"a weight overflows float32; limit it with clip\(\)"),
         ({"formula": "negative"}, r"may be negative, .* put relu\(\) or abs\(\)"),
         ({"formula": "loss_a - 1"}, "may be negative"),
-        ({"formula": "normalise(negative)"}, r"normalise\(\) of what may be negative"),
+        ({"formula": "normalise(negative)"}, r"normalise\(\) of values that may be negative"),
         ({"formula": "reward"}, "may be negative"),
         ({"formula": "relu(prompt)"}, "'prompt' holds labels, which have no numeric value"),
         ({"formula": "signed(standardise(loss_a, by=prompt))"}, "'loss_a' is not a column of document numbers"),
