@@ -28,9 +28,9 @@ def rows(tokens: int) -> Rows:
 def test_losses_of_every_prediction_equal_a_plain_loop(
     model_dir: Callable[..., Path], scored_set: Callable[..., ShardSet]
 ) -> None:
-    """A sequence of one token, and rows of 64 with padding; the score column does not matter."""
+    """A sequence of one token, rows of 64 with padding, and a model in training, with dropout."""
     shards = scored_set([40, 1, 30, 20], shards=2)
-    model = build_model(str(model_dir()), HeadsConfig(offsets=(1, 3)), from_scratch=False).train()
+    model = build_model(str(model_dir("gpt2-dropout")), HeadsConfig(offsets=(1, 3)), from_scratch=False).eval()
     documents = [torch.tensor(ids) for number in (0, 1) for ids in shards.read(number)["input_ids"].to_pylist()]
     losses: dict[int, list[float]] = {1: [], 3: []}
     right: dict[int, list[bool]] = {1: [], 3: []}
@@ -41,8 +41,8 @@ def test_losses_of_every_prediction_equal_a_plain_loop(
                 for t in range(len(ids) - offset):
                     losses[offset].append(-log_p[t, ids[t + offset]].item())
                     right[offset].append(log_p[t].argmax().item() == ids[t + offset].item())
-    accelerator = Accelerator(cpu=True)
-    found = evaluate_model(accelerator, model, ZippedSets((shards,)), sequence_length=64, batch_size=2)
+    model.train()
+    found = evaluate_model(Accelerator(cpu=True), model, ZippedSets((shards,)), sequence_length=64, batch_size=2)
     assert [head.prediction for head in found] == ["1", "3"]
     for head, offset in zip(found, (1, 3), strict=True):
         assert head.targets == len(losses[offset]) == 40 + 30 + 20 - 3 * offset

@@ -18,7 +18,7 @@ def test_only_names_of_pages_are_written() -> None:
 
 
 def test_a_report_is_printed_and_written_with_its_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "new" / "page.html"
+    page = tmp_path / "new" / "deep" / "page.html"
     show(Text("a < b [bold]", style="on #a1d99b"), page)
     assert capsys.readouterr().out == "a < b [bold]\n"
     content = page.read_text()
