@@ -46,7 +46,7 @@ def test_the_summary_of_a_run(scored: ShardSet, capsys: pytest.CaptureFixture[st
     (row,) = [line for line in table if "excess_loss" in line]
     assert row.replace("│", " ").split()[1:3] == ["2.000", "0.816"], "mean and deviation of 1, 2 and 3"
     assert facts == (
-        "5 tokens in 2 shards; scored 3,000 in 1.5 s (2,000 tokens/s); 1 shards were done before; "
+        "5 tokens in 2 shards; scored 3,000 in 1.5 s (2,000 tokens/s); 1 shards were already done; "
         "2 incidents, see above"
     )
     assert following == (
@@ -90,7 +90,7 @@ def test_a_dry_run_before_the_start(scored: ShardSet, capsys: pytest.CaptureFixt
         "shards to score": "2 of 2",
         "tokens to score": "5 of 5",
         "tokens to compute": f"at most 5 by m ({MODEL.parameters:,} parameters)",
-        "estimate": "2 GPU hours (2 FLOPs a parameter and token, 40% of an H100's 989 TFLOPS)",
+        "estimate": "2 GPU hours (2 FLOPs per parameter and token, 40% of an H100's 989 TFLOPS)",
     }
 
 
@@ -108,8 +108,8 @@ def test_a_dry_run_of_a_stopped_run(scored: ShardSet, tmp_path: Path, capsys: py
     assert dry_run(capsys, DryRun(tmp_path / "out", scored, plan, {done.name})) == {
         "columns to compute": "loss_base, new",
         "columns to reuse": "loss_reference",
-        "shards to score": "1 of 2; 1 are there",
+        "shards to score": "1 of 2; 1 already done",
         "tokens to score": "2 of 5",
         "tokens to compute": "at most 2 by m (quantised, parameters unknown)",
-        "measured so far": "0 tokens/s in the engines of a worker: 0.67 worker hours left",
+        "measured so far": "0 tokens/s in one worker's engines: 0.67 worker hours left",
     }

@@ -44,7 +44,7 @@ def test_names_of_columns(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "2a", "a-b", "a b", "é", "a\n"])
 def test_what_is_no_name_of_a_column(name: str) -> None:
-    with pytest.raises(ValueError, match="is no name for a column; use letters, digits and underscores"):
+    with pytest.raises(ValueError, match="is not a valid column name; use letters, digits and underscores"):
         check_identifier(name)
 
 

@@ -29,7 +29,7 @@ def test_settings_of_a_round_take_precedence_and_suffixes_are_joined() -> None:
         ({"score": {"short_stride": 5}}, "--score: --short_stride needs --short_context; see 'wmtp score --help'"),
         ({"train": WEIGHTS | {"max_steps": 0}}, "--train.max_steps: should be greater than 0; see 'wmtp train --help'"),
         ({"train": WEIGHTS | {"ray_address": "x"}}, "--train: --ray_address needs --ray_workers"),
-        ({}, "--train.weights.preset: choose a scheme, or training would not use the scores"),
+        ({}, "--train.weights.preset: choose a scheme that uses the scores"),
         ({"train": WEIGHTS, "rounds": 0}, "greater than 0"),
     ],
 )

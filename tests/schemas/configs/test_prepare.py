@@ -13,11 +13,11 @@ SETTINGS = {"input": "corpus.jsonl", "tokenizer": "t", "output": "tokens"}
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"number_fields": ("a-b",)}, "'a-b' is no name for a column"),
-        ({"label_fields": ("input_ids",)}, "'input_ids' is a name that wmtp uses itself; rename the field"),
-        ({"label_fields": ("lambda",)}, "'lambda' is a name that wmtp uses itself"),
+        ({"number_fields": ("a-b",)}, "'a-b' is not a valid column name"),
+        ({"label_fields": ("input_ids",)}, "'input_ids' is reserved by wmtp; rename the field"),
+        ({"label_fields": ("lambda",)}, "'lambda' is reserved by wmtp"),
         *[
-            ({"number_fields": (name,)}, f"'{name}' is a name that wmtp uses itself")
+            ({"number_fields": (name,)}, f"'{name}' is reserved by wmtp")
             for name in ("loss_a", "entropy_a", "gradient_a", "excess_loss_2", "long_short")
         ],
         ({"number_fields": ("a",), "label_fields": ("a",)}, "name 'a' twice; name each field once"),

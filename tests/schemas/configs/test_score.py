@@ -14,14 +14,14 @@ REFERENCE = {"reference": "m"}
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({}, "--reference missing; give a model to score with, there or in --conditions"),
+        ({}, "--reference missing; give a scoring model there or in --conditions"),
         *[
             ({"conditions": {"a": {"model": "m"}}, name: value}, f"--{name} needs --reference")
             for name, value in {"base": "b", "entropy": True, "gradient": True, "short_context": 8}.items()
         ],
-        ({"conditions": {"base": {"model": "m"}}}, "'base' has flags of its own"),
-        ({"conditions": {"a-b": {"model": "m"}}}, "'a-b' is no name for a column"),
-        (REFERENCE | {"contrasts": {"corpus": "a - b"}}, "'corpus' is a name that wmtp uses itself"),
+        ({"conditions": {"base": {"model": "m"}}}, "'base' has its own flags"),
+        ({"conditions": {"a-b": {"model": "m"}}}, "'a-b' is not a valid column name"),
+        (REFERENCE | {"contrasts": {"corpus": "a - b"}}, "'corpus' is reserved by wmtp"),
         (REFERENCE | {"contrasts": {"mine": "a - b - c"}}, "mine should be the difference of two columns"),
         (REFERENCE | {"contrasts": {"entropy_base": "a - b"}}, "--contrasts: entropy_base is the name of another"),
         (

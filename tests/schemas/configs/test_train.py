@@ -27,7 +27,7 @@ def test_settings_of_the_objective_that_do_nothing_are_refused(settings: dict[st
 
 def test_the_sum_of_live_weights_must_be_known() -> None:
     settings = {"input": "set", "model": "m", "output": "run", "normalization": "weight_sum"}
-    with pytest.raises(ValueError, match="--normalization weight_sum needs the sum of the weights before"):
+    with pytest.raises(ValueError, match="--normalization weight_sum needs the sum of the weights in advance"):
         TrainConfig(**settings, weights=WeightsConfig(preset="longce", live=True))
     assert TrainConfig(**settings, weights=WeightsConfig(preset="rho1")).weights.is_live
 
@@ -36,10 +36,10 @@ def test_the_sum_of_live_weights_must_be_known() -> None:
     ("settings", "sentence"),
     [
         ({"sequence_length": 4}, "--sequence_length must be larger than the largest of --heads.offsets"),
-        ({"trainable": "heads", "heads": {"offsets": (1,)}}, "--trainable heads needs heads besides the model's own"),
+        ({"trainable": "heads", "heads": {"offsets": (1,)}}, "--trainable heads needs extra heads"),
         (
             {"trainable": "heads", "heads": {"offsets": (1, 2), "coefficients": (1, 0)}},
-            "--trainable heads needs a factor above 0",
+            "--trainable heads needs a value above 0",
         ),
         ({"lora": {"rank": 8}}, "--lora needs --trainable lora"),
         ({"ray_address": "host:1"}, "--ray_address needs --ray_workers"),

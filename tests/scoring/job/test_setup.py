@@ -89,12 +89,14 @@ def test_models_are_checked_once_and_their_length_for_every_prompt(
     model = find(path, "--reference")
     assert model.max_length == 10
     assert find(path, "--conditions.a", prompt_tokens=7) is model
-    with pytest.raises(UserError, match=r"--conditions\.b: .* reads at most 10 tokens, the corpus has a sequence of 3"):
+    with pytest.raises(
+        UserError, match=r"--conditions\.b: .* reads at most 10 tokens, but the corpus has a sequence of 3"
+    ):
         find(path, "--conditions.b", prompt_tokens=8)
 
 
 def test_inputs_that_cannot_be(config: Callable[..., ScoreConfig], tokens: ShardSet) -> None:
-    with pytest.raises(UserError, match=r"--output .*: is the --input; choose another"):
+    with pytest.raises(UserError, match=r"--output .*: is also the --input; choose another"):
         check_inputs(config(output=tokens.path), refuse)
     contrasts = {"reference": None, "contrasts": {"new": "loss_old - loss_old"}}
     for setting in ({"engine_method": "pooler"}, {"engine_args": {"a": 1}}, {"tensor_parallel_size": 2}):
@@ -127,7 +129,7 @@ def test_a_new_column_may_not_be_called_as_one_of_the_corpus(
     config: Callable[..., ScoreConfig], tokens: ShardSet
 ) -> None:
     plan = ScoringPlan({}, {"reward": Contrast(minuend="loss_old", subtrahend="loss_old")})
-    with pytest.raises(UserError, match="has a column 'reward' of its corpus; give the contrast another name"):
+    with pytest.raises(UserError, match="already has a corpus column 'reward'; give the contrast another name"):
         set_up(config(), ScoringInputs(tokens, plan, "transformers", None))
 
 

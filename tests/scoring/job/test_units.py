@@ -103,7 +103,7 @@ def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_
     assert find_done(output.path, units) == set()
     shard.write_bytes(content[:-1])
     assert find_done(output.path, units) == {name}
-    with pytest.raises(UserError, match=f"{name}: the shard or its record is not as it was written; rerun"):
+    with pytest.raises(UserError, match=f"{name}: the shard or its record was damaged or changed; rerun"):
         gather(output.path, [name])
     shard.write_bytes(content)
     assert find_done(output.path, units) == set(), "it will be scored again"
@@ -112,7 +112,7 @@ def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_
 def test_a_damaged_record_is_named(output: Output) -> None:
     commit(output.path, output.write(0, []))
     (output.path / PROGRESS / output.names[0]).write_bytes(b"no record")
-    with pytest.raises(UserError, match=f"{output.names[0]}: the shard or its record is not as it was written"):
+    with pytest.raises(UserError, match=f"{output.names[0]}: the shard or its record was damaged or changed"):
         list(read_records(output.path, output.names[:1]))
 
 
