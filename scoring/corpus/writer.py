@@ -132,7 +132,7 @@ def why_empty(counts: CorpusCounts) -> str:
     kind = max(counts.rejects, key=lambda kind: counts.rejects[kind])
     first = counts.examples[kind]
     return (
-        f"--input: all {counts.rejected:,} rows were rejected, {counts.rejects[kind]:,} of them as "
-        f"{first.source} row {first.row}: {first.reason}; check --text_field, --id_field, "
+        f"--input: all {counts.rejected:,} rows were rejected, {counts.rejects[kind]:,} of them for the same reason as "
+        f"row {first.row} of {first.source} ({first.reason}); check --text_field, --id_field, "
         "--number_fields, --label_fields and --format"
     )

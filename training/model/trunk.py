@@ -63,8 +63,8 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
         hint = "give the directory or id of a causal language model"
         if isinstance(error, ImportError):
             hint = "choose another --attention"
-        elif Path(source).is_dir() and not from_scratch:
-            hint += ", or use --from_scratch true to read only its config"
+        elif not from_scratch and (Path(source) / "config.json").exists():
+            hint += ", or start from its config with 'wmtp train --from_scratch true'"
         raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
 
 

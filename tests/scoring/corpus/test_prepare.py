@@ -314,9 +314,9 @@ def test_full_disk_surfaces_and_leaves_nothing(
         ("\n\n", "holds no rows"),
         (
             '{"question": "q", "answer": "a"}\n' * 3,
-            r"all 3 rows .* a\.jsonl row 0: no field 'text': .*question, answer.*--text_field",
+            r"all 3 rows .* row 0 of a\.jsonl \(no field 'text': .*question, answer.*--text_field",
         ),
-        ("{\n{}\n{}\n", r"all 3 rows .*, 2 of them as a\.jsonl row 1"),
+        ("{\n{}\n{}\n", r"all 3 rows .*, 2 of them for the same reason as row 1 of a\.jsonl "),
     ],
 )
 def test_corpus_without_documents_leaves_nothing(

@@ -96,5 +96,5 @@ def test_a_corpus_without_documents_names_the_most_frequent_reason(output: Path)
     with pytest.raises(UserError) as caught:
         write_shards(output, [batch([], tuple(rejects))], 5)
     assert str(caught.value).startswith(
-        "--input: all 3 rows were rejected, 2 of them as a.jsonl row 1: no text: 1; check --text_field"
+        "--input: all 3 rows were rejected, 2 of them for the same reason as row 1 of a.jsonl (no text: 1); check "
     )
