@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from plain_gradients import plain_gradient
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
@@ -18,14 +18,6 @@ BOTH = ("loss", "gradient")
 
 def engine(model: Path, batch_tokens: int = 8192, dtype: str = "float32") -> TransformersEngine:
     return TransformersEngine(model, EngineConfig("transformers", None, dtype, batch_tokens, 256, threads=1))
-
-
-def plain_gradient(model: torch.nn.Module, ids: list[int], first: int) -> np.ndarray:
-    """Norms of the gradient of the summed losses from position `first` on, with respect to all input embeddings."""
-    embeddings = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
-    logits = model(inputs_embeds=embeddings).logits[0]
-    F.cross_entropy(logits[first - 1 : -1], torch.tensor(ids[first:]), reduction="sum").backward()
-    return embeddings.grad[0].norm(dim=-1).numpy()
 
 
 @pytest.fixture(scope="module")

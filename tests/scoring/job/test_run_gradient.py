@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
+from plain_gradients import plain_gradient
 from transformers import AutoModelForCausalLM
 
 from weighted_mtp.pipelines.score import run
@@ -21,14 +20,6 @@ from weighted_mtp.scoring.engines.transformers_engine import TransformersEngine
 from weighted_mtp.scoring.job.scorer import measure
 
 BOS = 256
-
-
-def plain_gradient(model: torch.nn.Module, ids: list[int], first: int) -> np.ndarray:
-    """Norms of the gradient of the summed losses from position `first` on, with respect to all input embeddings."""
-    embeddings = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
-    logits = model(inputs_embeds=embeddings).logits[0]
-    F.cross_entropy(logits[first - 1 : -1], torch.tensor(ids[first:]), reduction="sum").backward()
-    return embeddings.grad[0].norm(dim=-1).numpy()
 
 
 @pytest.fixture(scope="module")
