@@ -1,7 +1,6 @@
 """`wmtp prepare`: turns a corpus into token shards."""
 
 import time
-from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 
@@ -10,7 +9,6 @@ from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.scoring.corpus.prepare import prepare
-from weighted_mtp.scoring.corpus.tokenization import EncodedBatch
 from weighted_mtp.scoring.corpus.writer import CorpusCounts
 
 
@@ -21,18 +19,17 @@ def run(config: PrepareConfig) -> ShardSet:
         UserError: the corpus, the tokenizer or the output cannot be used.
     """
     started = time.monotonic()
-    counts = CorpusCounts()
+    counts: CorpusCounts | None = None
+    with ProgressBar(unit="tokens", unit_scale=True, desc="prepare", delay=1e-9) as bar:
 
-    def track(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
-        with ProgressBar(unit="tok", unit_scale=True, desc="prepare") as bar:
-            for batch in batches:
-                counts.add(batch)
-                bar.set_postfix_str(f"{counts.documents:,} documents", refresh=False)
-                bar.update(batch.tokens)
-                yield batch
+        def show(current: CorpusCounts) -> None:
+            nonlocal counts
+            counts = current
+            bar.set_postfix_str(f"{counts.documents:,} documents", refresh=False)
+            bar.update(counts.tokens - bar.n)
 
-    prepared = prepare(config, track)
-    if counts.documents:
+        prepared = prepare(config, show)
+    if counts is not None:
         print_summary(prepared, counts, time.monotonic() - started)
     else:
         print(f"{config.output} is already complete: {prepared.manifest.tokens:,} tokens")

@@ -63,7 +63,7 @@ class ScoreDisplay(Report):
         self.tokens = sum(shard.tokens for shard in shards if shard.name not in done)
         if len(done) < len(shards):
             self.bar = ProgressBar(
-                total=total, initial=total - self.tokens, unit="tok", unit_scale=True, desc="scoring"
+                total=total, initial=total - self.tokens, unit="tokens", unit_scale=True, desc="scoring"
             )
             self.bar.set_postfix_str(f"{self.done}/{self.shards} shards, loading models")
 

@@ -17,7 +17,7 @@ def run(config: VerifyConfig) -> None:
     manifest = read_manifest(config.set)
     console = new_console()
     checked = faults = 0
-    with ProgressBar(total=manifest.bytes, unit="B", unit_scale=True, desc="verify", leave=False) as progress:
+    with ProgressBar(total=manifest.bytes, unit="bytes", unit_scale=True, desc="verify", leave=False) as progress:
         for check in verify(config.set, manifest):
             checked += 1
             progress.update(check.bytes)

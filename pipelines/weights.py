@@ -97,7 +97,7 @@ def weigh_row_groups(
     excerpts: list[Excerpt] = []
     rng = np.random.default_rng(config.seed)
     excerpt_counts = Counter(np.resize(rng.permutation(len(groups)), config.samples).tolist())
-    for index, group in enumerate(ProgressBar(groups, unit="row group", desc="weights", leave=False)):
+    for index, group in enumerate(ProgressBar(groups, unit="row groups", desc="weights", leave=False)):
         table = shards.read(group.shard, weighting.columns, group.number)
         ids, lengths = flat_values(table["input_ids"]), list_lengths(table["input_ids"])
         group_rng = np.random.default_rng([config.seed, group.shard, group.number])  # as in training

@@ -2,17 +2,12 @@
 
 import sys
 import time
-from collections.abc import Sized
 from typing import Any
 
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
 """Minimum time between two lines of one bar in a log."""
-LINE = "{desc}: {n_fmt} {unit}, {elapsed} elapsed, {rate_fmt}{postfix}"
-LINE_WITH_TOTAL = (
-    "{desc}: {percentage:.0f}%, {n_fmt}/{total_fmt} {unit}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
-)
 
 
 class ProgressBar(tqdm):
@@ -22,18 +17,16 @@ class ProgressBar(tqdm):
 
     Args:
         iterable: items to count, as for `tqdm`.
-        settings: arguments of `tqdm`; `leave` applies to terminals only.
+        unit: name of the items in the plural.
+        settings: other arguments of `tqdm`; `leave` applies to terminals only.
     """
 
-    def __init__(self, iterable: Any = None, **settings: Any) -> None:
+    def __init__(self, iterable: Any = None, *, unit: str, **settings: Any) -> None:
         self.in_log = not sys.stderr.isatty()
         self.line_at = time.monotonic() + LINE_SECONDS
         if self.in_log:
-            if isinstance(iterable, Sized):
-                settings.setdefault("total", len(iterable))
-            line = LINE_WITH_TOTAL if settings.get("total") else LINE
-            settings |= {"bar_format": line, "leave": False}
-        super().__init__(iterable, **settings)
+            settings["leave"] = False
+        super().__init__(iterable, unit=f" {unit}", **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the current state; in a log only if `LINE_SECONDS` have passed since the last line."""
@@ -41,7 +34,21 @@ class ProgressBar(tqdm):
             super().display(msg, pos)
         elif msg is None and time.monotonic() >= self.line_at:
             self.line_at = time.monotonic() + LINE_SECONDS
-            print(" ".join(str(self).split()), file=self.fp, flush=True)
+            print(self.line(), file=self.fp, flush=True)
+
+    def line(self) -> str:
+        """The state for a log, such as `train: 40%, 400 of 1,000 steps in 01:20, 5.0 per second, 02:00 left`."""
+        state = self.format_dict
+        done, total, seconds = state["n"], state["total"], state["elapsed"]
+        rate = state["rate"] or (done - state["initial"]) / max(seconds, 1e-3)
+        parts = [f"{done / total:.0%}, {done:,} of {total:,}{self.unit}" if total else f"{done:,}{self.unit}"]
+        parts[0] += f" in {self.format_interval(seconds)}"
+        parts.append(f"{rate:,.{0 if rate >= 100 else 1}f} per second")
+        if total and rate:
+            parts.append(f"{self.format_interval((total - done) / rate)} left")
+        if self.postfix:
+            parts.append(str(self.postfix))
+        return f"{self.desc}: {', '.join(parts)}"
 
     def clear(self, nolock: bool = False) -> None:
         """Remove the bar from a terminal. Lines in a log stay."""

@@ -10,7 +10,7 @@ from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokeni
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import copy_files
-from weighted_mtp.schemas.storage.locations import Location, local_copy
+from weighted_mtp.schemas.storage.locations import Location, is_missing_directory, local_copy
 
 
 def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
@@ -24,6 +24,8 @@ def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedT
     Raises:
         UserError: the tokenizer is missing, is damaged, or needs custom code.
     """
+    if is_missing_directory(source):
+        raise UserError(f"{problem} (no such directory); check the path")
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception

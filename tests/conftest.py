@@ -5,7 +5,7 @@ import signal
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["model_fixtures", "process_fixtures", "shard_set_fixtures", "store_fixtures"]
+pytest_plugins = ["model_fixtures", "process_fixtures", "shard_set_fixtures", "store_fixtures", "text_sets"]
 
 LONG_FILES = {"test_end_to_end.py", "test_run.py", "test_driver.py", "test_distributed.py", "test_train.py"}
 INTEGRATION_FIXTURES = {

@@ -59,7 +59,7 @@ def evaluate_model(
     bar = ProgressBar(
         total=min(shards.first.manifest.tokens, max_tokens or shards.first.manifest.tokens),
         desc="evaluate",
-        unit="token",
+        unit="tokens",
         unit_scale=True,
         leave=False,
         disable=not accelerator.is_main_process,

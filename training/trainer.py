@@ -93,7 +93,7 @@ class TrainingLoop:
             UserError: the loss or its gradient was not finite for too many steps in a row.
         """
         main = self.accelerator.is_main_process
-        bar = ProgressBar(total=self.steps, initial=self.step, desc="train", unit="step", disable=not main)
+        bar = ProgressBar(total=self.steps, initial=self.step, desc="train", unit="steps", disable=not main)
         batches = self.loader.batches(self.config.batch_size)
         peak = peak_flops(self.accelerator.device)
         self.model.train()

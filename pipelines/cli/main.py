@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         if debugging():
             raise
-        status, message = 2, describe_usage_error(error, command, COMMANDS)
+        status, message = 2, describe_usage_error(error, arguments, command, COMMANDS)
     except Exception as error:
         if debugging() or not is_user_facing(error):
             raise

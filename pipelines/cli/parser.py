@@ -5,6 +5,7 @@ import os
 import re
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, get_type_hints
@@ -96,6 +97,7 @@ def boolean_settings(config: type[Config]) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in boolean_settings(field.annotation))
 
 
+@cache
 def build_parser() -> ArgumentParser:
     """The parser of `wmtp`, with one subcommand for each entry of `COMMANDS`."""
     root = new_parser(

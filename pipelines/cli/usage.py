@@ -6,9 +6,11 @@ jsonargparse and pydantic report a rejected value in several lines and in terms 
 import difflib
 import re
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from pydantic import ValidationError
+from yaml import MarkedYAMLError
 
 from weighted_mtp.schemas.configs import Config
 
@@ -16,28 +18,55 @@ POSITIONALS = {"set": None, "directories": "+"}
 """Settings passed without a flag, and their `nargs` in argparse."""
 
 
-def describe_usage_error(error: ArgumentError, command: str | None, commands: dict[str, type[Config]]) -> str:
-    """Describe the mistake in the command line, and where to find help."""
+def describe_usage_error(
+    error: ArgumentError, arguments: Sequence[str], command: str | None, commands: dict[str, type[Config]]
+) -> str:
+    """Describe the mistake in the command line or in the file of --config, and where to find help."""
     see = f"see 'wmtp {command} --help'" if command else "see 'wmtp --help'"
     message = str(error)
+    config = f"--config {', '.join(values_of('--config', arguments))}"
     flags = list(option_strings(commands[command])) if command else []
     if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
         names = [flag(key.removeprefix(f"{command}.")) for key in missing[1].split(", ")]
         return f"{', '.join(names)} missing; {see}"
     if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
-        return f"unknown argument {unknown[1]}{suggestion(unknown[1].split()[0], flags)}; {see}"
+        name = re.split("[ =]", unknown[1])[0]
+        return f"unknown argument {name}{suggestion(name, flags)}; {see}"
     if unknown := re.search(r"does not accept option '(.*)'", message):
-        return f"--config: unknown setting '{unknown[1]}'{suggestion(f'--{unknown[1]}', flags)}; {see}"
+        return f"{config}: unknown setting '{unknown[1]}'{suggestion(unknown[1], flags)}; {see}"
     if invalid := re.search(r"invalid choice: '(.*?)'|one of {.*}, but it was not provided", message):
         wrong = f"unknown command '{invalid[1]}'" if invalid[1] else "no command given"
         return f"{wrong}; choose from {', '.join(commands)}"
+    if unreadable := re.match(r'Parser key "config":\s*(.*?)(:|$)', message):
+        return f"{config}: {unreadable[1].lower()}; check the path"
     if keyed := re.match(r'Parser key "(.*?)":\s*(.*)', message, re.DOTALL):
-        return f"{flag(keyed[1])}: {describe_value_error(keyed[2], error)}; {see}"
+        from_file = config if not is_given(flag(keyed[1]), arguments) and values_of("--config", arguments) else ""
+        where = f"{from_file}: {keyed[1]}" if from_file else flag(keyed[1])
+        return f"{where}: {describe_value_error(keyed[2], error)}; {see}"
     if malformed := re.match(r"Problems parsing config: (.*)", message, re.DOTALL):
-        return f"--config: not valid YAML ({one_line(malformed[1])}); correct the file"
+        return f"{config}: not valid YAML ({describe_yaml_error(error) or one_line(malformed[1])}); correct the file"
     if message.startswith("Unexpected config: "):
-        return "--config: not a mapping of settings to values; correct the file"
+        return f"{config}: holds no settings, such as 'seed: 1'; correct the file"
     return f"{one_line(message)}; {see}"
+
+
+def values_of(name: str, arguments: Sequence[str]) -> list[str]:
+    """The values given to a flag, as `--flag value` or `--flag=value`."""
+    after = [value for argument, value in pairwise(arguments) if argument == name]
+    return after + [argument.removeprefix(f"{name}=") for argument in arguments if argument.startswith(f"{name}=")]
+
+
+def is_given(name: str, arguments: Sequence[str]) -> bool:
+    """Whether a flag, or a flag of one of its nested settings, is among the arguments."""
+    return name in POSITIONALS or any(re.match(rf"{re.escape(name)}([.=+]|$)", argument) for argument in arguments)
+
+
+def describe_yaml_error(error: BaseException) -> str | None:
+    """Line and problem of a syntax error in a YAML file; None for other errors."""
+    for cause in causes(error):
+        if isinstance(cause, MarkedYAMLError) and cause.problem_mark is not None:
+            return f"line {cause.problem_mark.line + 1}: {cause.problem}"
+    return None
 
 
 def describe_value_error(message: str, error: ArgumentError) -> str:
@@ -74,9 +103,9 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def suggestion(wrong: str, flags: list[str]) -> str:
-    """A hint with the flag closest to an unknown one; empty if none is close."""
-    close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """A hint with the flags closest to an unknown one; empty if none is close."""
+    close = difflib.get_close_matches(wrong.removeprefix("--"), [name.removeprefix("--") for name in flags], n=2)
+    return f" (did you mean {' or '.join(f'--{name}' for name in close)}?)" if close else ""
 
 
 def option_strings(config: type[Config], prefix: str = "--") -> Iterator[str]:

@@ -55,9 +55,9 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
         rate = scored.tokens / scored.seconds
         facts.append(f"scored {scored.tokens:,} in {scored.seconds:.1f} s ({rate:,.0f} tokens/s)")
     if scored.resumed:
-        facts.append(f"{scored.resumed:,} shards were already done")
+        facts.append(f"shards already done: {scored.resumed:,}")
     if scored.incidents:
-        facts.append(f"{scored.incidents} incidents, see above")
+        facts.append(f"incidents: {scored.incidents}, see above")
     console.print("; ".join(facts))
     if rejects := sum(shard.rejects for shard in manifest.shards):
         console.print(f"{rejects:,} sequences could not be scored, see {shards.path / REJECTS}")
@@ -65,6 +65,13 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
             console.print(f"    {line}")
     preset = next((SUGGESTED_PRESETS[name] for name in manifest.columns if name in SUGGESTED_PRESETS), "uniform")
     console.print(f"next: wmtp train --input {shards.path} --model MODEL --output RUN --weights.preset {preset}")
+
+
+def readable_hours(hours: float) -> str:
+    """A number of hours with at least two digits, or an upper bound if it is tiny."""
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return f"{hours:.2g}" if hours >= 0.01 else "less than 0.01"
 
 
 def frequent_reasons(rejects: Location) -> list[str]:
@@ -94,14 +101,14 @@ def print_dry_run(run: DryRun) -> None:
         parameters = f"{model.parameters:,} parameters" if model.parameters else "quantised, parameters unknown"
         table.add_row("tokens to compute", f"at most {computed:,.0f} by {model.name} ({parameters})")
     if plan.models and all(model.parameters for model in plan.models):
-        hours = flops / (UTILISATION * H100_FLOPS) / 3600
+        hours = readable_hours(flops / (UTILISATION * H100_FLOPS) / 3600)
         assumed = f"2 FLOPs per parameter and token, {UTILISATION:.0%} of an H100's {H100_FLOPS / 1e12:.0f} TFLOPS"
-        table.add_row("estimate", f"{hours:,.2g} GPU hours ({assumed})")
+        table.add_row("estimate", f"{hours} GPU hours ({assumed})")
     if done:
         sample = sorted(done)[:: -(-len(done) // SAMPLED_RECORDS)]
         records = [record for record, _ in read_records(output, sample)]
         seconds = sum(record.score_seconds for record in records)
         rate = sum(record.entry.tokens for record in records) / max(1e-3, seconds)
-        left = f"{tokens / rate / 3600:,.2g} worker hours left"
+        left = f"{readable_hours(tokens / rate / 3600)} worker hours left"
         table.add_row("measured so far", f"{rate:,.0f} tokens/s in one worker's engines: {left}")
     new_console().print(table)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from weighted_mtp.schemas.configs.common import Config, PositiveFraction
-from weighted_mtp.schemas.weights.language import parse_formula, rename
+from weighted_mtp.schemas.weights.language import FUNCTION_NAMES, parse_formula, rename
 from weighted_mtp.schemas.weights.nodes import Constant, FormulaError, Node, is_live, is_signed
 from weighted_mtp.schemas.weights.presets import PRESETS, SETTINGS
 
@@ -23,7 +23,7 @@ class WeightsConfig(Config):
     formula: str | None = Field(
         None,
         description="formula in the weight language instead of a preset, such as 'normalise(top(excess_loss, 0.6))'; "
-        "docs/weights.md describes it",
+        f"it has + - * /, comparisons and the functions {FUNCTION_NAMES}; docs/weights.md describes them",
     )
     column: str | None = Field(
         None, description="score of the preset: a column, or a formula of columns; each preset has its default"

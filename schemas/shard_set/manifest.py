@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.fingerprints import canonical_json, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics
-from weighted_mtp.schemas.storage.files import MANIFEST, atomic_write
+from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
 FORMAT_VERSION: Final = 3
@@ -261,6 +261,8 @@ def read_manifest(directory: Location) -> Manifest:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such shard set; check the path or write it with 'wmtp prepare'")
     if not path.exists():
+        if not (directory / PROGRESS).exists():
+            raise UserError(f"{directory}: not a shard set ({MANIFEST} is missing); check the path")
         raise UserError(
             f"{directory}: not a finished shard set ({MANIFEST} is missing); "
             "rerun the 'wmtp prepare' or 'wmtp score' command that writes it"

@@ -6,6 +6,7 @@ a row group compares the token ids.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import combinations
 from typing import Literal
 
@@ -66,8 +67,11 @@ class ZippedSets:
                 return shards
         held = {s.path: ", ".join([*s.manifest.columns, *s.manifest.corpus.sequence_columns]) for s in self.sets}
         places = " or ".join(f"{path} (columns: {names or 'none'})" for path, names in held.items())
+        known = [name for s in self.sets for name in (*s.manifest.columns, *s.manifest.corpus.sequence_columns)]
+        meant = get_close_matches(column, known, n=1)
+        hint = f" (did you mean '{meant[0]}'?)" if meant else ""
         raise UserError(
-            f"no column '{column}' in {places}; add it with 'wmtp score', "
+            f"no column '{column}'{hint} in {places}; add it with 'wmtp score', "
             "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
         )
 

@@ -57,6 +57,13 @@ def is_address(name: str) -> bool:
     return "://" in name
 
 
+def is_missing_directory(name: str | Path) -> bool:
+    """Whether a name can only be a local path, because no Hugging Face id looks like it, and no directory is there."""
+    text = str(name)
+    is_path = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    return is_path and not Path(name).is_dir()
+
+
 def _check_name(name: str) -> str:
     if is_address(name):
         locate(name)

@@ -38,6 +38,7 @@ MAX_DEPTH = 100
 SYMBOLS: dict[type[ast.AST], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<",
 }  # fmt: skip
+FUNCTION_NAMES = ", ".join(sorted(name for name in FUNCTIONS if name.isidentifier()))
 
 
 def parse_formula(text: str) -> Node:
@@ -51,7 +52,8 @@ def parse_formula(text: str) -> Node:
             raise FormulaError(f"longer than {MAX_LENGTH:,} characters")
         node = _read(ast.parse(text.strip(), mode="eval").body)
     except FormulaError as error:
-        raise FormulaError(f"'{_shortened(text)}': {error}") from None
+        is_named = str(error).startswith(f"'{text.strip()}' ")
+        raise FormulaError(str(error) if is_named else f"'{_shortened(text)}': {error}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
         raise FormulaError(f"'{_shortened(text)}': cannot be read ({reason})") from None
@@ -93,15 +95,21 @@ def _read(tree: ast.AST) -> Node:
             return operate(SYMBOLS[type(op)], _read(left), _read(right))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in SYMBOLS:
             return operate(SYMBOLS[type(op)], _read(left), _read(right))
+        case ast.Compare(ops=[_, _, *_]):
+            raise FormulaError("a comparison has two sides; write (0 < x) * (x < 1) for 0 < x < 1")
         case ast.Call(func=ast.Name(id=name)):
             return _read_call(name, tree)
-    raise FormulaError(f"'{ast.unparse(tree)}' is not part of the language: + - * /, comparisons and functions")
+    raise FormulaError(
+        f"'{_shortened(ast.unparse(tree))}' is not part of the language, which has columns, numbers, + - * /, "
+        f"comparisons and the functions {FUNCTION_NAMES}"
+    )
 
 
 def _read_call(name: str, tree: ast.Call) -> Node:
     if name not in FUNCTIONS:
         meant = get_close_matches(name, FUNCTIONS, n=1)
-        raise FormulaError(f"no function {name}()" + (f"; did you mean {meant[0]}()?" if meant else ""))
+        hint = f"; did you mean {meant[0]}()?" if meant else f"; choose from {FUNCTION_NAMES}"
+        raise FormulaError(f"no function {name}(){hint}")
     function = FUNCTIONS[name]
     usage = f"{name}({', '.join(['x', *function.numbers, *['by'] * function.scoped])})"
     given = {str(keyword.arg): keyword.value for keyword in tree.keywords}

@@ -12,7 +12,14 @@ from transformers.utils import logging
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
-from weighted_mtp.schemas.storage.locations import Location, is_address, local_copy, locate, resolve
+from weighted_mtp.schemas.storage.locations import (
+    Location,
+    is_address,
+    is_missing_directory,
+    local_copy,
+    locate,
+    resolve,
+)
 from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
 from weighted_mtp.scoring.tokenizer import load_tokenizer
 
@@ -86,6 +93,8 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
 
 def download(name: str, flag: str) -> Path:
     """Directory of a snapshot in the Hugging Face cache, named by its commit. Downloaded if missing."""
+    if is_missing_directory(name):
+        raise UserError(f"{flag} {name}: no such directory; check the path")
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES)).resolve()

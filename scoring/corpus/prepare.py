@@ -6,7 +6,7 @@ behind. A killed run starts over when repeated.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,19 +25,19 @@ from weighted_mtp.scoring.corpus.process_pool import map_in_order
 from weighted_mtp.scoring.corpus.readers import read_batches
 from weighted_mtp.scoring.corpus.source_files import Source, find_sources
 from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, choose_added_tokens
-from weighted_mtp.scoring.corpus.tokenization import BatchEncoder, EncodedBatch
-from weighted_mtp.scoring.corpus.writer import write_shards
+from weighted_mtp.scoring.corpus.tokenization import BatchEncoder
+from weighted_mtp.scoring.corpus.writer import CorpusCounts, write_shards
 from weighted_mtp.scoring.tokenizer import describe_tokenizer, load_tokenizer, save_tokenizer
 
-Track = Callable[[Iterable[EncodedBatch]], Iterable[EncodedBatch]]
+Report = Callable[[CorpusCounts], None]
 
 
-def prepare(config: PrepareConfig, track: Track = iter) -> ShardSet:
+def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> ShardSet:
     """Tokenise a corpus into a shard set, unless `config.output` already holds the result.
 
     Args:
         config: all settings.
-        track: wraps the iterator over encoded batches, to report progress. Not called if there is nothing to do.
+        report: receives the running totals after every batch. Not called if there is nothing to do.
 
     Raises:
         UserError: the corpus, the tokenizer or the output cannot be used.
@@ -58,7 +58,7 @@ def prepare(config: PrepareConfig, track: Track = iter) -> ShardSet:
             clear_directory(config.output)
             claim_output(config.output, request)
         try:
-            return write_shard_set(config, tokenizer, added, sources, request, track)
+            return write_shard_set(config, tokenizer, added, sources, request, report)
         except BaseException:
             # The run cannot be continued, and its claim would block corrected settings.
             if held() and not (config.output / MANIFEST).exists():
@@ -93,7 +93,7 @@ def write_shard_set(
     added: AddedTokens,
     sources: list[Source],
     request: str,
-    track: Track,
+    report: Report,
 ) -> ShardSet:
     """Write tokenizer, shards and manifest into the claimed directory `config.output`."""
     save_tokenizer(tokenizer, config.output / TOKENIZER)
@@ -105,7 +105,7 @@ def write_shard_set(
         workers=config.workers or len(os.sched_getaffinity(0)),
         preload="weighted_mtp.scoring.corpus.tokenization",
     )
-    entries, counts = write_shards(config.output, track(encoded), config.shard_tokens)
+    entries, counts = write_shards(config.output, encoded, config.shard_tokens, report)
     manifest = Manifest(
         corpus=CorpusInfo(
             input=config.input,

@@ -1,7 +1,7 @@
 """Writing a token shard set: sequences into shards, rejected rows into `rejects.jsonl`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -102,9 +102,11 @@ class CorpusCounts:
 
 
 def write_shards(
-    output: Location, batches: Iterable[EncodedBatch], shard_tokens: int
+    output: Location, batches: Iterable[EncodedBatch], shard_tokens: int, report: Callable[[CorpusCounts], None]
 ) -> tuple[list[ShardEntry], CorpusCounts]:
     """Write all sequences, and `rejects.jsonl` if rows were rejected, into the claimed directory `output`.
+
+    Calls `report` with the running totals after every batch.
 
     Raises:
         UserError: the corpus has no document.
@@ -116,6 +118,7 @@ def write_shards(
             counts.add(batch)
             for reject in batch.rejects:
                 rejects.write(json.dumps(reject._asdict()).encode() + b"\n")
+            report(counts)
     if not counts.documents:
         raise UserError(why_empty(counts))
     if counts.rejected:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from text_sets import scores_of
 
 from weighted_mtp.pipelines.inspect import run
 from weighted_mtp.schemas.configs import InspectConfig
@@ -11,18 +11,6 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 MakeShardSet = Callable[..., ShardSet]
-TEXTS = ["first\nline", "second one", "third"]
-
-
-@pytest.fixture
-def sequences(tokenizer_dir: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return [tokenizer(text)["input_ids"] for text in TEXTS]
-
-
-def scores_of(sequences: list[list[int]], seed: int = 0) -> list[list[float]]:
-    rng = np.random.default_rng(seed)
-    return [[np.nan, *rng.normal(size=len(ids) - 1)] for ids in sequences]
 
 
 def test_the_report_of_a_scored_set(

@@ -1,6 +1,7 @@
 """Progress: a bar on a terminal, few plain lines in a log."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ class Terminal(io.StringIO):
 
 
 def count(to: int = 9) -> None:
-    with ProgressBar(total=to, unit="tok", desc="scoring", mininterval=0) as bar:
+    with ProgressBar(total=to, unit="tokens", desc="scoring", mininterval=0) as bar:
         for number in range(to):
             bar.update()
             bar.set_postfix_str(f"{number} shards")
@@ -24,7 +25,7 @@ def count(to: int = 9) -> None:
 def test_a_log_gets_a_plain_line_every_so_often(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     clock = [0.0]
     monkeypatch.setattr(progress, "time", type("Clock", (), {"monotonic": lambda: clock[0]}))
-    with ProgressBar(total=10, unit="tok", desc="scoring", mininterval=0) as bar:
+    with ProgressBar(total=10, unit="tokens", desc="scoring", mininterval=0) as bar:
         for step in range(10):
             clock[0] += 10.0  # the lines are due at 30, 60 and 90 seconds
             bar.update()
@@ -32,19 +33,20 @@ def test_a_log_gets_a_plain_line_every_so_often(monkeypatch: pytest.MonkeyPatch,
             if step == 3:
                 bar.write("lost a worker", file=sys.stderr)
     lines = capsys.readouterr().err.split("\n")
-    assert [line.partition(" tok, ")[0] for line in lines] == [
-        "scoring: 30%, 3/10",
+    assert [line.partition(" in ")[0] for line in lines] == [
+        "scoring: 30%, 3 of 10 tokens",
         "lost a worker",
-        "scoring: 60%, 6/10",
-        "scoring: 90%, 9/10",
+        "scoring: 60%, 6 of 10 tokens",
+        "scoring: 90%, 9 of 10 tokens",
         "",
     ]
+    assert re.search(r" in \d\d:\d\d, [\d.,]+ per second, \d\d:\d\d left, [01] shards$", lines[0])
     assert not any("\r" in line for line in lines)
 
 
 def test_short_work_leaves_no_line_in_a_log(capsys: pytest.CaptureFixture) -> None:
     count()
-    assert list(ProgressBar(range(3), desc="weights")) == [0, 1, 2]
+    assert list(ProgressBar(range(3), unit="rows", desc="weights")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 

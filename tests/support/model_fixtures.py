@@ -1,4 +1,7 @@
-"""A tokenizer and tiny models."""
+"""A tokenizer and tiny models.
+
+Fixtures import torch and transformers, which the process that distributes the tests does not need.
+"""
 
 import os
 import shutil
@@ -7,9 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,8 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Byte ids follow the sorted byte-level alphabet, a permutation of the byte values.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = tmp_path_factory.mktemp("tokenizer")
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab={**vocab, "<s>": 256, "</s>": 257}, merges=[]))
@@ -33,6 +36,8 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     Attention heads have 32 dimensions, the minimum of vLLM on a CPU.
     """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(seed: int = 0, **settings: int) -> Path:
         path = tmp_path_factory.mktemp("model") / f"llama-{seed}"

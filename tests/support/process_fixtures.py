@@ -1,17 +1,22 @@
-"""Clean processes, and scoring without Ray."""
+"""Clean processes, and scoring without Ray.
+
+Fixtures import what needs torch: the process that distributes the tests does not.
+"""
 
 import os
 import pickle
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
 import pytest
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
-from weighted_mtp.scoring.job.scorer import ScoringTask, load_scoring_engine
 from weighted_mtp.scoring.job.units import Unit, commit, find_done, new_attempt
-from weighted_mtp.scoring.job.worker import ScoringWorker
+
+if TYPE_CHECKING:
+    from weighted_mtp.scoring.job.scorer import ScoringTask
 
 PRELOADED = [
     "weighted_mtp.training.run.train",
@@ -47,8 +52,10 @@ def score_in_process() -> Callable[..., None]:
 
     The worker loads engines with `load`.
     """
+    from weighted_mtp.scoring.job.scorer import load_scoring_engine
+    from weighted_mtp.scoring.job.worker import ScoringWorker
 
-    def score(task: ScoringTask, shards: list[ShardEntry], *_: object, load: Callable = load_scoring_engine) -> None:
+    def score(task: "ScoringTask", shards: list[ShardEntry], *_: object, load: Callable = load_scoring_engine) -> None:
         worker = ScoringWorker(pickle.loads(pickle.dumps(task)), load)
         done = find_done(task.output, shards)
         units = [Unit(shard, new_attempt(shard.name)) for shard in shards if shard.name not in done]
@@ -63,11 +70,11 @@ def score_in_process() -> Callable[..., None]:
 
 
 @pytest.fixture
-def score_here(score_in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[ScoringTask]:
+def score_here(score_in_process: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> "list[ScoringTask]":
     """Run the worker of `wmtp score` in this process; returns the list of its tasks."""
     tasks: list[ScoringTask] = []
 
-    def score(task: ScoringTask, *rest: object) -> None:
+    def score(task: "ScoringTask", *rest: object) -> None:
         tasks.append(task)
         score_in_process(task, *rest)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import (
@@ -30,6 +29,8 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
 
     Columns named `loss_...` originate from a model, all others from the contrast `loss_base - loss_reference`.
     """
+
+    from transformers import AutoTokenizer
 
     def make(
         sequences: list[list[int]],

@@ -19,6 +19,8 @@ from weighted_mtp.training.rows import Rows
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.trainer import TrainingLoop
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("normalization", ["tokens", "weight_sum"])
 def test_micro_batches_do_not_change_the_result(normalization: str, config: Callable[..., TrainConfig]) -> None:

@@ -34,7 +34,7 @@ def checkpoint_activations(model: MTPModel) -> None:
     try:
         model.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     except ValueError as error:
-        raise UserError(f"{error}; train it without --activation_checkpointing") from error
+        raise UserError(f"{str(error).rstrip('.')}; train it without --activation_checkpointing") from error
     first = trunk_layers(model)[0]
     for layer in all_layers(model):
         layer.gradient_checkpointing = True

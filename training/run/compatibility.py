@@ -10,7 +10,7 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
-from weighted_mtp.schemas.storage.locations import Location, local_name, locate
+from weighted_mtp.schemas.storage.locations import Location, is_missing_directory, local_name, locate
 from weighted_mtp.training.model.mtp_model import MTPModel
 
 
@@ -45,7 +45,7 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
     is_directory = Path(source).is_dir()
     if is_directory and not any(Path(source).glob("tokenizer*.json")):
         return
-    if not is_directory and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+    if is_missing_directory(source):
         raise UserError(f"--model {model}: no such directory; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -140,7 +140,11 @@ class CorpusResolver:
         other_process = int(os.environ.get("RANK", "0")) > 0
         described = f"reading {', '.join(names)}"
         with ProgressBar(
-            total=self.shards.first.manifest.tokens, unit="tok", unit_scale=True, desc=described, disable=other_process
+            total=self.shards.first.manifest.tokens,
+            unit="tokens",
+            unit_scale=True,
+            desc=described,
+            disable=other_process,
         ) as bar:
             for number, shard in enumerate(shards):
                 for row_group in range(shard.row_groups):

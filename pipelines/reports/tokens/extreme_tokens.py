@@ -37,7 +37,7 @@ def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredT
     highest: list[ScoredToken] = []
     lowest: list[ScoredToken] = []
     total = shard_set.manifest.tokens
-    with ProgressBar(total=total, unit="tok", unit_scale=True, desc=column, leave=False) as progress:
+    with ProgressBar(total=total, unit="tokens", unit_scale=True, desc=column, leave=False) as progress:
         for number, shard in enumerate(shard_set.manifest.shards):
             for group in range(shard.row_groups):
                 table = shard_set.read(number, ["document_id", "start", "input_ids", column], group)

@@ -18,7 +18,7 @@ TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
         (["scor"], "wmtp: error: unknown command 'scor'; choose from"),
         (["score", "--input", "a"], "wmtp score: error: --output missing; see 'wmtp score --help'"),
         (["inspect"], "wmtp inspect: error: SET missing"),
-        ([*SCORE, "--short_contex", "5"], "--short_contex 5 (did you mean --short_context?)"),
+        ([*SCORE, "--short_contex", "5"], "--short_contex (did you mean --short_context"),
         ([*SCORE, "--short"], "unknown argument --short"),
         ([*SCORE, "--short_context", "1"], "--short_context: should be greater than or equal to 2, not '1'"),
         ([*SCORE[:5], "--entropy"], "--reference missing; give a scoring model there or in --conditions, or"),
@@ -52,7 +52,7 @@ TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
         (["weights", "a,"], "SET: should have a path on both sides of every comma;"),
         (["weights"], "wmtp weights: error: SET missing"),
         ([*TRAIN, "--weights.fraction", "1.5"], "--weights.fraction: should be less than or equal to 1, not '1.5'"),
-        ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction?"),
+        ([*TRAIN, "--weights.fracton", "1"], "did you mean --weights.fraction"),
         ([*TRAIN, "--heads.offsets", "[2]"], "--heads.offsets must start with 1"),
         ([*TRAIN, "--heads.offsets", "[1,0]"], "--heads.offsets: should be greater than 0"),
         ([*TRAIN, "--input", "a,"], "--input: should have a path on both sides of every comma;"),
@@ -64,7 +64,19 @@ TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
         ([*ITERATE, "--score.short_contex", "5"], "--score.short_contex: no such setting; see 'wmtp score --help'"),
         ([*ITERATE, "--train.weights.preset", "rho2"], "--train.weights.preset: should be 'uniform', 'rho1'"),
         ([*ITERATE, "--train.ray_address", "x"], "--train: --ray_address needs --ray_workers"),
-        (["score", "--config", "nowhere.yaml"], "--config: File does not exist"),
+        (["score", "--config", "nowhere.yaml"], "error: --config nowhere.yaml: file does not exist; check the path"),
+        ([*TRAIN, "--save_every", "3"], "unknown argument --save_every (did you mean --eval_every"),
+        ([*TRAIN, "--save_every=3"], "unknown argument --save_every (did you mean"),
+        (
+            [*TRAIN, "--weights.formula", "a < b < c"],
+            "'a < b < c': a comparison has two sides; write (0 < x) * (x < 1)",
+        ),
+        (
+            [*TRAIN, "--weights.formula", "a if b else c"],
+            "--weights.formula: 'a if b else c' is not part of the language, which",
+        ),
+        ([*TRAIN, "--weights.formula", "2 * (a if b else c)"], "'a if b else c' is not part of the language, which"),
+        ([*TRAIN, "--weights.formula", "kept(a)"], "no function kept(); choose from abs, clip"),
     ],
 )
 def test_wrong_usage_ends_in_one_line(
@@ -79,12 +91,13 @@ def test_wrong_usage_ends_in_one_line(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("inputt: a\n", "--config: unknown setting 'inputt' (did you mean --input?)"),
-        ("input: [\n", "--config: not valid YAML"),
-        ("input: \ud800\n", "--config: not valid YAML (UnicodeDecodeError); correct the file"),
-        ("input: " + "[" * 5000 + "]" * 5000, "--config: not valid YAML (RecursionError); correct the file"),
-        ("- input\n", "--config: not a mapping of settings to values; correct the file"),
-        ("short_context: -1\n", "--short_context: should be greater than or equal to 2, not '-1'"),
+        ("inputt: a\n", "run.yaml: unknown setting 'inputt' (did you mean --input?)"),
+        ("input: a\noutput: [\n", "run.yaml: not valid YAML (line 3: "),
+        ("input: \ud800\n", "run.yaml: not valid YAML (UnicodeDecodeError); correct the file"),
+        ("input: " + "[" * 5000 + "]" * 5000, "run.yaml: not valid YAML (RecursionError); correct the file"),
+        ("- input\n", "run.yaml: holds no settings, such as 'seed: 1'; correct the file"),
+        ("", "run.yaml: holds no settings, such as 'seed: 1'; correct the file"),
+        ("short_context: -1\n", "run.yaml: short_context: should be greater than or equal to 2, not '-1'"),
     ],
 )
 def test_a_wrong_file_ends_in_one_line(

@@ -46,8 +46,7 @@ def test_the_summary_of_a_run(scored: ShardSet, capsys: pytest.CaptureFixture[st
     (row,) = [line for line in table if "excess_loss" in line]
     assert row.replace("│", " ").split()[1:3] == ["2.000", "0.816"], "mean and deviation of 1, 2 and 3"
     assert facts == (
-        "5 tokens in 2 shards; scored 3,000 in 1.5 s (2,000 tokens/s); 1 shards were already done; "
-        "2 incidents, see above"
+        "5 tokens in 2 shards; scored 3,000 in 1.5 s (2,000 tokens/s); shards already done: 1; incidents: 2, see above"
     )
     assert following == (
         f"next: wmtp train --input {scored.path} --model MODEL --output RUN --weights.preset rho1-static"

@@ -10,7 +10,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json
 from weighted_mtp.schemas.shard_set.manifest import Condition, Timings, read_manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import MANIFEST
+from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 4, 4]]
@@ -57,7 +57,10 @@ def test_an_invalid_manifest_is_refused(scored: ShardSet, text: str) -> None:
 def test_a_directory_without_a_shard_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such shard set"):
         ShardSet.open(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"not a finished shard set \(manifest\.json is missing\)"):
+    with pytest.raises(UserError, match=r"not a shard set \(manifest\.json is missing\); check the path"):
+        ShardSet.open(tmp_path)
+    (tmp_path / PROGRESS).mkdir()
+    with pytest.raises(UserError, match=r"not a finished shard set \(manifest\.json is missing\); rerun"):
         ShardSet.open(tmp_path)
 
 

@@ -228,7 +228,7 @@ def test_a_set_in_a_store_is_the_set_on_disk(make_shard_set: Callable[..., Shard
     with pytest.raises(UserError, match=f"{first.name}: shard is missing"):
         ShardSet.open(opened.path)
     (opened.path / MANIFEST).unlink()
-    with pytest.raises(UserError, match="not a finished shard set"):
+    with pytest.raises(UserError, match="not a shard set"):
         ShardSet.open(opened.path)
     with pytest.raises(UserError, match="no such shard set"):
         ShardSet.open(s3 / "nowhere")

@@ -252,7 +252,7 @@ def test_contrasts_alone_need_neither_models_nor_ray(make_shard_set, tmp_path, m
             run(config)
     more = run(config)
     printed = capsys.readouterr()
-    assert "1 shards were already done" in printed.out
+    assert "shards already done: 1" in printed.out
     assert list(more.manifest.columns) == ["loss_a", "loss_b", *contrasts]
     gap = column(held, "loss_a") - column(held, "loss_b")
     for name, expected in {"gap": gap, "back": -gap, "twice": 2 * gap}.items():

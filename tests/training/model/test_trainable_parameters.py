@@ -17,6 +17,8 @@ from weighted_mtp.training.model.mtp_model import build_model, load_model
 from weighted_mtp.training.model.trainable_parameters import add_adapters, freeze_trunk
 from weighted_mtp.training.run.train import train
 
+pytestmark = pytest.mark.integration
+
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70]
 IDS = torch.arange(24)[None] * 7 % 256
 

@@ -17,6 +17,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.run import directory as run_module
 from weighted_mtp.training.run.train import train
 
+pytestmark = pytest.mark.integration
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 

@@ -19,6 +19,8 @@ from weighted_mtp.training.model.mtp_model import MTPModel, build_model
 from weighted_mtp.training.run.train import train
 from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 
+pytestmark = pytest.mark.integration
+
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]])
 IDS = torch.arange(24).reshape(2, 12) * 11 % 256
 

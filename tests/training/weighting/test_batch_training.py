@@ -14,6 +14,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.training.run.train import train
 
+pytestmark = pytest.mark.integration
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80]
 
 

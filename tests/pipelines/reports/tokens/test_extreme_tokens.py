@@ -4,25 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
+from text_sets import TEXTS, scores_of
 from transformers import AutoTokenizer
 
 from weighted_mtp.pipelines.reports.tokens.extreme_tokens import extremes, split_text
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 MakeShardSet = Callable[..., ShardSet]
-TEXTS = ["first\nline", "second one", "third"]
-
-
-@pytest.fixture
-def sequences(tokenizer_dir: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return [tokenizer(text)["input_ids"] for text in TEXTS]
-
-
-def scores_of(sequences: list[list[int]], seed: int = 0) -> list[list[float]]:
-    rng = np.random.default_rng(seed)
-    return [[np.nan, *rng.normal(size=len(ids) - 1)] for ids in sequences]
 
 
 def test_extremes_are_those_of_all_tokens_sorted(make_shard_set: MakeShardSet, sequences: list[list[int]]) -> None:
