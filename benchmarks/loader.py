@@ -38,7 +38,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
-from weighted_mtp.schemas.storage.files import TOKENIZER
+from weighted_mtp.schemas.storage.files import DATA, TOKENIZER
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.data.packing import split_long
 from weighted_mtp.training.rows import Rows
@@ -110,7 +110,7 @@ def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> Shard
             scores[np.cumsum(lengths) - lengths] = np.nan
             counts[name].add(scores)
             columns[name] = list_column(scores, lengths)
-        entries.append(write_shard(path / shard_name(number, len(parts)), pa.table(columns)))
+        entries.append(write_shard(path / DATA / shard_name(number, len(parts)), pa.table(columns)))
     contrast = Contrast(minuend="loss_base", subtrahend="loss_reference")
     manifest = Manifest(
         corpus=CorpusInfo(
@@ -156,7 +156,7 @@ def read_loader(shards: ShardSet, preset: str) -> int:
 
 def read_datasets(shards: ShardSet, form: str | None) -> int:
     """Read all sequences of the set one by one, in a format of `datasets`."""
-    files = [str(shards.path / shard.name) for shard in shards.manifest.shards]
+    files = [str(shards.path / DATA / shard.name) for shard in shards.manifest.shards]
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["input_ids", COLUMN])
     return sum(len(row["input_ids"]) for row in (rows.with_format(form) if form else rows))
 
@@ -165,7 +165,7 @@ def read_pyarrow(shards: ShardSet) -> int:
     """Read all row groups of the set as Arrow tables."""
     tokens = 0
     for shard in shards.manifest.shards:
-        with pq.ParquetFile(shards.path / shard.name) as file:
+        with pq.ParquetFile(shards.path / DATA / shard.name) as file:
             for group in range(file.num_row_groups):
                 tokens += len(file.read_row_group(group, ["input_ids", COLUMN])["input_ids"].combine_chunks().flatten())
     return tokens

@@ -36,11 +36,12 @@ from weighted_mtp.pipelines import list as catalogue
 from weighted_mtp.schemas.configs import ListConfig, WeightsConfig
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, TokenizerInfo, read_manifest, write_manifest
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set, verify
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
+from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.claims import claim_output
-from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files
+from weighted_mtp.schemas.storage.files import DATA, TOKENIZER, copy_files
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
@@ -131,12 +132,13 @@ def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
         "input_ids": list_column(ids.astype(np.int32), lengths),
     }
     (path / TOKENIZER).mkdir(parents=True)
+    (path / DATA).mkdir()
     (path / TOKENIZER / "tokenizer.json").write_text("{}")
     names = [shard_name(index, units) for index in range(units)]
-    entry = write_shard(path / names[0], pa.table(columns))
-    content = (path / names[0]).read_bytes()
+    entry = write_shard(path / DATA / names[0], pa.table(columns))
+    content = (path / DATA / names[0]).read_bytes()
     for name in names[1:]:
-        (path / name).write_bytes(content)
+        (path / DATA / name).write_bytes(content)
     corpus = {"input": "corpus", "text_field": "text", "max_length": length, "adds_bos": False, "adds_eos": False}
     ids_of_tokenizer = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
     digest = directory_digest(path / TOKENIZER)
@@ -171,7 +173,7 @@ class Run:
             models.append(ScoringModel(name, directory, name, None))
         self.plan = plan_columns(models[0], models[1] if models[1:] else None, None)
         engine = EngineConfig("transformers", None, "float32", 8192, self.source.manifest.longest, 1)
-        self.task = ScoringTask(self.source.path, self.output, self.plan, engine, None)
+        self.task = ScoringTask(self.source.reader, self.output, self.plan, engine, None)
         self.origins = {**describe_conditions(self.plan, engine), **self.plan.contrasts}
         self.request = describe_request(self.source, self.origins)
         self.output.mkdir()

@@ -24,7 +24,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weighted_mtp.data.python_library import documentation, sources
-from weighted_mtp.schemas.shard_set.rounding import round_contrast
+from weighted_mtp.schemas.shard_set.rounding import round_nats
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import TOKEN_FIELDS, flat_values, list_column, list_lengths, write_shard
 
@@ -83,7 +83,7 @@ def computed_table(tokens: int) -> pa.Table:
         pa.array(np.zeros(len(scored), np.int64)),
         list_column(scored.ravel(), lengths),
         list_column(final, lengths),
-        list_column(round_contrast(halfway - final), lengths),
+        list_column(round_nats(halfway - final), lengths),
     ]
     return pa.table(columns, names=[*(field.name for field in TOKEN_FIELDS), "loss_reference", "excess_loss"])
 

@@ -53,7 +53,7 @@ from weighted_mtp.schemas.shard_set.shard_set import finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
-from weighted_mtp.schemas.storage.files import TOKENIZER
+from weighted_mtp.schemas.storage.files import DATA, TOKENIZER
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.loss.shifted_targets import select_targets
 from weighted_mtp.training.model.decoder_layers import compile_layers
@@ -211,7 +211,7 @@ def write_shards(job: Job) -> None:
         "input_ids": list_column(rng.integers(0, vocabulary, lengths.sum()).astype(np.int32), lengths),
     }
     path = job.directory / "set"
-    shard = write_shard(path / shard_name(0, 1), pa.table(tokens | columns))
+    shard = write_shard(path / DATA / shard_name(0, 1), pa.table(tokens | columns))
     origin = Contrast(minuend="loss_base", subtrahend="loss_reference")
     manifest = Manifest(
         corpus=CorpusInfo(

@@ -5,7 +5,7 @@ from weighted_mtp.schemas.configs import VerifyConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import read_manifest
-from weighted_mtp.schemas.shard_set.shard_set import verify
+from weighted_mtp.schemas.shard_set.verification import verify
 
 
 def run(config: VerifyConfig) -> None:

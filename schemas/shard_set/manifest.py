@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from weighted_mtp.schemas.errors import UserError, first_line
@@ -15,9 +15,22 @@ from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 Quantity = Literal["loss", "entropy", "gradient"]
 SequenceKind = Literal["number", "label"]
+TOKEN_COLUMNS = ("document_id", "start", "input_ids")
+"""Columns of every shard, which come first."""
+ROW_GROUP_TOKENS = 1 << 18
+"""A row group ends as soon as it holds this many tokens."""
+MAX_LENGTH = 1 << 24
+"""Most tokens of a sequence."""
+GROUP_BYTES = 64
+"""Fewest bytes of a row group in the footer of its file."""
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)]
+"""A name without separators: shards lie directly in `data/`."""
+ColumnName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=255)]
 PROMPT_SHOWN = 40
 """Most characters of a prompt shown in the description of a condition."""
 
@@ -25,7 +38,7 @@ PROMPT_SHOWN = 40
 class ManifestRecord(BaseModel):
     """Base of all records in the manifest: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ShortContext(ManifestRecord):
@@ -104,7 +117,7 @@ def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
 
 
 class ScoreColumn(ManifestRecord):
-    """A float16 score column: its origin and the statistics of its values."""
+    """A score column: its origin and the statistics of its values."""
 
     origin: Condition | Contrast
     statistics: ColumnStatistics
@@ -115,10 +128,10 @@ class TokenizerInfo(ManifestRecord):
 
     name: str
     fingerprint: str
-    files_sha256: str
-    vocab_size: int
-    bos_token_id: int | None
-    eos_token_id: int | None
+    files_sha256: Sha256
+    vocab_size: Annotated[int, Field(gt=0, lt=1 << 31)]
+    bos_token_id: Count | None
+    eos_token_id: Count | None
 
     def matches(self, tokenizer: Any) -> bool:
         """Whether a loaded Hugging Face tokenizer maps text to the same ids."""
@@ -133,12 +146,12 @@ class CorpusInfo(ManifestRecord):
 
     input: str
     text_field: str
-    max_length: int
+    max_length: Annotated[int, Field(gt=0, le=MAX_LENGTH)]
     adds_bos: bool
     adds_eos: bool
-    documents: int
-    rejects: int
-    sequence_columns: dict[str, SequenceKind] = {}
+    documents: Count
+    rejects: Count
+    sequence_columns: dict[ColumnName, SequenceKind] = {}
 
     def describe_columns(self) -> str:
         """The sequence columns and their kinds in one line."""
@@ -150,16 +163,28 @@ class ShardEntry:
     """One Parquet file of the set. A slotted dataclass because a set may have 100,000 of them.
 
     `longest` is the length of its longest sequence in tokens; `rejects` counts sequences that could not be scored.
+    The footer contains a digest of the bytes before it, so `footer_sha256` identifies the file without reading it all.
     """
 
-    name: str
-    rows: int
-    tokens: int
-    longest: int
-    row_groups: int
-    bytes: int
-    sha256: str
-    rejects: int = 0
+    name: FileName
+    rows: Count
+    tokens: Count
+    longest: Annotated[int, Field(ge=0, le=MAX_LENGTH)]
+    row_groups: Count
+    bytes: Count
+    sha256: Sha256
+    footer_sha256: Sha256
+    rejects: Count = 0
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a file of `bytes` bytes can hold rows, tokens and row groups in these numbers."""
+        return (
+            self.row_groups * GROUP_BYTES <= self.bytes
+            and self.row_groups <= self.rows <= self.tokens <= self.rows * self.longest
+            and self.longest <= self.tokens <= self.row_groups * (ROW_GROUP_TOKENS + self.longest)
+            and self.rejects <= self.rows
+        )
 
 
 SHARD_ENTRY = TypeAdapter(ShardEntry)
@@ -183,16 +208,35 @@ class Manifest(ManifestRecord):
     recognise a repeated command. `derived_from` is the digest of the set that was scored.
     """
 
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     created_by: str = f"weighted-mtp {version('weighted-mtp')}"
     corpus: CorpusInfo
     tokenizer: TokenizerInfo
-    columns: dict[str, ScoreColumn] = {}
+    columns: dict[ColumnName, ScoreColumn] = {}
     shards: list[ShardEntry]
-    statistics_sha256: str | None = None
+    statistics_sha256: Sha256 | None = None
     derived_from: str | None = None
     timings: Timings | None = None
     request: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        names = {shard.name for shard in self.shards}
+        if len(names) < len(self.shards):
+            raise ValueError("a shard is listed twice")
+        for shard in self.shards:
+            if not shard.is_possible or shard.longest > self.corpus.max_length:
+                raise ValueError(f"the numbers of {shard.name} are impossible")
+        columns = [*TOKEN_COLUMNS, *self.corpus.sequence_columns, *self.columns]
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have the same name")
+        for name, column in self.columns.items():
+            if column.statistics.count + column.statistics.missing != self.tokens:
+                raise ValueError(f"the statistics of '{name}' do not count every token")
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        if any(token is not None and token >= self.tokenizer.vocab_size for token in special):
+            raise ValueError("bos_token_id or eos_token_id is outside the vocabulary")
+        return self
 
     @property
     def digest(self) -> str:
@@ -273,10 +317,14 @@ def read_manifest(directory: Location) -> Manifest:
             raise ValueError("not a JSON object")
         digest = content.pop("digest", None)
         found = content.get("format_version")
+        if found == 3:
+            raise UserError(f"{path}: has format version 3; convert it with 'wmtp upgrade {directory} --output NEW'")
         if found != FORMAT_VERSION:
             raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
         manifest = Manifest.model_validate(content)
-    except ValueError as error:
+        if manifest.columns and manifest.statistics_sha256 is None:
+            raise ValueError("it has columns but no statistics")
+    except (ValueError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
     if digest != manifest.digest:

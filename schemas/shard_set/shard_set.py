@@ -1,30 +1,34 @@
-"""Opening, verifying and finishing shard sets."""
+"""Opening and finishing shard sets."""
 
 import json
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.card import describe_set
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Manifest, read_manifest, write_manifest
-from weighted_mtp.schemas.shard_set.shards import read_footer, read_shard, shard_schema
-from weighted_mtp.schemas.shard_set.value_counts import ValueCounts, from_table, to_table
+from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, ShardReader, shard_schema
+from weighted_mtp.schemas.shard_set.value_counts import TABLE_SCHEMA, ValueCounts, from_table, to_table
 from weighted_mtp.schemas.storage.claims import release_output
 from weighted_mtp.schemas.storage.files import (
+    DATA,
     MANIFEST,
     TOKENIZER,
     atomic_write,
     differences,
     fsync_tree,
     sha256_file,
+    write_text,
 )
 from weighted_mtp.schemas.storage.locations import Location, list_files, locate
 
-STATISTICS = "statistics.parquet"
+CARD = "README.md"
+STATISTICS = "statistics.arrow"
 REJECTS = "rejects.jsonl"
 SAMPLED_FOOTERS = 256
 """Most footers read to measure column sizes, from evenly spaced shards. Each costs requests to an object store."""
@@ -42,22 +46,23 @@ class ShardSet:
         """Open a shard set. Checks the manifest, the tokenizer, and the size of every shard.
 
         Raises:
-            UserError: not a finished shard set, an edited manifest, another tokenizer, a missing or truncated shard.
+            UserError: not a finished shard set, an edited manifest, another tokenizer, a missing or truncated shard, or
+                a link out of the set.
         """
         path = locate(path)
         manifest = read_manifest(path)
-        sizes = list_files(path)
+        sizes = list_files(path / DATA)
         for shard in manifest.shards:
+            file = path / DATA / shard.name
             size = sizes.get(shard.name)
             if size is None:
-                raise UserError(f"{path / shard.name}: shard is missing; restore it or rewrite the set")
+                raise UserError(f"{file}: shard is missing; {RESTORE}")
             if size != shard.bytes:
                 raise UserError(
-                    f"{path / shard.name}: shard has {size} bytes instead of {shard.bytes} (truncated or replaced); "
-                    "restore it or rewrite the set"
+                    f"{file}: shard has {size} bytes instead of {shard.bytes} (truncated or replaced); {RESTORE}"
                 )
-        if fault := check_tokenizer(path, manifest):
-            raise UserError(f"{fault}; restore it or rewrite the set")
+        if fault := find_link_outside(path) or check_tokenizer(path, manifest):
+            raise UserError(f"{fault}; {RESTORE}")
         return cls(path, manifest)
 
     @property
@@ -65,22 +70,36 @@ class ShardSet:
         """Directory of the corpus's tokenizer."""
         return self.path / TOKENIZER
 
+    @cached_property
+    def reader(self) -> ShardReader:
+        """Reads shards of the set."""
+        schema = shard_schema(tuple(self.manifest.columns), self.manifest.corpus.sequence_columns)
+        return ShardReader(self.path / DATA, schema, self.manifest.tokenizer.vocab_size)
+
+    def file(self, shard: int) -> ShardFile:
+        """The file of a shard, for reading."""
+        return self.reader.file(self.manifest.shards[shard])
+
     def read(self, shard: int, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
-        """Read one shard, or one of its row groups, as an Arrow table."""
-        return read_shard(self.path / self.manifest.shards[shard].name, columns, row_group)
+        """Read one shard, or one of its row groups, as an Arrow table.
+
+        Raises:
+            UserError: the shard is missing or damaged, or is not the one in the manifest.
+        """
+        return self.file(shard).read(columns, row_group)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Compressed bytes of each column per token, from the Parquet footers of at most `SAMPLED_FOOTERS` shards."""
-        sizes = dict.fromkeys(manifest_schema(self.manifest).names, 0)
-        shards = self.manifest.shards
-        sample = shards[:: max(1, -(-len(shards) // SAMPLED_FOOTERS))]
+        sizes = dict.fromkeys(self.reader.schema.names, 0)
+        total = len(self.manifest.shards)
+        sample = range(0, total, max(1, -(-total // SAMPLED_FOOTERS)))
         for shard in sample:
-            metadata = read_footer(self.path / shard.name)
+            metadata = self.file(shard).read_footer()
             for group in range(metadata.num_row_groups):
                 for index in range(metadata.num_columns):
                     chunk = metadata.row_group(group).column(index)
                     sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
-        tokens = sum(shard.tokens for shard in sample)
+        tokens = sum(self.manifest.shards[shard].tokens for shard in sample)
         return {name: size / max(1, tokens) for name, size in sizes.items()}
 
     def require_column(self, name: str) -> None:
@@ -90,7 +109,7 @@ class ShardSet:
             raise UserError(f"{self.path}: has no column '{name}' (score columns: {held}); add it with 'wmtp score'")
 
     def value_counts(self) -> dict[str, ValueCounts]:
-        """Exact value counts of every score column, from `statistics.parquet`.
+        """Exact value counts of every score column, from `statistics.arrow`.
 
         Raises:
             UserError: the file is missing, or differs from the one in the manifest.
@@ -98,36 +117,34 @@ class ShardSet:
         if self.manifest.statistics_sha256 is None:
             return {}
         file = self.path / STATISTICS
-        if not file.exists() or sha256_file(file) != self.manifest.statistics_sha256:
-            raise UserError(f"{file}: missing or altered; restore it or rewrite the set")
-        with file.open("rb") as content:
-            return from_table(pq.read_table(content))
+        try:
+            if sha256_file(file) != self.manifest.statistics_sha256:
+                raise UserError(f"{file}: content differs from the manifest; {RESTORE}")
+            with file.open("rb") as content, pa.ipc.open_file(content) as reader:
+                if not reader.schema.equals(TABLE_SCHEMA):
+                    raise ValueError("other columns")
+                counts = from_table(reader.read_all())
+        except FileNotFoundError as error:
+            raise UserError(f"{file}: is missing; {RESTORE}") from error
+        except (pa.ArrowException, LookupError, ValueError) as error:
+            raise UserError(f"{file}: is damaged ({first_line(error)}); {RESTORE}") from error
+        for name, column in self.manifest.columns.items():
+            if name not in counts or counts[name].statistics() != column.statistics:
+                raise UserError(f"{file}: value counts of '{name}' differ from the manifest; {RESTORE}")
+        return counts
 
 
-class FileCheck(NamedTuple):
-    """Result of `verify` for one file: its size in the manifest, and one line about its fault, or None."""
-
-    name: str
-    bytes: int
-    fault: str | None
-
-
-def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
-    """Compare every shard, the tokenizer and the statistics with the manifest, byte by byte; continue after a fault."""
-    schema = manifest_schema(manifest)
-    for shard in manifest.shards:
-        fault = check_content(path / shard.name, shard.sha256)
-        if fault is None and not read_footer(path / shard.name).schema.to_arrow_schema().equals(schema):
-            fault = f"{path / shard.name}: columns differ from the manifest"
-        yield FileCheck(shard.name, shard.bytes, fault)
-    yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest))
-    if manifest.statistics_sha256 is not None:
-        yield FileCheck(STATISTICS, 0, check_content(path / STATISTICS, manifest.statistics_sha256))
-
-
-def manifest_schema(manifest: Manifest) -> pa.Schema:
-    """Arrow schema of the shards of a manifest."""
-    return shard_schema(tuple(manifest.columns), manifest.corpus.sequence_columns)
+def find_link_outside(path: Location) -> str | None:
+    """The fault of a symbolic link in a set that leads out of it; None if there is none."""
+    if not isinstance(path, Path):
+        return None
+    root = path.resolve()
+    for directory in (path, path / DATA, path / TOKENIZER):
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_symlink() and root not in Path(entry.path).resolve().parents:
+                    return f"{entry.path}: is a link out of the shard set"
+    return None
 
 
 def check_tokenizer(path: Location, manifest: Manifest) -> str | None:
@@ -136,22 +153,15 @@ def check_tokenizer(path: Location, manifest: Manifest) -> str | None:
     return None if same else f"{path / TOKENIZER}: missing, or not the tokenizer of the corpus"
 
 
-def check_content(file: Location, sha256: str) -> str | None:
-    """The fault of `file`; None if its SHA-256 matches."""
-    try:
-        return None if sha256_file(file) == sha256 else f"{file}: content differs from the manifest (sha256)"
-    except FileNotFoundError:
-        return f"{file}: missing"
-    except OSError as error:
-        return f"{file}: cannot be read ({error.strerror or first_line(error)})"
-
-
 def finish_shard_set(output: Location, manifest: Manifest, value_counts: dict[str, ValueCounts]) -> ShardSet:
-    """Write statistics and manifest into a directory with complete shards, and release its claim."""
+    """Write statistics, card and manifest into a directory with complete shards, and release its claim."""
     if value_counts:
-        with atomic_write(output / STATISTICS) as file:
-            pq.write_table(to_table(value_counts), file, compression="zstd")
+        table = to_table(value_counts)
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with atomic_write(output / STATISTICS) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+            writer.write_table(table)
         manifest = manifest.model_copy(update={"statistics_sha256": sha256_file(output / STATISTICS)})
+    write_text(output / CARD, describe_set(manifest))
     fsync_tree(output / TOKENIZER)
     write_manifest(output, manifest)
     release_output(output)

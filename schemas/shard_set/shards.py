@@ -1,14 +1,19 @@
 """Reading and writing one Parquet shard: Arrow schema, encoding, row groups.
 
 A row is one sequence: a contiguous span of one document. Sequence columns hold one document-level value per row.
-Score columns are token-aligned lists of float16: entry i belongs to `input_ids[i]`. BYTE_STREAM_SPLIT groups the high
-bytes of all values. They repeat often and compress well with zstd. Dictionaries and statistics would only add bytes.
+Score columns are token-aligned lists: entry i belongs to `input_ids[i]`.
+
+Scores are float16 in memory. Files store them as float32, because many Parquet readers know no float16 or cannot
+compute with it. BYTE_STREAM_SPLIT groups the bytes of equal rank of all values. The high ones repeat often and the low
+ones are mostly 0, so compressed they are only a little larger than float16. Dictionaries and statistics would only add
+bytes.
 """
 
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,12 +23,19 @@ import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.manifest import SequenceKind, ShardEntry
+from weighted_mtp.schemas.shard_set.manifest import ROW_GROUP_TOKENS, SequenceKind, ShardEntry
 from weighted_mtp.schemas.storage.files import atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
-ROW_GROUP_TOKENS = 1 << 18
+RESTORE = "restore it or rewrite the set"
+ZSTD_LEVEL = 1
+"""Levels 3 to 15 give larger files of scores, at half the speed or less (benchmarks/storage.py)."""
+FOOTER_READ = 1 << 16
+"""Bytes at the end of a file to read first; they contain the footer of most shards."""
+CONTENT_DIGEST = b"content_sha256"
+"""Key in the footer for the SHA-256 of all bytes before it."""
 SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
+STORED_SCORE_TYPE = pa.list_(pa.field("element", pa.float32(), nullable=False))
 IDS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
 TOKEN_FIELDS = (
     pa.field("document_id", pa.string(), nullable=False),
@@ -37,9 +49,9 @@ NO_COLUMNS: Mapping[str, SequenceKind] = {}
 def shard_schema(
     score_columns: tuple[str, ...] = (), sequence_columns: Mapping[str, SequenceKind] = NO_COLUMNS
 ) -> pa.Schema:
-    """Arrow schema of a shard: `document_id`, `start`, `input_ids`, then sequence columns, then score columns."""
+    """Arrow schema of a shard file: `document_id`, `start`, `input_ids`, then sequence columns, then score columns."""
     sequence_types = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
-    others = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
+    others = sequence_types | dict.fromkeys(score_columns, STORED_SCORE_TYPE)
     return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in others.items())])
 
 
@@ -119,7 +131,7 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
     """Write one shard atomically, in row groups of about 2**18 tokens, and return its manifest entry.
 
     Args:
-        table: columns as in `shard_schema`, in that order.
+        table: columns as in `shard_schema`, in that order, with scores that are float16 values.
     """
     lengths = list_lengths(table["input_ids"])
     schema = table_schema(table)
@@ -131,6 +143,7 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
             sink,
             schema,
             compression="zstd",
+            compression_level=ZSTD_LEVEL,
             use_dictionary=[name for name in schema.names if name not in ("start", *lists)],
             write_statistics=False,
             use_byte_stream_split=[f"{name}.list.element" for name in lists],
@@ -138,6 +151,8 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
         ) as writer:
             for first, end in row_groups:
                 writer.write_table(table.slice(first, end - first).cast(schema), row_group_size=end - first)
+            writer.add_key_value_metadata({CONTENT_DIGEST: sink.sha256.hexdigest()})
+        footer = footer_bytes(file, sink.size)
     return ShardEntry(
         name=path.name,
         rows=len(lengths),
@@ -146,41 +161,165 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
         row_groups=len(row_groups),
         bytes=sink.size,
         sha256=sink.sha256.hexdigest(),
+        footer_sha256=hashlib.sha256(footer).hexdigest(),
     )
 
 
-def read_shard(path: Location, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
-    """Read a shard, or one of its row groups, with page checksums verified.
+def footer_bytes(file: BinaryIO, size: int) -> bytes:
+    """The footer of an open Parquet file of `size` bytes, with its length and the closing magic number."""
+    file.seek(max(0, size - FOOTER_READ))
+    end = file.read(FOOTER_READ)
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    if not 12 <= length <= size:
+        raise pa.ArrowInvalid("no Parquet footer")
+    if length > len(end):
+        file.seek(size - length)
+        end = file.read(length)
+    return end[-length:]
 
-    Raises:
-        UserError: the file is missing, truncated or damaged.
+
+@dataclass(frozen=True)
+class ShardReader:
+    """What the shards of a set have in common, for reading them.
+
+    Attributes:
+        directory: location of the files.
+        schema: Arrow schema of the files.
+        vocab_size: number of token ids of the tokenizer.
     """
-    with _damage_reported(path), _open(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        return parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
+
+    directory: Location
+    schema: pa.Schema
+    vocab_size: int
+
+    def file(self, entry: ShardEntry) -> "ShardFile":
+        """The shard with this entry in the manifest."""
+        return ShardFile(self, entry)
 
 
-def read_footer(path: Location) -> pq.FileMetaData:
-    """Read the Parquet metadata of a shard.
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard as the manifest describes it, for reading."""
 
-    Raises:
-        UserError: the file is missing, truncated or damaged.
-    """
-    with _damage_reported(path), _open(path) as file:
-        return pq.read_metadata(file)
+    reader: ShardReader
+    entry: ShardEntry
+
+    @property
+    def path(self) -> Location:
+        """Location of the file."""
+        return self.reader.directory / self.entry.name
+
+    def read(self, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+        """Read the shard, or one of its row groups, with scores as float16.
+
+        Compares size, footer and schema with the manifest, verifies page checksums, and checks lengths and token ids.
+
+        Raises:
+            UserError: the file is missing, truncated or damaged, or is not the one in the manifest.
+        """
+        table = self.read_stored(columns, row_group)
+        self.check(table)
+        return with_float16_scores(table)
+
+    def read_stored(self, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+        """Read as `read` does, but leave scores in float32 and the values unchecked.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        with self._damage_reported(), _open(self.path) as file, self._parquet(file) as parquet:
+            return parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
+
+    def read_hashed(self) -> pa.Table:
+        """Read the whole shard after comparing its SHA-256 with the manifest.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        with self._damage_reported():
+            content = self.path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.entry.sha256:
+                raise self._fault("content differs from the manifest")
+            with self._parquet(pa.BufferReader(content)) as parquet:
+                table = parquet.read()
+        self.check(table)
+        return with_float16_scores(table)
+
+    def read_footer(self) -> pq.FileMetaData:
+        """Read and check the Parquet metadata.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        with self._damage_reported(), _open(self.path) as file:
+            return self._footer(file)
+
+    def _parquet(self, file: Any) -> pq.ParquetFile:
+        return pq.ParquetFile(file, metadata=self._footer(file), page_checksum_verification=True)
+
+    def _footer(self, file: Any) -> pq.FileMetaData:
+        size = file.seek(0, io.SEEK_END)
+        if size != self.entry.bytes:
+            raise self._fault(f"shard has {size} bytes instead of {self.entry.bytes} (truncated or replaced)")
+        footer = footer_bytes(file, size)
+        if hashlib.sha256(footer).hexdigest() != self.entry.footer_sha256:
+            raise self._fault("content differs from the manifest")
+        metadata = pq.read_metadata(pa.BufferReader(footer))
+        if not metadata.schema.to_arrow_schema().equals(self.reader.schema):
+            raise self._fault("columns differ from the manifest")
+        ids = self.reader.schema.get_field_index("input_ids")
+        groups = range(metadata.num_row_groups)
+        tokens = sum(metadata.row_group(group).column(ids).num_values for group in groups)
+        if (metadata.num_rows, len(groups), tokens) != (self.entry.rows, self.entry.row_groups, self.entry.tokens):
+            raise self._fault("the numbers of rows, row groups and tokens differ from the manifest")
+        return metadata
+
+    def check(self, table: pa.Table) -> None:
+        """Check lengths, token ids and numbers of a table read from this file, which may lack columns.
+
+        Raises:
+            UserError: a list is not as long as `input_ids`, too long or empty, or a value is out of range.
+        """
+        if not table.num_rows:
+            return
+        lengths = list_lengths(table["input_ids"]) if "input_ids" in table.schema.names else None
+        if lengths is not None:
+            ids = flat_values(table["input_ids"])
+            if not 1 <= lengths.min() <= lengths.max() <= self.entry.longest:
+                raise self._fault("has a sequence of a length that the manifest excludes")
+            if not 0 <= ids.min() <= ids.max() < self.reader.vocab_size:
+                raise self._fault(f"has a token id outside the vocabulary of {self.reader.vocab_size:,}")
+        for field in table.schema:
+            if pa.types.is_list(field.type):
+                if lengths is not None and not np.array_equal(list_lengths(table[field.name]), lengths):
+                    raise self._fault(f"'{field.name}' is not as long as input_ids in every row")
+            elif pa.types.is_float32(field.type) and not np.isfinite(table[field.name].to_numpy()).all():
+                raise self._fault(f"'{field.name}' is not finite in every row")
+        if "start" in table.schema.names and table["start"].to_numpy().min() < 0:
+            raise self._fault("'start' is negative in a row")
+
+    def _fault(self, what: str) -> UserError:
+        return UserError(f"{self.path}: {what}; {RESTORE}")
+
+    @contextmanager
+    def _damage_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path}: shard is missing; {RESTORE}") from error
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, PermissionError) or error.__cause__:  # an error of the store: the shard may be intact
+                raise
+            raise UserError(f"{self.path}: shard is damaged ({first_line(error)}); {RESTORE}") from error
+
+
+def with_float16_scores(table: pa.Table) -> pa.Table:
+    """A table as stored, with its score columns cast to float16, which loses nothing."""
+    return table.cast(
+        pa.schema([field.with_type(SCORE_TYPE) if field.type == STORED_SCORE_TYPE else field for field in table.schema])
+    )
 
 
 def _open(path: Location) -> Any:
     # Arrow requests exact ranges; reading ahead would fetch much more from a store.
     return pa.OSFile(str(path)) if isinstance(path, Path) else path.open("rb", cache_type="none")
-
-
-@contextmanager
-def _damage_reported(path: Location) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: shard is missing; restore it or rewrite the set") from error
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, PermissionError) or error.__cause__:  # an error of the store: the shard may be intact
-            raise
-        raise UserError(f"{path}: shard is damaged ({first_line(error)}); restore it or rewrite the set") from error

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 1.0)
 ADDED_AT_ONCE = 1 << 20
 """Values counted at once. Counting takes several times the memory of the values."""
-TABLE_SCHEMA = pa.schema({"column": pa.string(), "value": pa.float16(), "count": pa.int64()})
+TABLE_SCHEMA = pa.schema({"column": pa.string(), "value": pa.float32(), "count": pa.int64()})
 
 
 class ColumnStatistics(BaseModel):
@@ -78,20 +78,30 @@ def to_table(columns: dict[str, ValueCounts]) -> pa.Table:
     tables = []
     for name, column in columns.items():
         bits = np.flatnonzero(column.counts).astype(np.uint16)
-        arrays = [pa.array([name] * len(bits), pa.string()), pa.array(bits.view(np.float16))]
+        values = bits.view(np.float16).astype(np.float32)
+        arrays = [pa.array([name] * len(bits), pa.string()), pa.array(values)]
         tables.append(pa.table([*arrays, pa.array(column.counts[bits])], schema=TABLE_SCHEMA))
     return pa.concat_tables(tables) if tables else TABLE_SCHEMA.empty_table()
 
 
 def from_table(table: pa.Table) -> dict[str, ValueCounts]:
-    """Inverse of `to_table`."""
+    """Inverse of `to_table`.
+
+    Raises:
+        ValueError: a count is not positive, or a value is no float16 or counted twice.
+    """
     columns: dict[str, ValueCounts] = {}
     names = table["column"].combine_chunks().dictionary_encode()
     indices = names.indices.to_numpy()
-    bits = table["value"].to_numpy().view(np.uint16)
-    counts = table["count"].to_numpy()
+    values = table["value"].to_numpy()
+    float16 = values.astype(np.float16)
+    bits, counts = float16.view(np.uint16), table["count"].to_numpy()
+    if (counts <= 0).any() or not np.array_equal(float16.astype(np.float32), values, equal_nan=True):
+        raise ValueError("impossible value counts")
     for index, name in enumerate(names.dictionary.to_pylist()):
         of_column = indices == index
         columns[name] = ValueCounts()
         columns[name].counts[bits[of_column]] = counts[of_column]
+        if np.count_nonzero(columns[name].counts) != np.count_nonzero(of_column):
+            raise ValueError("a value is counted twice")
     return columns

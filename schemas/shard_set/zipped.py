@@ -97,7 +97,7 @@ class ZippedSets:
 
     def files(self, shard: int, columns: Iterable[str]) -> list[Location]:
         """Files that `read` opens for shard `shard` and these columns."""
-        return [shards.path / shards.manifest.shards[shard].name for shards, _ in self._holders(columns)]
+        return [shards.file(shard).path for shards, _ in self._holders(columns)]
 
     def read(self, shard: int, columns: Sequence[str], row_group: int) -> pa.Table:
         """Read `input_ids` and these columns of one row group.
@@ -114,7 +114,7 @@ class ZippedSets:
                 table = part
                 continue
             if not part["input_ids"].equals(table["input_ids"]):
-                first, other = (s.path / s.manifest.shards[shard].name for s in (self.first, holder))
+                first, other = (shards.file(shard).path for shards in (self.first, holder))
                 raise UserError(f"{other}: input_ids differ from {first} (row group {row_group}); {REMEDY}")
             for name in held:
                 table = table.append_column(name, part[name])

@@ -18,6 +18,9 @@ from weighted_mtp.schemas.storage.locations import Location, list_files
 MANIFEST = "manifest.json"
 """The file that makes a directory a shard set."""
 
+DATA = "data"
+"""Directory of the shards inside a shard set."""
+
 TOKENIZER = "tokenizer"
 """Directory of the corpus's tokenizer inside a shard set."""
 
@@ -30,14 +33,14 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_write(path: Location) -> Iterator[BinaryIO]:
-    """Yield a binary file that is stored as `path` only if the block succeeds.
+    """Yield a binary file, for writing and reading, that is stored as `path` only if the block succeeds.
 
     On a disk the data is fsynced before the rename, and the directory after it, so a crash leaves the old file or the
     new one. An object store receives the finished file in one upload, which is atomic.
     """
     try:
         if not isinstance(path, Path):
-            with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, path.name), "wb") as file:
+            with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, path.name), "w+b") as file:
                 yield file
                 file.flush()
                 path.fs.put_file(file.name, path.path)
@@ -45,7 +48,7 @@ def atomic_write(path: Location) -> Iterator[BinaryIO]:
         # Process ids are not unique across machines that share a disk.
         temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -54,6 +54,12 @@ class ScoringPlan:
         return (*self.measurements, *self.contrasts)
 
     @property
+    def in_nats(self) -> set[str]:
+        """Names of the new columns in nats: losses, entropies and contrasts."""
+        measured = {name for name, measurement in self.measurements.items() if measurement.quantity != "gradient"}
+        return measured | self.contrasts.keys()
+
+    @property
     def quantities(self) -> set[Quantity]:
         """Quantities to compute, over all conditions."""
         return {measurement.quantity for measurement in self.measurements.values()}

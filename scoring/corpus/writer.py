@@ -11,7 +11,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS
 from weighted_mtp.schemas.shard_set.shards import list_lengths, shard_name, write_shard
-from weighted_mtp.schemas.storage.files import PROGRESS, atomic_write, move
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS, atomic_write, move
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.corpus.documents import RejectedDocument
 from weighted_mtp.scoring.corpus.tokenization import EncodedBatch
@@ -49,9 +49,10 @@ class ShardWriter:
         if self.held:
             self._write()
         total = len(self.entries)
+        (self.output / DATA).mkdir()
         for index, entry in enumerate(self.entries):
             final = shard_name(index, total)
-            move(self.output / PROGRESS / entry.name, self.output / final)
+            move(self.output / PROGRESS / entry.name, self.output / DATA / final)
             self.entries[index] = replace(entry, name=final)
         return self.entries
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
-from weighted_mtp.schemas.shard_set.shards import read_shard
 from weighted_mtp.scoring.job.report import Progress
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_scoring_engine, write_unit
 from weighted_mtp.scoring.job.units import commit, new_attempt
@@ -23,7 +22,7 @@ def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
     yield progress
     for shard in units:
         started = time.monotonic()
-        table = read_shard(task.source / shard.name)
+        table = task.source.file(shard).read_hashed()
         read_seconds = time.monotonic() - started
         attempt = new_attempt(shard.name)
         write_unit(task, attempt, scorer.score(shard.name, table), read_seconds)

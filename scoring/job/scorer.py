@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
-from weighted_mtp.schemas.shard_set.rounding import round_contrast
-from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths
+from weighted_mtp.schemas.shard_set.rounding import round_nats
+from weighted_mtp.schemas.shard_set.shards import ShardReader, flat_values, list_column, list_lengths
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, ScoringPlan
@@ -37,7 +37,7 @@ PROBE_REQUEST = Request(np.array([0, 1], dtype=np.int32))
 class ScoringTask:
     """Everything a worker needs to score any shard of a set; both locations are absolute."""
 
-    source: Location
+    source: ShardReader
     output: Location
     plan: ScoringPlan
     engine: EngineConfig
@@ -155,8 +155,9 @@ class ShardScorer:
             )
             scores[name] = minuend - subtrahend
         for name in self.task.plan.columns:
-            rounded = round_contrast(scores[name]) if name in self.task.plan.contrasts else scores[name]
-            table = table.append_column(name, list_column(rounded.astype(np.float16), lengths))
+            in_nats = name in self.task.plan.in_nats
+            rounded = round_nats(scores[name]) if in_nats else scores[name].astype(np.float16)
+            table = table.append_column(name, list_column(rounded, lengths))
         return ScoredShard(table, rejects, time.monotonic() - started)
 
     def _score_model(

@@ -7,7 +7,7 @@ All errors in settings, input and models are detected here, before an engine sta
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
@@ -71,8 +71,9 @@ class ScoringSetup:
     @property
     def task(self) -> ScoringTask:
         """The part of the setup that workers need."""
+        reader = self.source.reader
         return ScoringTask(
-            source=resolve(self.source.path),
+            source=replace(reader, directory=resolve(reader.directory)),
             output=resolve(self.output),
             plan=self.plan,
             engine=self.engine,

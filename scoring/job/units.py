@@ -18,7 +18,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ManifestRecord, ShardEntry, Timings
 from weighted_mtp.schemas.shard_set.shards import flat_values, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts, from_table, to_table
-from weighted_mtp.schemas.storage.files import PROGRESS, atomic_write, move, write_text
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS, atomic_write, move, write_text
 from weighted_mtp.schemas.storage.locations import Location, list_files
 
 RECORD_KEY = b"record"
@@ -120,13 +120,14 @@ def count_values(table: pa.Table, columns: tuple[str, ...]) -> dict[str, ValueCo
 
 def commit(output: Location, attempt: Attempt) -> None:
     """Move a finished attempt to its final names: the shard, then the record, which makes the unit done."""
-    move(attempt.shard(output), output / attempt.unit)
+    (output / DATA).mkdir(exist_ok=True)
+    move(attempt.shard(output), output / DATA / attempt.unit)
     move(attempt.record(output), output / PROGRESS / attempt.unit)
 
 
 def find_done(output: Location, units: list[ShardEntry]) -> set[str]:
     """Names of the completed units."""
-    done = list_files(output / PROGRESS).keys() & list_files(output).keys()
+    done = list_files(output / PROGRESS).keys() & list_files(output / DATA).keys()
     return {unit.name for unit in units} & done
 
 
@@ -147,7 +148,7 @@ def pop_note(output: Location, attempt: Attempt) -> SequenceKey | None:
 
 def clear_attempts(output: Location) -> None:
     """Remove the files of unfinished attempts in earlier runs, and records whose shard is gone."""
-    shards = list_files(output)
+    shards = list_files(output / DATA)
     for name in list_files(output / PROGRESS):
         if ".parquet." in name or (name.endswith(".parquet") and name not in shards):
             (output / PROGRESS / name).unlink(missing_ok=True)
@@ -177,7 +178,7 @@ def gather(output: Location, units: list[str]) -> Gathered:
 
 
 def _gather(output: Location, units: list[str]) -> Gathered:
-    sizes = list_files(output)
+    sizes = list_files(output / DATA)
     gathered = Gathered([], [], Timings(read_seconds=[], score_seconds=[], write_seconds=[]), {})
     for record, table in read_records(output, units):
         entry = record.entry
@@ -198,7 +199,8 @@ class DamagedUnitError(UserError):
 
     def __init__(self, output: Location, unit: str) -> None:
         super().__init__(
-            f"{output / unit}: the shard or its record was damaged or changed; rerun the same command to score it again"
+            f"{output / DATA / unit}: the shard or its record was damaged or changed; "
+            "rerun the same command to score it again"
         )
         self.unit = unit
 

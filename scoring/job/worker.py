@@ -12,7 +12,6 @@ from functools import partial
 from typing import Literal
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shards import read_shard
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig
 from weighted_mtp.scoring.job.faults import BrokenEngineError, OutOfMemoryError, reason_for
@@ -71,7 +70,7 @@ class ScoringWorker:
     def _score(self, unit: Unit) -> Outcome:
         assert self.scorer is not None
         started = time.monotonic()
-        table = read_shard(self.task.source / unit.shard.name)
+        table = self.task.source.file(unit.shard).read_hashed()
         read_seconds = time.monotonic() - started
         one_by_one = None
         if unit.one_by_one:

@@ -120,7 +120,7 @@ def test_damaged_sets_are_refused_in_one_line(
 ) -> None:
     copy = tmp_path / "scored"
     subprocess.run(["cp", "-r", job / "scored", copy], check=True)
-    shard = sorted(copy.glob("shard-*"))[1]
+    shard = sorted(copy.glob("data/shard-*"))[1]
     if damage == "truncate":
         shard.write_bytes(shard.read_bytes()[:-100])
     elif damage == "remove":

@@ -27,7 +27,7 @@ def test_sets_columns_and_lineage(
     shutil.copytree(tokens.path, tmp_path / "broken")
     (tmp_path / "broken" / "manifest.json").write_text("{}")
     broken, *rest = listed(capsys, tmp_path)
-    assert "format version None is not 3" in broken
+    assert "format version None is not 4" in broken
     sizes = {found.path: sum(shard.bytes for shard in found.manifest.shards) for found in (tokens, scored)}
     assert rest == [
         f"{tokens.path}: 4 tokens, {sizes[tokens.path]:,} bytes, from corpus.jsonl",

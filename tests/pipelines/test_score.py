@@ -10,8 +10,9 @@ from weighted_mtp.scoring.job.report import Progress
 
 @pytest.fixture
 def shards() -> list[ShardEntry]:
-    sizes = {"rows": 4, "tokens": 100, "longest": 50, "row_groups": 1, "bytes": 1, "sha256": ""}
-    return [ShardEntry(name=name, **sizes) for name in ("a", "b", "c")]
+    sizes = {"rows": 4, "tokens": 100, "longest": 50, "row_groups": 1, "bytes": 1}
+    digests = {"sha256": "0" * 64, "footer_sha256": "0" * 64}
+    return [ShardEntry(name=name, **sizes, **digests) for name in ("a", "b", "c")]
 
 
 def test_the_bar_starts_with_what_was_done_before_and_never_goes_back(shards, monkeypatch):

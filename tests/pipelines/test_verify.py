@@ -11,7 +11,7 @@ from weighted_mtp.pipelines.verify import run
 from weighted_mtp.schemas.configs import VerifyConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import TOKENIZER
+from weighted_mtp.schemas.storage.files import DATA, TOKENIZER
 
 MakeShardSet = Callable[..., ShardSet]
 
@@ -28,7 +28,7 @@ def test_a_sound_set(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_every_fault_is_listed_and_counted(scored: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (scored.path / shard.name for shard in scored.manifest.shards)
+    first, second = (scored.path / DATA / shard.name for shard in scored.manifest.shards)
     first.write_bytes(first.read_bytes()[:10])
     second.unlink()
     with pytest.raises(UserError, match="2 of 4 parts differ from the manifest"):
@@ -73,6 +73,6 @@ def test_a_set_is_verified_listed_and_inspected_where_it_lies(
     report = capsys.readouterr().out
     assert f"{s3}/deep/below" in report
     assert "highest excess_loss" in report
-    (shards.path / shards.manifest.shards[0].name).unlink()
+    (shards.path / DATA / shards.manifest.shards[0].name).unlink()
     assert main(["verify", str(shards.path)]) == 1
     assert "1 of 4 parts differ" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_of_a_large_set_some_row_groups_are_drawn(
 
 
 def test_a_sample_of_very_many_row_groups_takes_no_list_of_all() -> None:
-    entries = [ShardEntry("a", 10**9, 10**12, 10, 10**7, 1, "")] * 100
+    entries = [ShardEntry("a", 10**9, 10**12, 10, 10**7, 1, "0" * 64, "0" * 64)] * 100
     manifest = Manifest.model_construct(shards=entries)
     drawn = draw_groups(manifest, 10**7, 0)
     assert len(drawn) == 100

@@ -19,7 +19,7 @@ from weighted_mtp.schemas.shard_set.manifest import (
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write_shard
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
-from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files
+from weighted_mtp.schemas.storage.files import DATA, TOKENIZER, copy_files
 from weighted_mtp.schemas.storage.locations import Location
 
 
@@ -43,6 +43,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
     ) -> ShardSet:
         path = parent / name
         copy_files(tokenizer_dir, path / TOKENIZER)
+        (path / DATA).mkdir(exist_ok=True)
         scores = {column: [np.array(row, np.float16) for row in rows] for column, rows in (columns or {}).items()}
         counts = {column: ValueCounts() for column in scores}
         carried = {column: pa.array(values) for column, values in (sequence_columns or {}).items()}
@@ -61,7 +62,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
                 flat = np.concatenate([values[row] for row in rows])
                 counts[column].add(flat)
                 arrays[column] = list_column(flat, lengths)
-            shards.append(write_shard(path / shard_name(index, len(starts)), pa.table(arrays)))
+            shards.append(write_shard(path / DATA / shard_name(index, len(starts)), pa.table(arrays)))
         condition = Condition(model="m", fingerprint="f", dtype="float32", engine="transformers", engine_version="5")
         contrast = Contrast(minuend="loss_base", subtrahend="loss_reference")
         manifest = Manifest(

@@ -32,7 +32,7 @@ def test_bytes_per_token_are_those_of_the_files(make_shard_set: MakeShardSet, mo
     assert all(size > 0 for size in sizes.values())
     assert sum(sizes.values()) < shard_set.manifest.bytes / shard_set.manifest.tokens
     monkeypatch.setattr("weighted_mtp.schemas.shard_set.shard_set.SAMPLED_FOOTERS", 1)
-    (shard_set.path / shard_set.manifest.shards[-1].name).unlink()
+    shard_set.file(-1).path.unlink()
     first = shard_set.manifest.shards[0]
     assert len(shard_set.manifest.shards) > 1
     assert 0 < sum(shard_set.bytes_per_token().values()) < first.bytes / first.tokens

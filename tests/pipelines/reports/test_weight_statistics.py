@@ -134,14 +134,15 @@ def test_all_totals_are_those_of_plain_loops(
 @pytest.fixture(scope="module")
 def manifest_of_twenty() -> Manifest:
     """A minimal manifest for statistics: ten ids, sequences of at most twenty tokens."""
-    shards = [{"name": "a", "rows": 1, "tokens": 20, "longest": 20, "row_groups": 1, "bytes": 1, "sha256": ""}]
-    tokenizer = {"name": "t", "fingerprint": "", "files_sha256": "", "vocab_size": 10}
+    shards = [{"name": "a", "rows": 1, "tokens": 20, "longest": 20, "row_groups": 1, "bytes": 99}]
+    digests = {"sha256": "0" * 64, "footer_sha256": "0" * 64}
+    tokenizer = {"name": "t", "fingerprint": "", "files_sha256": "0" * 64, "vocab_size": 10}
     corpus = {"input": "", "text_field": "", "max_length": 20, "adds_bos": False, "adds_eos": False}
     return Manifest.model_validate(
         {
             "corpus": corpus | {"documents": 1, "rejects": 0},
             "tokenizer": tokenizer | {"bos_token_id": None, "eos_token_id": None},
-            "shards": shards,
+            "shards": [shards[0] | digests],
             "request": {},
         }
     )

@@ -31,9 +31,10 @@ def edit_manifest(path: Path, edit: Callable[[dict], None]) -> None:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (lambda m: m["shards"][0].update(tokens=6), "was changed after it was written"),
+        (lambda m: m["shards"][0].update(sha256="0" * 64), "was changed after it was written"),
         (lambda m: m.pop("digest"), "was changed after it was written"),
-        (lambda m: m.update(format_version=2), "format version 2 is not 3; install the wmtp that wrote it"),
+        (lambda m: m.update(format_version=2), "format version 2 is not 4; install the wmtp that wrote it"),
+        (lambda m: m.update(format_version=3), "has format version 3; convert it with 'wmtp upgrade "),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.update(surprise=1), "not a valid manifest"),
         (lambda m: m.pop("shards"), "not a valid manifest"),

@@ -1,13 +1,27 @@
 import numpy as np
 
-from weighted_mtp.schemas.shard_set.rounding import float16_bits, round_contrast
+from weighted_mtp.schemas.shard_set.rounding import float16_bits, round_nats
 
 
-def test_contrasts_are_multiples_of_a_512th():
-    contrast = np.array([np.nan, 0.001, -0.0005, 1 / 512 + 1e-5, 70000, -70000], np.float32)
-    rounded = round_contrast(contrast)
-    np.testing.assert_array_equal(rounded, np.array([np.nan, 1 / 512, 0, 1 / 512, 65504, -65504], np.float32))
+def test_nats_are_multiples_of_a_512th():
+    values = np.array([np.nan, 0.001, -0.0005, 1 / 512 + 1e-5, 70000, -70000], np.float32)
+    rounded = round_nats(values)
+    np.testing.assert_array_equal(rounded, np.array([np.nan, 1 / 512, 0, 1 / 512, 65504, -65504], np.float16))
     assert not np.signbit(rounded[2])
+
+
+def test_the_nearest_value_is_chosen_at_every_magnitude():
+    """Against the nearest of all float16 values that are multiples of 1/512."""
+    allowed = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    allowed = np.unique(allowed[np.isfinite(allowed)].astype(np.float64))
+    allowed = allowed[allowed * 512 == np.round(allowed * 512)]
+    rng = np.random.default_rng(0)
+    values = (rng.choice([-1, 1], 2000) * 10 ** rng.uniform(-5, 4.8, 2000)).astype(np.float32)
+    above = np.searchsorted(allowed, values)
+    nearest = np.minimum(
+        np.abs(values - allowed[above - 1]), np.abs(allowed[above.clip(max=len(allowed) - 1)] - values)
+    )
+    np.testing.assert_array_equal(np.abs(round_nats(values).astype(np.float64) - values), nearest)
 
 
 def test_float16_bits_of_values_beyond_the_range():

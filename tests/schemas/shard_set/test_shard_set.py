@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, verify
-from weighted_mtp.schemas.storage.files import MANIFEST
+from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet
+from weighted_mtp.schemas.shard_set.verification import verify
+from weighted_mtp.schemas.storage.files import DATA, MANIFEST
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 4, 4]]
@@ -41,7 +42,7 @@ def test_an_unscored_set_has_no_statistics(make_shard_set: MakeShardSet) -> None
 
 
 def test_a_missing_or_truncated_shard_is_refused_by_name(scored: ShardSet) -> None:
-    first, second = (scored.path / shard.name for shard in scored.manifest.shards)
+    first, second = (scored.path / DATA / shard.name for shard in scored.manifest.shards)
     second.write_bytes(second.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{second.name}: shard has \d+ bytes instead of \d+"):
         ShardSet.open(scored.path)
@@ -51,7 +52,7 @@ def test_a_missing_or_truncated_shard_is_refused_by_name(scored: ShardSet) -> No
 
 
 def test_verify_lists_every_fault(scored: ShardSet) -> None:
-    first, second = (scored.path / shard.name for shard in scored.manifest.shards)
+    first, second = (scored.path / DATA / shard.name for shard in scored.manifest.shards)
     first.unlink()
     content = bytearray(second.read_bytes())
     content[len(content) // 2] ^= 1
@@ -60,7 +61,7 @@ def test_verify_lists_every_fault(scored: ShardSet) -> None:
     assert faults(scored) == [
         f"{first}: missing",
         f"{second}: content differs from the manifest (sha256)",
-        f"{scored.path / STATISTICS}: content differs from the manifest (sha256)",
+        f"{scored.path / STATISTICS}: content differs from the manifest",
     ]
 
 
@@ -73,12 +74,12 @@ def test_sequence_columns_are_part_of_the_schema(make_shard_set: MakeShardSet) -
     corpus = shards.manifest.corpus.model_copy(update={"sequence_columns": {"reward": "label", "group": "label"}})
     other = shards.manifest.model_copy(update={"corpus": corpus})
     found = [check.fault for check in verify(shards.path, other)]
-    assert found[0] == f"{shards.path / shards.manifest.shards[0].name}: columns differ from the manifest"
+    assert found[0] == f"{shards.path / DATA / shards.manifest.shards[0].name}: columns differ from the manifest"
 
 
 def test_altered_statistics_are_refused(scored: ShardSet) -> None:
     (scored.path / STATISTICS).unlink()
-    with pytest.raises(UserError, match="missing or altered"):
+    with pytest.raises(UserError, match="is missing"):
         scored.value_counts()
 
 

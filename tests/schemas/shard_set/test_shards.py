@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shards import (
     ROW_GROUP_TOKENS,
+    SCORE_TYPE,
+    ShardFile,
+    ShardReader,
     flat_values,
     list_column,
     list_lengths,
-    read_shard,
     shard_name,
     shard_schema,
     split_by_tokens,
@@ -30,12 +34,20 @@ def token_table(lengths: list[int], **scores: np.ndarray) -> pa.Table:
     return pa.table(columns | {name: list_column(values, np.array(lengths)) for name, values in scores.items()})
 
 
+def shard_file(path: Path, entry: ShardEntry) -> ShardFile:
+    """The shard `path`, with the schema in its footer."""
+    schema = pq.read_schema(path) if path.exists() and entry.bytes else shard_schema()
+    return ShardFile(ShardReader(path.parent, schema, vocab_size=1 << 20), entry)
+
+
 def test_shards_round_trip_bit_for_bit(tmp_path: Path) -> None:
     losses = np.array([np.nan, 0.1, 65504, -3.3, 6e-8, np.inf], np.float16)
     path = tmp_path / shard_name(0, 1)
     entry = write_shard(path, token_table([2, 1, 3], loss_reference=losses))
-    table = read_shard(path)
-    assert table.schema.equals(shard_schema(("loss_reference",)))
+    table = shard_file(path, entry).read()
+    assert pq.read_schema(path).equals(shard_schema(("loss_reference",)))
+    assert table.schema.field("loss_reference").type == SCORE_TYPE
+    assert str(shard_file(path, entry).read_hashed()) == str(table)
     assert table["document_id"].to_pylist() == ["doc-0", "doc-1", "doc-2"]
     assert table["input_ids"].to_pylist() == [[0, 1], [2], [3, 4, 5]]
     np.testing.assert_array_equal(flat_values(table["loss_reference"]).view(np.uint16), losses.view(np.uint16))
@@ -47,9 +59,9 @@ def test_shards_round_trip_bit_for_bit(tmp_path: Path) -> None:
 def test_sequence_columns_stand_between_ids_and_scores(tmp_path: Path) -> None:
     table = token_table([2, 1], loss_reference=np.zeros(3, np.float16))
     table = table.add_column(3, "group", pa.array(["b", "a"])).add_column(3, "reward", pa.array([0.1, -2.0]))
-    write_shard(tmp_path / "shard.parquet", table)
-    read = read_shard(tmp_path / "shard.parquet")
-    assert read.schema.equals(shard_schema(("loss_reference",), {"reward": "number", "group": "label"}))
+    path = tmp_path / "shard.parquet"
+    read = shard_file(path, write_shard(path, table)).read()
+    assert pq.read_schema(path).equals(shard_schema(("loss_reference",), {"reward": "number", "group": "label"}))
     assert read.column_names == ["document_id", "start", "input_ids", "reward", "group", "loss_reference"]
     assert read["reward"].to_numpy().tobytes() == np.array([0.1, -2], np.float32).tobytes()
     assert read["group"].to_pylist() == ["b", "a"]
@@ -76,7 +88,7 @@ def test_row_groups_close_once_they_hold_the_wanted_tokens(tmp_path: Path) -> No
     metadata = pq.read_metadata(path)
     assert [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)] == [4, 4, 1]
     assert entry.row_groups == 3
-    assert read_shard(path, ["document_id"], row_group=2)["document_id"].to_pylist() == ["doc-8"]
+    assert shard_file(path, entry).read(["document_id"], row_group=2)["document_id"].to_pylist() == ["doc-8"]
 
 
 @pytest.mark.parametrize(
@@ -97,26 +109,31 @@ def test_a_shard_without_rows_can_be_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     entry = write_shard(path, token_table([], long_short=np.array([], np.float16)))
     assert (entry.rows, entry.tokens, entry.row_groups) == (0, 0, 0)
-    assert read_shard(path).num_rows == 0
+    assert shard_file(path, entry).read().num_rows == 0
 
 
 def test_a_flipped_byte_in_a_page_is_found_on_reading(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
-    write_shard(path, token_table([4000], loss_reference=np.linspace(0, 9, 4000).astype(np.float16)))
+    entry = write_shard(path, token_table([4000], loss_reference=np.linspace(0, 9, 4000).astype(np.float16)))
     group = pq.read_metadata(path).row_group(0)
     chunk = group.column(group.num_columns - 1)
     content = bytearray(path.read_bytes())
     content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"shard\.parquet: shard is damaged .*restore it or rewrite the set") as caught:
-        read_shard(path)
+        shard_file(path, entry).read()
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"shard\.parquet: content differs from the manifest"):
+        shard_file(path, entry).read_hashed()
 
 
 @pytest.mark.parametrize("content", [b"", b"not parquet at all", None])
 def test_an_invalid_parquet_file_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "shard.parquet"
+    entry = write_shard(path, token_table([3]))
+    file = shard_file(path, replace(entry, bytes=len(content or b"")))
+    path.unlink()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"shard\.parquet: shard is (missing|damaged)"):
-        read_shard(path)
+        file.read()

@@ -9,6 +9,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Contrast
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import DATA
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 FIRST = [[0, 1, 2], [0, 3], [0, 4, 5, 6]]
@@ -48,10 +49,10 @@ def test_a_column_is_read_where_it_lies(a: ShardSet, b: ShardSet) -> None:
 
 def test_only_sets_that_are_needed_are_read(a: ShardSet, b: ShardSet) -> None:
     zipped = ZippedSets.open([a.path, b.path])
-    file = b.path / b.manifest.shards[0].name
+    file = b.path / DATA / b.manifest.shards[0].name
     file.write_bytes(b"")
     assert zipped.read(0, ["loss_a"], 0).num_rows == zipped.read(0, [], 0).num_rows == 2
-    with pytest.raises(UserError, match=f"{file}: shard is damaged"):
+    with pytest.raises(UserError, match=f"{file}: shard has 0 bytes instead of"):
         zipped.read(0, ["loss_b"], 0)
 
 
@@ -64,8 +65,8 @@ def test_other_ids_or_lengths_are_refused_by_file(
     zipped = ZippedSets.open([a.path, other.path])
     shard = next(i for i in (0, 1) if sequences[2 * i : 2 * i + 2] != SEQUENCES[2 * i : 2 * i + 2])
     assert zipped.read(1 - shard, ["loss_b"], 0).num_rows
-    name = a.manifest.shards[shard].name
-    with pytest.raises(UserError, match=rf"{other.path / name}: input_ids differ from {a.path / name} \(row group 0"):
+    first, second = (shards.file(shard).path for shards in (a, other))
+    with pytest.raises(UserError, match=rf"{second}: input_ids differ from {first} \(row group 0"):
         zipped.read(shard, ["loss_b"], 0)
 
 

@@ -15,9 +15,10 @@ from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import ROW_GROUP_TOKENS
-from weighted_mtp.schemas.storage.files import MANIFEST, atomic_write, copy_files, move, write_text
+from weighted_mtp.schemas.shard_set.verification import verify
+from weighted_mtp.schemas.storage.files import DATA, MANIFEST, atomic_write, copy_files, move, write_text
 from weighted_mtp.schemas.storage.locations import Location, list_files, local_copy, locate, remove_tree
 
 
@@ -219,7 +220,7 @@ def test_a_set_in_a_store_is_the_set_on_disk(make_shard_set: Callable[..., Shard
     assert opened.bytes_per_token() == local.bytes_per_token()
     assert opened.value_counts()["loss_reference"].statistics() == local.value_counts()["loss_reference"].statistics()
     assert [check.fault for check in verify(opened.path, opened.manifest) if check.fault] == []
-    first, second = (opened.path / shard.name for shard in opened.manifest.shards)
+    first, second = (opened.path / DATA / shard.name for shard in opened.manifest.shards)
     second.write_bytes(first.read_bytes())
     assert f"{second}: content differs" in " ".join(
         filter(None, (check.fault for check in verify(opened.path, opened.manifest)))

@@ -17,7 +17,8 @@ from upath import UPath
 
 from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
+from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage import locks
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write, copy_files, write_text
 from weighted_mtp.schemas.storage.locations import Location, list_files

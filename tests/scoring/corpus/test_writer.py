@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from shard_files import read_shard
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS
-from weighted_mtp.schemas.shard_set.shards import list_column, read_shard, shard_schema
-from weighted_mtp.schemas.storage.files import PROGRESS
+from weighted_mtp.schemas.shard_set.shards import list_column, shard_schema
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS
 from weighted_mtp.scoring.corpus.documents import RejectedDocument
 from weighted_mtp.scoring.corpus.tokenization import EncodedBatch
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, ShardWriter, why_empty, write_shards
@@ -61,8 +62,8 @@ def test_a_shard_ends_with_the_sequence_that_fills_it(
     assert [entry.tokens for entry in entries] == expected
     names = [f"shard-{index:05d}-of-{len(expected):05d}.parquet" for index in range(len(expected))]
     assert [entry.name for entry in entries] == names
-    assert sorted(file.name for file in output.glob("*.parquet")) == names
-    rows = [ids for name in names for ids in read_shard(output / name)["input_ids"].to_pylist()]
+    assert sorted(file.name for file in (output / DATA).glob("*.parquet")) == names
+    rows = [ids for name in names for ids in read_shard(output / DATA / name)["input_ids"].to_pylist()]
     assert [len(ids) for ids in rows] == [length for lengths in batches for length in lengths]
     assert [token for ids in rows for token in ids] == list(range(first))
 
@@ -70,7 +71,7 @@ def test_a_shard_ends_with_the_sequence_that_fills_it(
 def test_shards_have_their_names_only_at_the_end(output: Path) -> None:
     writer = ShardWriter(output, 5)
     writer.add(table([5, 5, 1]))
-    assert list(output.glob("*.parquet")) == []
+    assert list((output / DATA).glob("*.parquet")) == []
     assert len(list((output / PROGRESS).iterdir())) == 2, "the last sequence is still held"
     assert len(writer.finish()) == 3
     assert list((output / PROGRESS).iterdir()) == []

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from shard_files import read_shard
 
 from weighted_mtp.schemas.shard_set.manifest import Contrast
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
-from weighted_mtp.schemas.storage.files import PROGRESS
+from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS
 from weighted_mtp.scoring.conditions.plan import ScoringPlan
 from weighted_mtp.scoring.engines.base import EngineConfig
 from weighted_mtp.scoring.job.contrasts_only import subtract
@@ -28,7 +29,7 @@ def test_stored_columns_are_subtracted_shard_by_shard(make_shard_set: Callable[.
     output = tmp_path / "output"
     (output / PROGRESS).mkdir(parents=True)
     engine = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
-    task = ScoringTask(source.path, output, ScoringPlan({}, contrasts), engine, None)
+    task = ScoringTask(source.reader, output, ScoringPlan({}, contrasts), engine, None)
     shards = source.manifest.shards
     assert list(subtract(task, shards)) == [
         Progress(units=0, tokens=0, rejects=0, workers=1),
@@ -36,7 +37,7 @@ def test_stored_columns_are_subtracted_shard_by_shard(make_shard_set: Callable[.
         Progress(units=2, tokens=7, rejects=0, workers=1),
     ]
     assert find_done(output, shards) == {shard.name for shard in shards}
-    tables = [read_shard(output / shard.name) for shard in shards]
+    tables = [read_shard(output / DATA / shard.name) for shard in shards]
     nan = np.nan
     for name, expected in (("a_b", [nan, 0.5, -1, nan, nan, nan, 0]), ("twice", [nan, -1, -5, nan, nan, nan, -5])):
         found = np.concatenate([flat_values(table[name]) for table in tables])

@@ -16,8 +16,9 @@ import ray
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request

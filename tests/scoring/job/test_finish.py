@@ -9,8 +9,9 @@ import pytest
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Contrast, write_manifest
-from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.shard_set.shards import list_column
+from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import PROGRESS, TOKENIZER, copy_files
 from weighted_mtp.scoring.job.finish import earlier_rejects, finish
 from weighted_mtp.scoring.job.units import (

@@ -11,7 +11,9 @@ from weighted_mtp.scoring.job.scorer import load_scoring_engine
 from weighted_mtp.scoring.job.units import Unit, new_attempt
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
-SHARD = ShardEntry(name="a", rows=1, tokens=1, longest=1, row_groups=1, bytes=1, sha256="")
+SHARD = ShardEntry(
+    name="a", rows=1, tokens=1, longest=1, row_groups=1, bytes=1, sha256="0" * 64, footer_sha256="0" * 64
+)
 LONG_AGO, TOO_LONG_AGO = STALLED_SECONDS - 60, STALLED_SECONDS + 60
 
 

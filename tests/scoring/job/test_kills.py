@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import DATA
 
 SHARDS = 160
 ROWS = 4
@@ -47,8 +48,8 @@ def test_twenty_kills_change_no_byte(nodes, scoring, many_tokens: Callable[[int]
     same, expected = ShardSet.open(run.output), ShardSet.open(whole.output)
     assert same.manifest.digest == expected.manifest.digest
     assert {file.name for file in run.output.iterdir()} == {file.name for file in whole.output.iterdir()}
-    for file in whole.output.glob("*.parquet"):
-        assert (run.output / file.name).read_bytes() == file.read_bytes()
+    for file in (whole.output / DATA).glob("*.parquet"):
+        assert (run.output / DATA / file.name).read_bytes() == file.read_bytes()
     times = Counter(row for row, _ in run.scored())
     assert len(times) == SHARDS * ROWS
     assert max(times.values()) <= 1 + sum(KILLS.values())

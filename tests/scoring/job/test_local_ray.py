@@ -7,7 +7,8 @@ import time
 import psutil
 import pytest
 
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.verification import verify
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 from weighted_mtp.pipelines.score import run as run_score
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.scoring.job.ray_cluster import ray_session
 
 ROWS = 160

@@ -13,8 +13,9 @@ from weighted_mtp.scoring.job.units import Unit
 
 
 def entries(*names: str) -> list[ShardEntry]:
-    sizes = {"rows": 4, "tokens": 100, "longest": 50, "row_groups": 1, "bytes": 1, "sha256": ""}
-    return [ShardEntry(name=name, **sizes) for name in names]
+    sizes = {"rows": 4, "tokens": 100, "longest": 50, "row_groups": 1, "bytes": 1}
+    digests = {"sha256": "0" * 64, "footer_sha256": "0" * 64}
+    return [ShardEntry(name=name, **sizes, **digests) for name in names]
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet, verify
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
-from weighted_mtp.schemas.storage.files import PROGRESS, TOKENIZER
+from weighted_mtp.schemas.shard_set.verification import verify
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS, TOKENIZER
 from weighted_mtp.scoring.conditions.models import check_model
 
 BOS = 256
@@ -193,7 +194,7 @@ def test_killed_run_is_continued_and_gives_the_same_bytes(
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(1)  # the worker notices that its driver is gone
-    before = {file.name: file.stat().st_mtime_ns for file in killed.glob("*.parquet")}
+    before = {file.name: file.stat().st_mtime_ns for file in (killed / DATA).glob("*.parquet")}
     assert not (killed / "manifest.json").exists()
     assert done[0].name in before
     (killed / ".shard-00039-of-00040.parquet.1.tmp").write_bytes(b"half")
@@ -201,12 +202,12 @@ def test_killed_run_is_continued_and_gives_the_same_bytes(
     resumed = run(config(input=tokens.path, output=killed))
     monkeypatch.setattr("weighted_mtp.scoring.job.run.score_missing", score_in_process)
     fresh = run(config(input=tokens.path, output=whole))
-    untouched = [name for name, modified in before.items() if (killed / name).stat().st_mtime_ns == modified]
+    untouched = [name for name, modified in before.items() if (killed / DATA / name).stat().st_mtime_ns == modified]
     assert done[0].name in untouched
     assert resumed.manifest.digest == fresh.manifest.digest
     assert len(resumed.manifest.timings.score_seconds) == 40
-    for file in whole.glob("*.parquet"):
-        assert (killed / file.name).read_bytes() == file.read_bytes()
+    for file in (whole / DATA).glob("*.parquet"):
+        assert (killed / DATA / file.name).read_bytes() == file.read_bytes()
     assert {file.name for file in killed.iterdir()} == {file.name for file in whole.iterdir()}
 
 
@@ -226,12 +227,12 @@ def test_only_missing_parts_are_scored(config, score_here, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(config(**settings))
     (scored.path / PROGRESS / shards[1]).unlink()
-    modified = [(scored.path / name).stat().st_mtime_ns for name in shards]
+    modified = [(scored.path / DATA / name).stat().st_mtime_ns for name in shards]
     assert run(config(**settings)).manifest.digest == scored.manifest.digest
-    again = [(scored.path / name).stat().st_mtime_ns for name in shards]
+    again = [(scored.path / DATA / name).stat().st_mtime_ns for name in shards]
     assert [old == new for old, new in zip(modified, again, strict=True)] == [True, False, True]
     for name in shards:
-        assert (scored.path / name).read_bytes() == (tmp_path / "copy" / name).read_bytes()
+        assert (scored.path / DATA / name).read_bytes() == (tmp_path / "copy" / DATA / name).read_bytes()
 
 
 def test_model_without_finite_losses(config, running_ray, make_model):
@@ -279,11 +280,11 @@ def test_scores_are_added_to_a_scored_corpus(config, score_here, reference_model
 
 
 def test_damaged_shard(config, score_here, tokens):
-    shard = tokens.path / tokens.manifest.shards[1].name
+    shard = tokens.path / DATA / tokens.manifest.shards[1].name
     content = bytearray(shard.read_bytes())
     content[200:260] = bytes(60)
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=f"{shard.name}: shard is damaged"):
+    with pytest.raises(UserError, match=f"{shard.name}: content differs from the manifest"):
         run(config())
 
 
@@ -330,7 +331,7 @@ class TestRefusedBeforeAnyWork:
         assert not (tmp_path / "scored" / PROGRESS).exists()
 
     def test_truncated_shard(self, config, tokens):
-        shard = tokens.path / tokens.manifest.shards[0].name
+        shard = tokens.path / DATA / tokens.manifest.shards[0].name
         shard.write_bytes(shard.read_bytes()[:-10])
         with pytest.raises(UserError, match=rf"{shard.name}: shard has \d+ bytes instead of \d+ \(truncated"):
             run(config())

@@ -9,7 +9,7 @@ from upath import UPath
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import LOCK, PROGRESS, copy_files
+from weighted_mtp.schemas.storage.files import DATA, LOCK, PROGRESS, copy_files
 from weighted_mtp.schemas.storage.locations import walk_files
 
 
@@ -65,7 +65,7 @@ def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     assert scored.manifest.shards == local.manifest.shards
     assert scored.value_counts().keys() == local.value_counts().keys()
     for shard in local.manifest.shards:
-        assert (scored.path / shard.name).read_bytes() == (local.path / shard.name).read_bytes()
+        assert (scored.path / DATA / shard.name).read_bytes() == (local.path / DATA / shard.name).read_bytes()
     names = {path.relative_to(local.path).as_posix() for path in local.path.rglob("*") if path.is_file()}
     assert set(walk_files(s3 / "scored")) == names
     assert LOCK not in names

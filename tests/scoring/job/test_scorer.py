@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from shard_files import read_shard
 
 from weighted_mtp.schemas.shard_set.manifest import ShortContext
-from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
+from weighted_mtp.schemas.shard_set.rounding import round_nats
+from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
-from weighted_mtp.schemas.storage.files import PROGRESS
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns
 from weighted_mtp.scoring.conditions.short_context import plan_windows
@@ -124,37 +126,39 @@ def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardSco
     output = tmp_path / "output"
     (output / PROGRESS).mkdir(parents=True)
     plan = plan_columns(*models, ShortContext(size=8, stride=6))
-    task = ScoringTask(source.path, output, plan, CONFIG, BOS)
+    task = ScoringTask(source.reader, output, plan, CONFIG, BOS)
     scorer = ShardScorer(task, lambda model, config: engines[model.directory.name])
     (shard,) = source.manifest.shards
     attempt = Attempt(shard.name, "1")
-    write_unit(task, attempt, scorer.score(shard.name, read_shard(task.source / shard.name)), 0.0)
+    write_unit(task, attempt, scorer.score(shard.name, task.source.file(shard).read_hashed()), 0.0)
     commit(output, attempt)
     return scorer
 
 
 def test_scored_shard_has_the_source_rows_and_the_columns(scorer, sequences):
-    source, output = (path / "shard-00000-of-00001.parquet" for path in (scorer.task.source, scorer.task.output))
+    name = "shard-00000-of-00001.parquet"
+    source, output = scorer.task.source.directory / name, scorer.task.output / DATA / name
     table = read_shard(output)
     columns = ["loss_reference", "loss_base", "loss_short", "excess_loss", "long_short"]
     assert table.column_names == ["document_id", "start", "input_ids", *columns]
     assert table.select(["document_id", "start", "input_ids"]).equals(read_shard(source))
     groups = [pq.read_metadata(path).num_row_groups for path in (source, output)]
     assert groups == [2, 2]
-    reference = FakeEngine(1.0).losses(sequences)
-    base = FakeEngine(1.001).losses(sequences)
-    np.testing.assert_array_equal(flat_values(table["loss_reference"]), reference.astype(np.float16))
-    np.testing.assert_array_equal(flat_values(table["loss_base"]), base.astype(np.float16))
+    for name, losses in (
+        ("reference", FakeEngine(1.0).losses(sequences)),
+        ("base", FakeEngine(1.001).losses(sequences)),
+    ):
+        expected = np.where(losses < 2, np.round(losses * 512) / 512, losses).astype(np.float16)
+        np.testing.assert_array_equal(flat_values(table[f"loss_{name}"]), expected)
 
 
 def test_contrasts_are_subtracted_before_rounding(scorer, sequences):
     """Losses that differ by less than a float16 step near 8 keep their difference."""
-    table = read_shard(scorer.task.output / "shard-00000-of-00001.parquet")
+    table = read_shard(scorer.task.output / DATA / "shard-00000-of-00001.parquet")
     reference = FakeEngine(1.0).losses(sequences)
     base = FakeEngine(1.001).losses(sequences)
     excess = flat_values(table["excess_loss"])
-    expected = np.round((base - reference).astype(np.float64) * 512) / 512
-    np.testing.assert_array_equal(excess, expected.astype(np.float16))
+    np.testing.assert_array_equal(excess, round_nats(base - reference))
     rounded_first = flat_values(table["loss_base"]) - flat_values(table["loss_reference"])
     assert not np.array_equal(excess, rounded_first, equal_nan=True)
 
@@ -164,16 +168,16 @@ def test_record_describes_the_shard(scorer):
     found = gather(scorer.task.output, [name])
     (entry,) = found.entries
     assert entry.name == name
-    assert entry.bytes == (scorer.task.output / name).stat().st_size
+    assert entry.bytes == (scorer.task.output / DATA / name).stat().st_size
     assert (entry.rows, entry.tokens, entry.row_groups, entry.longest, entry.rejects) == (6, 100, 2, 50, 0)
     assert set(found.counts) == {"loss_reference", "loss_base", "loss_short", "excess_loss", "long_short"}
     expected = ValueCounts()
-    expected.add(flat_values(read_shard(scorer.task.output / name)["long_short"]))
+    expected.add(flat_values(read_shard(scorer.task.output / DATA / name)["long_short"]))
     np.testing.assert_array_equal(found.counts["long_short"].counts, expected.counts)
 
 
 def test_list_columns_keep_sequences_apart(scorer, sequences):
-    table = read_shard(scorer.task.output / "shard-00000-of-00001.parquet")
+    table = read_shard(scorer.task.output / DATA / "shard-00000-of-00001.parquet")
     long_short = table["long_short"].to_pylist()
     assert [len(row) for row in long_short] == [len(ids) for ids in sequences]
     assert all(np.isnan(row[0]) for row in long_short)

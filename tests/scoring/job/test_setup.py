@@ -122,7 +122,7 @@ def test_settings_become_an_engine_a_pool_and_a_request(config: Callable[..., Sc
     assert setup.origins["long_short_2"] == Contrast(minuend="loss_short_2", subtrahend="loss_reference_2")
     assert json.loads(setup.request)["input"] == tokens.manifest.digest
     assert setup.task.bos_token_id == 256
-    assert setup.task.source.is_absolute()
+    assert setup.task.source.directory.is_absolute()
 
 
 def test_a_new_column_may_not_be_called_as_one_of_the_corpus(

@@ -11,7 +11,7 @@ import pytest
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import PROGRESS
+from weighted_mtp.schemas.storage.files import DATA, PROGRESS
 from weighted_mtp.scoring.job.units import (
     Attempt,
     RejectedSequence,
@@ -74,7 +74,9 @@ def test_an_attempt_counts_once_it_is_committed(output: Output) -> None:
     assert find_done(output.path, shards) == set()
     commit(output.path, attempt)
     assert find_done(output.path, shards) == {output.names[0]}
-    assert (output.path / output.names[0]).read_bytes() == (output.source.path / output.names[0]).read_bytes()
+    assert (output.path / DATA / output.names[0]).read_bytes() == (
+        output.source.path / DATA / output.names[0]
+    ).read_bytes()
     late = output.write(0, [])
     assert late.name != attempt.name, "two attempts at a unit never share a file"
 
@@ -97,7 +99,7 @@ def test_a_shard_counts_as_done_only_with_its_record_and_as_written_only_in_its_
     name = output.names[0]
     units: list[ShardEntry] = gather(output.path, [name]).entries
     assert find_done(output.path, units) == {name}
-    shard = output.path / name
+    shard = output.path / DATA / name
     content = shard.read_bytes()
     shard.unlink()
     assert find_done(output.path, units) == set()
@@ -128,7 +130,7 @@ def test_a_note_is_taken_once(output: Output) -> None:
 def test_what_earlier_runs_left_behind_is_removed_but_not_what_is_done(output: Output) -> None:
     commit(output.path, output.write(0, []))
     commit(output.path, output.write(1, []))
-    (output.path / output.names[1]).unlink()
+    (output.path / DATA / output.names[1]).unlink()
     note_sequence(output.path, output.write(1, []), "fingerprint", 0)
     (output.path / PROGRESS / "request.json").touch()
     assert len(output.progress) == 6

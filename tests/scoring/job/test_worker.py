@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shard_files import read_shard
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.shard_set.shards import flat_values, read_shard
+from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
@@ -47,12 +48,12 @@ def task(tmp_path: Path, make_shard_set: Callable[..., ShardSet]) -> ScoringTask
     output = tmp_path / "output"
     (output / PROGRESS).mkdir(parents=True)
     config = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=3, threads=1)
-    return ScoringTask(source.path, output, plan_columns(MODEL, None, None), config, None)
+    return ScoringTask(source.reader, output, plan_columns(MODEL, None, None), config, None)
 
 
 @pytest.fixture
 def unit(task: ScoringTask) -> Callable[..., Unit]:
-    (shard,) = ShardSet.open(task.source).manifest.shards
+    (shard,) = ShardSet.open(task.source.directory.parent).manifest.shards
     return lambda *settings: Unit(shard, new_attempt(shard.name), *settings)
 
 
@@ -71,7 +72,7 @@ def test_a_unit_is_written_under_the_names_of_its_attempt(task, unit, one_by_one
     assert worker.computed_tokens() == 5 + 2, "3 and 2 tokens, and a probe of 2 after the refusal"
     losses = flat_values(read_shard(asked.attempt.shard(task.output))["loss_reference"])
     nan = np.nan
-    np.testing.assert_array_equal(losses, np.array([nan, 0.2, 0.3, nan, nan, nan, 0.7], np.float16))
+    np.testing.assert_array_equal(losses, np.array([nan, 102, 154, nan, nan, nan, 358]) / 512)
     assert asked.attempt.record(task.output).exists()
     assert pop_note(task.output, asked.attempt) is None
 

@@ -14,6 +14,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import DATA
 from weighted_mtp.training.data import loader as loader_module
 from weighted_mtp.training.data.loader import LoaderState, RowLoader
 from weighted_mtp.training.rows import Rows
@@ -137,7 +138,7 @@ def test_rows_name_the_shards_they_were_read_from(rows: Callable[..., RowLoader]
         assert set(ids[:tokens].tolist()) <= set.union(*(held[number - 10] for number in sources))
     assert {len(sources) for sources in batch.sources} > {1}
     assert loader.files([np.array([11, 12]), np.array([11])]) == [
-        str(shards.path / f"shard-0000{i}-of-00003.parquet") for i in (1, 2)
+        str(shards.path / DATA / f"shard-0000{i}-of-00003.parquet") for i in (1, 2)
     ]
     assert loader.files([np.array([9, 13])]) == []
 
@@ -180,7 +181,7 @@ def test_a_zipped_column_gives_the_rows_of_one_set_with_both(
     assert len(zipped) > 10
     for own, batch in zip(zipped, expected, strict=True):
         assert_same_rows(own, batch)
-    names = [str(shards.path / shards.manifest.shards[0].name) for shards in (one, other)]
+    names = [str(shards.path / DATA / shards.manifest.shards[0].name) for shards in (one, other)]
     shards = ZippedSets((one, other))
     assert RowLoader(shards, make_weighting(config, shards), 64).files([np.array([0])]) == names
 
@@ -192,5 +193,7 @@ def test_other_ids_end_the_stream(scored_set: Callable[..., ShardSet], make_shar
     other = make_shard_set(sequences, {"loss_b": [[1.0] * 20, [1.0] * 30]}, "other", rows_per_shard=1)
     zipped = ZippedSets((shards, other))
     loader = RowLoader(zipped, make_weighting(WeightsConfig(preset="sparse", column="loss_b"), zipped), 64)
-    with pytest.raises(UserError, match=r"other/shard-0000\d-of-00002.parquet: input_ids differ from .*/scored/shard"):
+    with pytest.raises(
+        UserError, match=r"other/data/shard-0000\d-of-00002.parquet: input_ids differ from .*/scored/data/"
+    ):
         next(loader.batches(1))

@@ -15,6 +15,7 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.storage.files import DATA
 from weighted_mtp.training.data import loader as loader_module
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.data.mixing import MixedLoader, MixState, assign_rows, make_loader, mix_identity, open_mix
@@ -134,7 +135,9 @@ def test_files_of_all_sets_are_named(mixed: Callable[..., MixedLoader]) -> None:
     loader = mixed()
     files = loader.files([np.array([0, 3]), np.array([5, 3])])
     sets = [one.shards.first.path for one in loader.loaders]
-    expected = [sets[0] / "shard-00000-of-00002.parquet"] + [path / "shard-00001-of-00002.parquet" for path in sets[1:]]
+    expected = [sets[0] / DATA / "shard-00000-of-00002.parquet"] + [
+        path / DATA / "shard-00001-of-00002.parquet" for path in sets[1:]
+    ]
     assert files == list(map(str, expected))
 
 
