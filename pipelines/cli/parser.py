@@ -27,6 +27,7 @@ from weighted_mtp.schemas.configs import (
     ScoreConfig,
     ShardSets,
     TrainConfig,
+    UpgradeConfig,
     VerifyConfig,
     WeightsReportConfig,
 )
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "inspect": InspectConfig,
     "verify": VerifyConfig,
+    "upgrade": UpgradeConfig,
     "weights": WeightsReportConfig,
     "list": ListConfig,
     "train": TrainConfig,

@@ -17,6 +17,7 @@ from weighted_mtp.schemas.configs.reports import (
 )
 from weighted_mtp.schemas.configs.score import ConditionConfig, ScoreConfig
 from weighted_mtp.schemas.configs.train import LoRAConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from weighted_mtp.schemas.configs.upgrade import UpgradeConfig
 from weighted_mtp.schemas.configs.weights import WeightsConfig
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ScoreConfig",
     "ShardSets",
     "TrainConfig",
+    "UpgradeConfig",
     "VerifyConfig",
     "WeightsConfig",
     "WeightsReportConfig",

@@ -1,0 +1,177 @@
+"""Converting a shard set of format 3 to the current format.
+
+Format 3 had float16 scores, losses with all their float16 digits, its shards beside the manifest, and no digests of
+footers.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter
+
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.fingerprints import digest_json
+from weighted_mtp.schemas.shard_set.manifest import (
+    CorpusInfo,
+    FileName,
+    Manifest,
+    ScoreColumn,
+    ShardEntry,
+    Timings,
+    TokenizerInfo,
+)
+from weighted_mtp.schemas.shard_set.rounding import round_nats
+from weighted_mtp.schemas.shard_set.shard_set import (
+    REJECTS,
+    ShardSet,
+    check_tokenizer,
+    find_finished,
+    finish_shard_set,
+)
+from weighted_mtp.schemas.shard_set.shards import (
+    RESTORE,
+    SCORE_TYPE,
+    STORED_SCORE_TYPE,
+    flat_values,
+    list_column,
+    list_lengths,
+    shard_schema,
+    write_shard,
+)
+from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
+from weighted_mtp.schemas.storage.claims import claim_output, clear_directory
+from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, atomic_write, copy_files
+from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.schemas.storage.locks import exclusive
+
+OLD_VERSION = 3
+FILE_NAME = TypeAdapter(FileName)
+
+
+def upgrade(source: Location, output: Location, report: Callable[[ShardEntry], None] = lambda shard: None) -> ShardSet:
+    """Convert a set of format 3 into a new set, unless `output` already holds the result.
+
+    Losses and entropies are rounded to multiples of 1/512 nat; contrasts and gradients keep their values.
+
+    Args:
+        source: the set of format 3, which stays as it is.
+        output: directory of the new set.
+        report: receives every shard that was written.
+
+    Raises:
+        UserError: not a set of format 3, a damaged one, or an output that holds something else.
+    """
+    content = read_old_manifest(source)
+    request = json.dumps({"command": "upgrade", "input": content["digest"]})
+    with exclusive(output):
+        if finished := find_finished(output, request):
+            return finished
+        if claim_output(output, request):
+            clear_directory(output)
+            claim_output(output, request)
+        return write_upgraded(source, output, content, json.loads(request), report)
+
+
+def read_old_manifest(source: Location) -> dict[str, Any]:
+    """The content of a manifest of format 3 whose digest is right.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = source / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        if content["format_version"] != OLD_VERSION:
+            raise UserError(f"{source}: has format version {content['format_version']}; there is nothing to upgrade")
+        described = {key: value for key, value in content.items() if key not in ("digest", "timings")}
+        if content["digest"] != digest_json(described):
+            raise UserError(f"{path}: was changed after it was written; restore the original")
+    except FileNotFoundError as error:
+        raise UserError(f"{source}: not a shard set ({MANIFEST} is missing); check the path") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a valid manifest ({first_line(error)}); restore the file") from error
+    return content
+
+
+def write_upgraded(
+    source: Location,
+    output: Location,
+    content: dict[str, Any],
+    request: dict[str, Any],
+    report: Callable[[ShardEntry], None],
+) -> ShardSet:
+    """Write all files of the new set into the claimed directory `output`."""
+    try:
+        corpus = CorpusInfo.model_validate(content["corpus"])
+        tokenizer = TokenizerInfo.model_validate(content["tokenizer"])
+        columns = {name: ScoreColumn.model_validate(column) for name, column in content["columns"].items()}
+        timings = content["timings"] and Timings.model_validate(content["timings"])
+        old_shards = [
+            (FILE_NAME.validate_python(shard["name"]), str(shard["sha256"]), int(shard["rejects"]))
+            for shard in content["shards"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source / MANIFEST}: not a valid manifest ({first_line(error)}); restore the file") from error
+    copy_files(source / TOKENIZER, output / TOKENIZER)
+    (output / DATA).mkdir(exist_ok=True)
+    in_nats = [name for name, column in columns.items() if getattr(column.origin, "quantity", "") != "gradient"]
+    counts = {name: ValueCounts() for name in columns}
+    entries = []
+    schema = shard_schema(tuple(columns), corpus.sequence_columns)
+    for name, sha256, rejects in old_shards:
+        table = read_old_shard(source / name, sha256, schema)
+        for column in columns:
+            values = flat_values(table[column])
+            if column in in_nats:
+                values = round_nats(values.astype(np.float32))
+            counts[column].add(values)
+            index = table.schema.get_field_index(column)
+            lists = list_column(values, list_lengths(table[column]))
+            table = table.set_column(index, pa.field(column, SCORE_TYPE, nullable=False), lists.cast(SCORE_TYPE))
+        entries.append(replace(write_shard(output / DATA / name, table), rejects=rejects))
+        report(entries[-1])
+    if (source / REJECTS).exists():
+        with atomic_write(output / REJECTS) as file:
+            file.write((source / REJECTS).read_bytes())
+    manifest = Manifest(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        columns={
+            name: ScoreColumn(origin=column.origin, statistics=counts[name].statistics())
+            for name, column in columns.items()
+        },
+        shards=entries,
+        derived_from=content["digest"],
+        timings=timings,
+        request=request,
+    )
+    if fault := check_tokenizer(output, manifest):
+        raise UserError(f"{fault}; {RESTORE}")
+    return finish_shard_set(output, manifest, counts)
+
+
+def read_old_shard(path: Location, sha256: str, schema: pa.Schema) -> pa.Table:
+    """Read a shard of format 3 whose digest is right. `schema` is that of the new file.
+
+    Raises:
+        UserError: it is missing, another file, or has other columns.
+    """
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"{path}: content differs from the manifest; {RESTORE}")
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: shard is missing; {RESTORE}") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: shard is damaged ({first_line(error)}); {RESTORE}") from error
+    old = [field.with_type(SCORE_TYPE) if field.type == STORED_SCORE_TYPE else field for field in schema]
+    if not table.schema.equals(pa.schema(old)):
+        raise UserError(f"{path}: columns differ from the manifest; {RESTORE}")
+    return table
