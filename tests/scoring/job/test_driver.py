@@ -185,7 +185,7 @@ def test_a_sequence_that_kills_its_worker_is_found_and_left_out(score, capfd):
     assert reason.startswith("workers died scoring it: ")
     printed = capfd.readouterr()
     assert printed.err.count("lost a worker") == 4, "two at full speed, two sequence by sequence"
-    assert "4 incidents" in printed.out
+    assert "incidents: 4" in printed.out
 
 
 def test_a_worker_that_was_killed_once_costs_nothing(score):
