@@ -88,6 +88,7 @@ def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> Shard
     backend.train_from_iterator(texts[::5], VOCABULARY, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer)
     tokenizer.save_pretrained(path / TOKENIZER)
+    (path / DATA).mkdir()
     encoded = [np.array(encoding.ids, np.int32) for encoding in backend.encode_batch(texts)]
     rng = np.random.default_rng(0)
     documents: list[np.ndarray] = []

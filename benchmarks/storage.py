@@ -3,15 +3,15 @@
     .venv/bin/python benchmarks/storage.py [--set SCORED_SET] [--tokens 300000]
 
 Without --set the scores are real token losses in float32: a small Llama is trained on the Python standard library and
-scores it halfway and at the end. A set holds only float16 values. Converted to float32, they compress better than real
-float32 scores. The last row is the entropy of the float16 values, a lower bound for any code that treats tokens
-independently.
+scores it halfway and at the end. A set has only rounded values, so its rows for unrounded float32 are those of rounded
+values. The last row is the entropy of the rounded values, a lower bound for any code that treats tokens independently.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weighted_mtp.data.python_library import documentation, sources
 from weighted_mtp.schemas.shard_set.rounding import round_nats
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.shard_set.shards import TOKEN_FIELDS, flat_values, list_column, list_lengths, write_shard
+from weighted_mtp.schemas.shard_set.shards import (
+    TOKEN_FIELDS,
+    ZSTD_LEVEL,
+    flat_values,
+    list_column,
+    list_lengths,
+    write_shard,
+)
 
 VOCABULARY = 2048
 LENGTH = 256
@@ -83,7 +90,7 @@ def computed_table(tokens: int) -> pa.Table:
         pa.array(np.zeros(len(scored), np.int64)),
         list_column(scored.ravel(), lengths),
         list_column(final, lengths),
-        list_column(round_nats(halfway - final), lengths),
+        list_column(halfway - final, lengths),
     ]
     return pa.table(columns, names=[*(field.name for field in TOKEN_FIELDS), "loss_reference", "excess_loss"])
 
@@ -113,11 +120,11 @@ def token_losses(model: LlamaForCausalLM, rows: np.ndarray) -> np.ndarray:
     return losses.ravel()
 
 
-def with_scores_as(table: pa.Table, dtype: type[np.floating]) -> pa.Table:
-    """A copy of the table with scores of type `dtype`."""
+def with_scores(table: pa.Table, convert: Callable[[np.ndarray], np.ndarray]) -> pa.Table:
+    """A copy of the table with converted scores."""
     scores = table.column_names[len(TOKEN_FIELDS) :]
     lengths = list_lengths(table["input_ids"])
-    columns = [list_column(flat_values(table[name]).astype(dtype), lengths) for name in scores]
+    columns = [list_column(convert(flat_values(table[name]).astype(np.float32)), lengths) for name in scores]
     return pa.table([*(table[field.name] for field in TOKEN_FIELDS), *columns], names=table.column_names)
 
 
@@ -132,15 +139,27 @@ def report(table: pa.Table) -> None:
     """Write and read the table in each format, and print sizes and speeds."""
     names = table.column_names[len(TOKEN_FIELDS) :]
     tokens = len(flat_values(table["input_ids"]))
-    float32, float16 = with_scores_as(table, np.float32), with_scores_as(table, np.float16)
+    exact = with_scores(table, lambda scores: scores)
+    float16 = with_scores(table, lambda scores: scores.astype(np.float16))
+    rounded = with_scores(table, round_nats)
+    stored = with_scores(table, lambda scores: round_nats(scores).astype(np.float32))
+    zstd = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    split = zstd | {"use_byte_stream_split": [f"{name}.list.element" for name in ("input_ids", *names)]}
     formats: dict[str, Callable[[Path], object]] = {
-        "float32, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(float32, path),
-        "float32, zstd": lambda path: pq.write_table(float32, path, compression="zstd", use_dictionary=False),
+        "float32, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(exact, path),
+        "float32, zstd": lambda path: pq.write_table(exact, path, **zstd),
+        "float32, BYTE_STREAM_SPLIT, zstd": lambda path: pq.write_table(exact, path, **split),
         "float16, pyarrow's defaults (dictionary, snappy)": lambda path: pq.write_table(float16, path),
-        "float16, zstd": lambda path: pq.write_table(float16, path, compression="zstd", use_dictionary=False),
-        "shard: float16, BYTE_STREAM_SPLIT, zstd": lambda path: write_shard(path, float16),
+        "float16, zstd": lambda path: pq.write_table(float16, path, **zstd),
+        "float16, BYTE_STREAM_SPLIT, zstd": lambda path: pq.write_table(float16, path, **split),
+        "float16 in steps of 1/512, BYTE_STREAM_SPLIT, zstd": lambda path: pq.write_table(rounded, path, **split),
     }
-    bound = float(np.mean([bits_of_entropy(flat_values(float16[name])) for name in names])) / 8
+    for level in (3, 6, 9, 15):
+        formats[f"as in a shard, zstd level {level}"] = partial(
+            pq.write_table, stored, compression_level=level, **split
+        )
+    formats[f"shard: float32 in steps of 1/512, zstd level {ZSTD_LEVEL}"] = lambda path: write_shard(path, rounded)
+    bound = float(np.mean([bits_of_entropy(flat_values(rounded[name])) for name in names])) / 8
     title = f"{tokens:,} tokens, columns {', '.join(names)}"
     result = Table("format", "bytes per token and column", "of the shard", "of the bound", title=title)
     result.add_column("write Mtok/s", justify="right")
@@ -152,7 +171,7 @@ def report(table: pa.Table) -> None:
         result.add_row(
             name, f"{size:.3f}", f"{size / shard:.2f}", f"{size / bound:.2f}", f"{write_rate:.0f}", f"{read_rate:.0f}"
         )
-    result.add_row("entropy bound of float16", f"{bound:.3f}", f"{bound / shard:.2f}", "1.00", "", "")
+    result.add_row("entropy bound of the shard", f"{bound:.3f}", f"{bound / shard:.2f}", "1.00", "", "")
     result.caption = "write: all columns; read: the score columns, one thread, file in memory"
     Console(width=130).print(result)
 

@@ -211,6 +211,7 @@ def write_shards(job: Job) -> None:
         "input_ids": list_column(rng.integers(0, vocabulary, lengths.sum()).astype(np.int32), lengths),
     }
     path = job.directory / "set"
+    (path / DATA).mkdir()
     shard = write_shard(path / DATA / shard_name(0, 1), pa.table(tokens | columns))
     origin = Contrast(minuend="loss_base", subtrahend="loss_reference")
     manifest = Manifest(

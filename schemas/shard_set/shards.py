@@ -24,12 +24,13 @@ from typing_extensions import Buffer
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import ROW_GROUP_TOKENS, SequenceKind, ShardEntry
+from weighted_mtp.schemas.shard_set.rounding import exact_float16
 from weighted_mtp.schemas.storage.files import atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
 RESTORE = "restore it or rewrite the set"
 ZSTD_LEVEL = 1
-"""Levels 3 to 15 give larger files of scores, at half the speed or less (benchmarks/storage.py)."""
+"""Levels up to 15 save at most 1 % of a score, at a fraction of the speed (benchmarks/storage.py)."""
 FOOTER_READ = 1 << 16
 """Bytes at the end of a file to read first; they contain the footer of most shards."""
 CONTENT_DIGEST = b"content_sha256"
@@ -282,20 +283,21 @@ class ShardFile:
         """
         if not table.num_rows:
             return
-        lengths = list_lengths(table["input_ids"]) if "input_ids" in table.schema.names else None
+        columns = dict(zip(table.schema.names, table.columns, strict=True))
+        lengths = list_lengths(columns["input_ids"]) if "input_ids" in columns else None
         if lengths is not None:
-            ids = flat_values(table["input_ids"])
+            ids = flat_values(columns["input_ids"])
             if not 1 <= lengths.min() <= lengths.max() <= self.entry.longest:
                 raise self._fault("has a sequence of a length that the manifest excludes")
             if not 0 <= ids.min() <= ids.max() < self.reader.vocab_size:
                 raise self._fault(f"has a token id outside the vocabulary of {self.reader.vocab_size:,}")
-        for field in table.schema:
-            if pa.types.is_list(field.type):
-                if lengths is not None and not np.array_equal(list_lengths(table[field.name]), lengths):
-                    raise self._fault(f"'{field.name}' is not as long as input_ids in every row")
-            elif pa.types.is_float32(field.type) and not np.isfinite(table[field.name].to_numpy()).all():
-                raise self._fault(f"'{field.name}' is not finite in every row")
-        if "start" in table.schema.names and table["start"].to_numpy().min() < 0:
+        for name, column in columns.items():
+            if column.type == STORED_SCORE_TYPE:
+                if lengths is not None and not np.array_equal(list_lengths(column), lengths):
+                    raise self._fault(f"'{name}' is not as long as input_ids in every row")
+            elif pa.types.is_float32(column.type) and not np.isfinite(column.to_numpy()).all():
+                raise self._fault(f"'{name}' is not finite in every row")
+        if "start" in columns and columns["start"].to_numpy().min() < 0:
             raise self._fault("'start' is negative in a row")
 
     def _fault(self, what: str) -> UserError:
@@ -314,10 +316,13 @@ class ShardFile:
 
 
 def with_float16_scores(table: pa.Table) -> pa.Table:
-    """A table as stored, with its score columns cast to float16, which loses nothing."""
-    return table.cast(
-        pa.schema([field.with_type(SCORE_TYPE) if field.type == STORED_SCORE_TYPE else field for field in table.schema])
-    )
+    """A table as stored, with its score columns as float16, which loses nothing."""
+    for index, field in enumerate(table.schema):
+        if field.type == STORED_SCORE_TYPE:
+            scores = exact_float16(flat_values(table.column(index)))
+            lists = list_column(scores, list_lengths(table.column(index))).cast(SCORE_TYPE)
+            table = table.set_column(index, field.with_type(SCORE_TYPE), lists)
+    return table
 
 
 def _open(path: Location) -> Any:

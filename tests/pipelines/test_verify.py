@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.pipelines.verify import run
 from weighted_mtp.schemas.configs import VerifyConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.manifest import write_manifest
+from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.storage.files import DATA, TOKENIZER
 
 MakeShardSet = Callable[..., ShardSet]
@@ -53,6 +55,23 @@ def test_another_tokenizer_is_found(scored: ShardSet, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match="1 of 4"):
         run(VerifyConfig(set=scored.path))
     assert "tokenizer: missing" in capsys.readouterr().out
+
+
+def test_a_manifest_that_misdescribes_tokenizer_or_rejects_is_found(
+    scored: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = scored.manifest.tokenizer.model_copy(update={"vocab_size": 300})
+    shards = [replace(scored.manifest.shards[0], rejects=1), *scored.manifest.shards[1:]]
+    write_manifest(scored.path, scored.manifest.model_copy(update={"tokenizer": tokenizer, "shards": shards}))
+    with pytest.raises(UserError, match="2 of 5 parts differ"):
+        run(VerifyConfig(set=scored.path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{scored.path / TOKENIZER}: vocabulary, BOS or EOS are not those in the manifest"
+    assert lines[1].startswith(f"{scored.path / REJECTS}: missing or damaged")
+    (scored.path / REJECTS).write_text("")
+    with pytest.raises(UserError, match="2 of 5 parts differ"):
+        run(VerifyConfig(set=scored.path))
+    assert f"{scored.path / REJECTS}: sequences differ from the numbers in the manifest" in capsys.readouterr().out
 
 
 def test_a_set_is_verified_listed_and_inspected_where_it_lies(

@@ -1,6 +1,6 @@
 import numpy as np
 
-from weighted_mtp.schemas.shard_set.rounding import float16_bits, round_nats
+from weighted_mtp.schemas.shard_set.rounding import BLOCK, exact_float16, float16_bits, round_nats
 
 
 def test_nats_are_multiples_of_a_512th():
@@ -22,6 +22,16 @@ def test_the_nearest_value_is_chosen_at_every_magnitude():
         np.abs(values - allowed[above - 1]), np.abs(allowed[above.clip(max=len(allowed) - 1)] - values)
     )
     np.testing.assert_array_equal(np.abs(round_nats(values).astype(np.float64) - values), nearest)
+
+
+def test_all_float16_values_survive_float32():
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    back = exact_float16(values.astype(np.float32))
+    number = ~np.isnan(values)
+    np.testing.assert_array_equal(back.view(np.uint16)[number], values.view(np.uint16)[number])
+    assert np.isnan(back[~number]).all()
+    for length in (0, 1, BLOCK, BLOCK + 1):
+        assert exact_float16(np.ones(length, np.float32)).tolist() == [1] * length
 
 
 def test_float16_bits_of_values_beyond_the_range():
