@@ -11,6 +11,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, is_missing_directory, local_name, locate
+from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.training.model.mtp_model import MTPModel
 
 
@@ -66,12 +67,7 @@ def run_record(place: Location) -> dict[str, Any] | None:
     Raises:
         UserError: the run is not finished.
     """
-    record = place / "run.json"
-    if not record.exists():
-        return None
-    if not (place / "model").is_dir():
-        raise UserError(f"--model {place}: this training run is not finished; repeat its command first")
-    return read_json_file(record)
+    return None if trained_model(place, "--model") is None else read_json_file(place / RUN_RECORD)
 
 
 def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
