@@ -84,7 +84,8 @@ class TrainConfig(Config):
         "speed and memory": ("micro_batch_size", "loader_workers", "activation_checkpointing", "compile"),
         "several devices (see also accelerate launch)": ("fsdp", "ray_workers", "ray_address"),
         "evaluation, checkpoints and logs": (
-            "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "trackers",
+            "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints", "keep_checkpoints",
+            "log_every", "trackers",
         ),
     }  # fmt: skip
 
@@ -149,7 +150,10 @@ class TrainConfig(Config):
     checkpoint_every: Positive | None = Field(
         None, description="steps between checkpoints; default a tenth of all steps"
     )
-    keep_checkpoints: Positive = Field(2, description="number of checkpoints to keep")
+    max_checkpoints: Positive = Field(2, description="number of checkpoints to hold while training")
+    keep_checkpoints: bool = Field(
+        False, description="keep the last checkpoints when the run is finished, instead of removing them"
+    )
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
 

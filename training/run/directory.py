@@ -3,7 +3,7 @@
 RUN/config.yaml        the resolved settings; `wmtp train --config RUN/config.yaml --output OTHER` repeats the run
 RUN/run.json           settings and inputs that must not change when the run is resumed
 RUN/metrics.jsonl      one line per logged step and per evaluation
-RUN/checkpoints/       full training states, newest last
+RUN/checkpoints/       full training states, newest last; removed when the run is finished
 RUN/model/, RUN/heads/ the trained trunk as a Hugging Face checkpoint, and its heads
 RUN/summary.json       written last; marks the run as finished
 """
@@ -19,13 +19,14 @@ from accelerate import Accelerator
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json_file, write_text
+from weighted_mtp.schemas.storage.locations import remove_tree
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
 
 CHANGEABLE_ON_RESUME = {
-    "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile", "max_bad_steps",
-    "ray_workers", "ray_address",
+    "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
+    "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
+    "max_bad_steps", "ray_workers", "ray_address",
 }  # fmt: skip
 """Settings that may change when a stopped run is resumed, because they do not affect the result.
 
@@ -114,17 +115,30 @@ class RunDirectory:
             write_text(self.metrics_file, "".join(line + "\n" for line in kept))
         self.publish("run.json", "config.yaml", "metrics.jsonl")
         if self.store:
-            self.store.remove_checkpoints(self.config.keep_checkpoints)
+            self.store.remove_checkpoints(self.config.max_checkpoints)
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
         return read_json_file(self.summary_file) if self.summary_file.exists() else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary; call this after saving the model."""
+        """Write the summary, which marks the run as finished, and remove the checkpoints. Call it after saving."""
         self.publish("model", "heads", "metrics.jsonl", TRACKING)
         write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
         self.publish("summary.json")
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished run, or what a killed process left of them; not if they are kept."""
+        if self.config.keep_checkpoints:
+            return
+        removed = self.path / f".{CHECKPOINTS}"
+        remove_tree(removed)
+        if self.checkpoints.exists():
+            self.checkpoints.replace(removed)  # a killed process must not leave a part of a checkpoint
+            remove_tree(removed)
+        if self.store:
+            remove_tree(self.store.remote / CHECKPOINTS)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, with null for NaN."""
@@ -180,11 +194,11 @@ class RunDirectory:
         if accelerator.is_main_process:
             if self.store:
                 self.publish("metrics.jsonl", TRACKING)  # extra lines are dropped on resume, missing ones are lost
-                self.store.complete_checkpoint(final.name, self.config.keep_checkpoints)
+                self.store.complete_checkpoint(final.name, self.config.max_checkpoints)
             fsync_tree(partial)
             partial.replace(final)
             fsync(self.checkpoints)
-            for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.keep_checkpoints]:
+            for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.max_checkpoints]:
                 shutil.rmtree(old)
             for leftover in self.checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover)

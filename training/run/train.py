@@ -72,6 +72,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             run.fetch(accelerator)
             run.check()
             if (finished := run.summary()) is not None:
+                if accelerator.is_main_process:
+                    run.remove_checkpoints()
                 return finished | {"already_complete": True}
             training = build(accelerator, inputs, run, shard=shard)
             fit(accelerator, inputs, run, training)

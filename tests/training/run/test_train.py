@@ -19,7 +19,9 @@ pytestmark = pytest.mark.integration
 
 
 def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15, checkpoint_every=14)
+    run = config(
+        "run", max_steps=30, weights={"preset": "uniform"}, eval_every=15, checkpoint_every=14, keep_checkpoints=True
+    )
     summary = train(run)
     logged = metrics(run)
     assert logged[-2]["loss"] < logged[0]["loss"] - 0.5  # random bytes can only be memorised
