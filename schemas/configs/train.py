@@ -80,7 +80,10 @@ class TrainConfig(Config):
 
     HELP_GROUPS: ClassVar = {
         "model and trainable parameters": ("model", "from_scratch", "trainable", "attention", "dtype"),
-        "steps": ("batch_size", "sequence_length", "max_steps", "epochs", "normalization", "seed", "max_bad_steps"),
+        "steps": (
+            "batch_size", "sequence_length", "max_steps", "epochs", "continue_steps", "normalization", "seed",
+            "max_bad_steps",
+        ),
         "speed and memory": ("micro_batch_size", "loader_workers", "activation_checkpointing", "compile"),
         "several devices (see also accelerate launch)": ("fsdp", "ray_workers", "ray_address"),
         "evaluation, checkpoints and logs": (
@@ -120,6 +123,12 @@ class TrainConfig(Config):
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
     max_steps: Positive | None = Field(None, description="optimizer steps; default depends on --epochs")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over --input when max_steps is unset")
+    continue_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="more optimizer steps after those of max_steps or epochs; also continues a finished run if it was "
+        "trained with --keep_checkpoints. The learning rate is then constant: the peak with the constant schedule, "
+        "else a tenth of it. No warm-up is repeated, and the data continues where it stopped",
+    )
     seed: Seed = Field(0, description="seed of initialisation and data order")
     loader_workers: Positive = Field(1, description="threads per shard set for reading and packing ahead")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

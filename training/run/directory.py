@@ -20,15 +20,16 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import remove_tree
+from weighted_mtp.schemas.storage.training_run import MODEL, RUN_RECORD, SUMMARY
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
 
 CHANGEABLE_ON_RESUME = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
     "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
-    "max_bad_steps", "ray_workers", "ray_address",
+    "max_bad_steps", "ray_workers", "ray_address", "continue_steps",
 }  # fmt: skip
-"""Settings that may change when a stopped run is resumed, because they do not affect the result.
+"""Settings that may change when a stopped run is resumed, because they do not affect the result of its steps.
 
 With live weights `micro_batch_size` affects the result and must not change."""
 
@@ -68,9 +69,9 @@ class RunDirectory:
         }
         if config.weights.is_live:  # losses are ranked within one forward pass of one process
             self.identity["passes"] = {"micro_batch_size": config.micro_batch_size, "processes": processes}
-        self.record = path / "run.json"
+        self.record = path / RUN_RECORD
         self.checkpoints = path / CHECKPOINTS
-        self.summary_file = path / "summary.json"
+        self.summary_file = path / SUMMARY
         self.metrics_file = path / "metrics.jsonl"
 
     def fetch(self, accelerator: Accelerator) -> None:
@@ -78,7 +79,9 @@ class RunDirectory:
         if self.store:
             accelerator.wait_for_everyone()  # until the main process has locked the run
             if accelerator.is_local_main_process:
-                self.store.download()
+                self.store.download_records()
+                if self.summary() is None:
+                    self.store.download_checkpoint()
             accelerator.wait_for_everyone()
 
     def publish(self, *names: str) -> None:
@@ -91,7 +94,8 @@ class RunDirectory:
         """Check that the directory is empty or holds this run, or a run without a checkpoint.
 
         Raises:
-            UserError: it holds other files, or a run with different settings; the message names these.
+            UserError: it holds other files, or a run with different settings, which the message names; or a finished
+                run without checkpoints is to be continued.
         """
         if self.record.exists():
             changed = [name.removeprefix("config.") for name in differences(read_json_file(self.record), self.identity)]
@@ -102,6 +106,11 @@ class RunDirectory:
                 )
         elif self.output.exists() and any(path.name != LOCK for path in self.output.iterdir()):
             raise UserError(f"{self.output}: already holds something else; choose another --output or remove it")
+        if self.summary_file.exists() and self.summary() is None and self.latest_checkpoint() is None:
+            raise UserError(
+                f"--continue_steps {self.config.continue_steps}: {self.output} is finished and has no checkpoints; "
+                f"only runs with --keep_checkpoints can be continued; train a new run with --model {self.output}"
+            )
 
     def claim(self, step: int) -> None:
         """Write the run record, and drop metrics after `step`, because these steps will be logged again."""
@@ -113,19 +122,27 @@ class RunDirectory:
             lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.metrics_file, "".join(line + "\n" for line in kept))
-        self.publish("run.json", "config.yaml", "metrics.jsonl")
+        self.publish(RUN_RECORD, "config.yaml", "metrics.jsonl")
         if self.store:
             self.store.remove_checkpoints(self.config.max_checkpoints)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
-        return read_json_file(self.summary_file) if self.summary_file.exists() else None
+        """The summary of a finished run; None if the run is not finished, or `--continue_steps` asks for more steps."""
+        summary = read_json_file(self.summary_file) if self.summary_file.exists() else None
+        return summary if summary and self.config.continue_steps <= summary.get("continued_steps", 0) else None
+
+    def reopen(self) -> None:
+        """Mark the run as not finished, before the model of a continued run replaces that of the finished one."""
+        self.summary_file.unlink(missing_ok=True)
+        fsync(self.path)
+        if self.store:
+            self.store.remove_summary()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and remove the checkpoints. Call it after saving."""
-        self.publish("model", "heads", "metrics.jsonl", TRACKING)
+        self.publish(MODEL, "heads", "metrics.jsonl", TRACKING)
         write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
-        self.publish("summary.json")
+        self.publish(SUMMARY)
         self.remove_checkpoints()
 
     def remove_checkpoints(self) -> None:

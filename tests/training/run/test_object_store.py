@@ -101,6 +101,34 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     assert not list((cache / "runs").iterdir())
 
 
+def test_a_finished_run_continues_on_another_machine(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its model is uploaded, it does not count as finished."""
+    whole = config(tmp_path / "whole", continue_steps=4)
+    train(whole)
+    train(config(s3 / "run", keep_checkpoints=True))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    longer = config(s3 / "run", continue_steps=4)
+    upload = run_module.ObjectStoreCopy.upload
+
+    def die_after_the_model(self: Any, source: Path, name: str) -> None:
+        upload(self, source, name)
+        if name == "model":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.ObjectStoreCopy, "upload", die_after_the_model)
+        with pytest.raises(KeyboardInterrupt):
+            train(longer)
+    assert not (longer.output / "summary.json").exists()
+    assert train(longer)["steps"] == 10
+    assert_same(whole, longer)
+    assert train(longer)["already_complete"]
+    with pytest.raises(UserError, match=f"--continue_steps 5: {longer.output} is finished and has no checkpoints"):
+        train(config(s3 / "run", continue_steps=5))
+
+
 def test_a_stopped_run_goes_on_on_another_machine(
     config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
