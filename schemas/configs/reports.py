@@ -69,6 +69,6 @@ class VerifyConfig(Config):
 
 
 class ListConfig(Config):
-    """List the shard sets in directories, with their columns, sizes and origins."""
+    """List the shard sets and training runs in directories, finished or not."""
 
     directories: list[LocationSetting] = Field(description="directories to search, at all depths")

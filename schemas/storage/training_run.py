@@ -1,10 +1,16 @@
-"""The directory of a training run, for commands that use its model."""
+"""The directory of a training run, for commands that use its model or list it."""
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.locations import Location
 
 RUN_RECORD = "run.json"
 """The file that makes a directory a training run."""
+
+SETTINGS = "config.yaml"
+"""All settings of the run."""
+
+METRICS = "metrics.jsonl"
+"""Logged metrics, one line each."""
 
 SUMMARY = "summary.json"
 """The file that makes a training run finished. It is written last."""

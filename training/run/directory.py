@@ -1,7 +1,7 @@
 """The directory of a training run: its identity, its metrics, its checkpoints.
 
 RUN/config.yaml        the resolved settings; `wmtp train --config RUN/config.yaml --output OTHER` repeats the run
-RUN/run.json           settings and inputs that must not change when the run is resumed
+RUN/run.json           settings and inputs that must not change when the run is resumed, and the number of steps
 RUN/metrics.jsonl      one line per logged step and per evaluation
 RUN/checkpoints/       full training states, newest last; removed when the run is finished
 RUN/model/, RUN/heads/ the trained trunk as a Hugging Face checkpoint, and its heads
@@ -20,7 +20,7 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import remove_tree
-from weighted_mtp.schemas.storage.training_run import MODEL, RUN_RECORD, SUMMARY
+from weighted_mtp.schemas.storage.training_run import METRICS, MODEL, RUN_RECORD, SETTINGS, SUMMARY
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
 
@@ -72,7 +72,7 @@ class RunDirectory:
         self.record = path / RUN_RECORD
         self.checkpoints = path / CHECKPOINTS
         self.summary_file = path / SUMMARY
-        self.metrics_file = path / "metrics.jsonl"
+        self.metrics_file = path / METRICS
 
     def fetch(self, accelerator: Accelerator) -> None:
         """Download the run from an object store to every machine."""
@@ -98,7 +98,10 @@ class RunDirectory:
                 run without checkpoints is to be continued.
         """
         if self.record.exists():
-            changed = [name.removeprefix("config.") for name in differences(read_json_file(self.record), self.identity)]
+            recorded = read_json_file(self.record)
+            if isinstance(recorded, dict):
+                recorded.pop("steps", None)  # depends on --continue_steps
+            changed = [name.removeprefix("config.") for name in differences(recorded, self.identity)]
             if changed and (self.latest_checkpoint() or self.summary_file.exists()):
                 raise UserError(
                     f"{self.output}: holds a run with other settings ({', '.join(changed)}); "
@@ -112,17 +115,20 @@ class RunDirectory:
                 f"only runs with --keep_checkpoints can be continued; train a new run with --model {self.output}"
             )
 
-    def claim(self, step: int) -> None:
-        """Write the run record, and drop metrics after `step`, because these steps will be logged again."""
-        write_text(self.record, json.dumps(self.identity, indent=2) + "\n")
+    def claim(self, step: int, steps: int) -> None:
+        """Write the run record, and drop metrics after `step`, because these steps will be logged again.
+
+        `steps` is the number of steps that the run will have.
+        """
+        write_text(self.record, json.dumps(self.identity | {"steps": steps}, indent=2) + "\n")
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_text(self.path / "config.yaml", settings)
+        write_text(self.path / SETTINGS, settings)
         if self.metrics_file.exists():
             # A killed process may have truncated the last line.
             lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.metrics_file, "".join(line + "\n" for line in kept))
-        self.publish(RUN_RECORD, "config.yaml", "metrics.jsonl")
+        self.publish(RUN_RECORD, SETTINGS, METRICS)
         if self.store:
             self.store.remove_checkpoints(self.config.max_checkpoints)
 
@@ -140,7 +146,7 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and remove the checkpoints. Call it after saving."""
-        self.publish(MODEL, "heads", "metrics.jsonl", TRACKING)
+        self.publish(MODEL, "heads", METRICS, TRACKING)
         write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
         self.publish(SUMMARY)
         self.remove_checkpoints()
@@ -210,7 +216,7 @@ class RunDirectory:
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if self.store:
-                self.publish("metrics.jsonl", TRACKING)  # extra lines are dropped on resume, missing ones are lost
+                self.publish(METRICS, TRACKING)  # extra lines are dropped on resume, missing ones are lost
                 self.store.complete_checkpoint(final.name, self.config.max_checkpoints)
             fsync_tree(partial)
             partial.replace(final)

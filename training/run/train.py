@@ -115,7 +115,7 @@ def build(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, *, sha
     state = TrainingState(mtp_model, optimizer, scheduler, {"loop": loop}, config.seed)
     run.load_checkpoint(accelerator, state)
     if accelerator.is_main_process:
-        run.claim(loop.step)
+        run.claim(loop.step, loop.steps)
     accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
     return Training(mtp_model, model, loop, state)
 

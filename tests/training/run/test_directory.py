@@ -1,5 +1,6 @@
 """The directory of a run: what it may hold, what may change when a run is resumed, and what is left at the end."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -86,3 +87,13 @@ def test_checkpoints_stay_until_the_run_is_finished_and_a_rerun_removes_leftover
     assert [path.name for path in run.output.glob("*checkpoints")] == [".checkpoints"]
     assert train(run)["already_complete"]
     assert not list(run.output.glob("*checkpoints"))
+
+
+def test_the_record_holds_the_number_of_steps_and_may_be_damaged(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    train(run)
+    record = run.output / "run.json"
+    assert json.loads(record.read_text())["steps"] == 6
+    record.write_text("[]")
+    with pytest.raises(UserError, match=r"other settings \(everything\)"):
+        train(run)

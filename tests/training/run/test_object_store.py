@@ -185,8 +185,8 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     continued: list[int] = []
     claim = run_module.RunDirectory.claim
 
-    def record(self: Any, step: int) -> None:
-        claim(self, step)
+    def record(self: Any, step: int, steps: int) -> None:
+        claim(self, step, steps)
         continued.append(step)
         assert {name.split("/")[0] for name in walk_files(broken.output / "checkpoints")} == {"step-00000002"}
 
