@@ -7,18 +7,17 @@ from pydantic import Field, field_validator, model_validator
 from weighted_mtp.schemas.configs.common import (
     Config,
     FractionBelowOne,
+    Mix,
     Positive,
-    ProperFraction,
     RowLength,
     Seed,
     ShardSets,
     Tracker,
-    exact,
-    split_paths,
+    check_mix,
 )
 from weighted_mtp.schemas.configs.heads import HeadsConfig
 from weighted_mtp.schemas.configs.weights import WeightsConfig
-from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, locate
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 from weighted_mtp.schemas.weights.analysis import mean_of
 
 
@@ -95,7 +94,7 @@ class TrainConfig(Config):
     input: ShardSets = Field(
         description="shard set to train on; A,B also reads the score columns of B, a set with the same rows"
     )
-    mix: dict[str, ProperFraction] = Field(
+    mix: Mix = Field(
         {},
         description="more shard sets and their shares of the rows: '{scored/code: 0.3}'; --input gives the rest",
     )
@@ -166,15 +165,7 @@ class TrainConfig(Config):
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
 
-    @field_validator("mix")
-    @classmethod
-    def _check_mix(cls, mix: dict[str, float]) -> dict[str, float]:
-        if sum(map(exact, mix.values())) >= 1:
-            raise ValueError("shares should sum to less than 1, to leave some rows for --input")
-        for name in mix:
-            for path in split_paths(name):
-                locate(path)
-        return mix
+    _check_mix = field_validator("mix")(check_mix)
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
