@@ -54,7 +54,8 @@ class ScoreConfig(Config):
     )
     contrasts: dict[str, str] = Field(
         {},
-        description="more column differences, from this run or --input, such as '{mine: loss_worse - loss_better}'",
+        description="more column differences, from this run or --input, such as '{mine: loss_worse - loss_better}', "
+        "or '{gain: loss_reference - loss_reference_new}' with --suffix _new",
     )
     suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
         "", description="suffix of new column names, if --input already has columns with these names"
