@@ -9,7 +9,6 @@ from weighted_mtp.pipelines.reports.run_entry import read_run
 from weighted_mtp.pipelines.reports.tokens.token_text import printable
 from weighted_mtp.schemas.configs import ListConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.storage.claims import CLAIM
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location, walk_files
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, SETTINGS
@@ -49,7 +48,7 @@ def find_entries(directory: Location) -> Iterator[tuple[Location, Entry]]:
         files = names.get(folder, set())
         if MANIFEST in files and folder / TOKENIZER in names:
             yield path, guarded(path, read_entry)
-        elif CLAIM in names.get(folder / PROGRESS, ()):
+        elif folder / PROGRESS in names:
             yield path, unfinished_set(files)
         if folder in runs:
             yield path, guarded(path, partial(read_run, size=runs[folder]))

@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from upath import UPath
 
 from weighted_mtp.pipelines.list import run
 from weighted_mtp.schemas.configs import ListConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import write_manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.files import write_text
+from weighted_mtp.schemas.storage.locations import Location
 
 
-def listed(capsys: pytest.CaptureFixture[str], *directories: Path) -> list[str]:
+def listed(capsys: pytest.CaptureFixture[str], *directories: Location) -> list[str]:
     run(ListConfig(directories=list(directories)))
     return capsys.readouterr().out.splitlines()
 
@@ -156,3 +159,18 @@ def test_other_files_of_the_same_names_are_not_runs(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="no shard set or run here"):
         run(ListConfig(directories=[tmp_path]))
+
+
+@pytest.mark.integration
+def test_an_object_store_is_listed_like_a_disk(
+    s3: UPath, make_shard_set: Callable[..., ShardSet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = make_shard_set([[1, 2]], name="tokens")
+    write_run(tmp_path / "run", {"input": shards.manifest.digest}, {"steps": 20}, [])
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        (s3 / file.relative_to(tmp_path).as_posix()).write_bytes(file.read_bytes())
+    write_text(s3 / "half" / ".progress" / "request.json", "{}")
+    here, there = listed(capsys, tmp_path), listed(capsys, s3)
+    assert there[0] == f"{s3}/half: unfinished shard set, 0 shards done"
+    assert there[1:] == [line.replace(str(tmp_path), str(s3)) for line in here]
+    assert listed(capsys, s3 / "run")[0] == there[1]

@@ -65,9 +65,16 @@ def run_record(place: Location) -> dict[str, Any] | None:
     """The record (`run.json`) of a training run; None for any other model.
 
     Raises:
-        UserError: the run is not finished.
+        UserError: the run is not finished, or its record is damaged.
     """
-    return None if trained_model(place, "--model") is None else read_json_file(place / RUN_RECORD)
+    if trained_model(place, "--model") is None:
+        return None
+    record = read_json_file(place / RUN_RECORD)
+    try:
+        record["inputs"]["tokenizer"], record["config"]["sequence_length"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{place / RUN_RECORD}: is not the record of a training run; restore it") from error
+    return record
 
 
 def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:

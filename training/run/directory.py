@@ -134,8 +134,12 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if the run is not finished, or `--continue_steps` asks for more steps."""
-        summary = read_json_file(self.summary_file) if self.summary_file.exists() else None
-        return summary if summary and self.config.continue_steps <= summary.get("continued_steps", 0) else None
+        if not self.summary_file.exists():
+            return None
+        summary = read_json_file(self.summary_file)
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.output / SUMMARY}: is damaged; restore it, or remove it to continue the run")
+        return summary if self.config.continue_steps <= summary.get("continued_steps", 0) else None
 
     def reopen(self) -> None:
         """Mark the run as not finished, before the model of a continued run replaces that of the finished one."""

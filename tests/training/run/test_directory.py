@@ -95,5 +95,12 @@ def test_the_record_holds_the_number_of_steps_and_may_be_damaged(config: Callabl
     record = run.output / "run.json"
     assert json.loads(record.read_text())["steps"] == 6
     record.write_text("[]")
+    with pytest.raises(UserError, match=r"run.json: is not the record of a training run; restore it"):
+        train(config("next", model=str(run.output)))
     with pytest.raises(UserError, match=r"other settings \(everything\)"):
         train(run)
+    train(config("next"))
+    summary = config("next").output / "summary.json"
+    summary.write_text("[]")
+    with pytest.raises(UserError, match=r"summary.json: is damaged; restore it, or remove it"):
+        train(config("next"))
