@@ -85,7 +85,9 @@ def describe_run(entry: RunEntry) -> str:
     parts = [f"{'' if entry.finished else 'unfinished '}training run, {entry.steps:,}{total} steps"]
     if entry.loss is not None:
         parts.append(f"loss {entry.loss:.5g}")
-    parts += [f"held-out loss {loss:.5g} ({prediction_title(part)})" for part, loss in entry.held_out.items()]
+    if entry.held_out:
+        losses = [f"{loss:.5g} ({prediction_title(part)})" for part, loss in entry.held_out.items()]
+        parts.append(f"held-out loss {', '.join(losses)}")
     return ", ".join([*parts, f"{entry.bytes:,} bytes"])
 
 

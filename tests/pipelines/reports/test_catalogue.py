@@ -56,8 +56,8 @@ def test_runs_with_their_inputs_and_unfinished_sets() -> None:
     stopped = RunEntry(False, 0, None, None, {}, ["a" * 64], [], 10)
     found = {Path("tokens"): TOKENS, Path("done"): done, Path("stopped"): stopped, Path("half"): UnfinishedSet(3, 8)}
     assert list(catalogue(found))[1:] == [
-        "done: training run, 1,500 of 1,500 steps, loss 2.1235, held-out loss 2.75 (offset 1), held-out loss 3 "
-        "(token order), 12,345 bytes",
+        "done: training run, 1,500 of 1,500 steps, loss 2.1235, held-out loss 2.75 (offset 1), 3 (token order), "
+        "12,345 bytes",
         f"    input  tokens, a set not found, {'b' * 12}",
         f"    mix    0.3 a set not found, {'c' * 12}",
         "stopped: unfinished training run, 0 steps, 10 bytes",
