@@ -1,28 +1,65 @@
-"""`wmtp list`: the catalogue of shard sets."""
+"""`wmtp list`: the catalogue of shard sets and training runs."""
 
-from weighted_mtp.pipelines.reports.catalogue import CatalogueEntry, catalogue, read_entry
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import PurePosixPath
+
+from weighted_mtp.pipelines.reports.catalogue import Entry, catalogue, read_entry, unfinished_set
+from weighted_mtp.pipelines.reports.run_entry import read_run
+from weighted_mtp.pipelines.reports.tokens.token_text import printable
 from weighted_mtp.schemas.configs import ListConfig
-from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.storage.files import MANIFEST
-from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.schemas.storage.locks import is_shard_set
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.files import DATA, MANIFEST, PROGRESS, TOKENIZER
+from weighted_mtp.schemas.storage.locations import Location, walk_files
+from weighted_mtp.schemas.storage.training_run import RUN_RECORD, SETTINGS
 
 
 def run(config: ListConfig) -> None:
-    """Print the shard sets below the directories, with their columns. Reads only manifests.
+    """Print the shard sets and training runs below the directories. Reads only manifests, records and metrics.
 
     Raises:
-        UserError: a directory does not exist, or none contains a shard set.
+        UserError: a directory does not exist, or none contains a shard set or a run.
     """
-    found: dict[Location, CatalogueEntry | UserError] = {}
+    found: dict[Location, Entry] = {}
     for directory in config.directories:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; check the path")
-        for manifest in sorted(directory.rglob(MANIFEST)):
-            if is_shard_set(manifest.parent):
-                found[manifest.parent] = read_entry(manifest.parent)
+        found |= find_entries(directory)
     if not found:
         where = ", ".join(map(str, config.directories))
-        raise UserError(f"{where}: no shard set here; write one with 'wmtp prepare'")
+        raise UserError(f"{where}: no shard set or run here; write one with 'wmtp prepare' or 'wmtp train'")
     for line in catalogue(found):
-        print(line)
+        print(printable(line))
+
+
+def find_entries(directory: Location) -> Iterator[tuple[Location, Entry]]:
+    """Yield the path and the entry of each shard set and run in or below a directory, in order of their paths."""
+    sizes = {PurePosixPath(name): size for name, size in walk_files(directory).items()}
+    names: dict[PurePosixPath, set[str]] = {}  # of the files directly in each folder
+    for file in sizes:
+        names.setdefault(file.parent, set()).add(file.name)
+    runs = dict.fromkeys((folder for folder, files in names.items() if {RUN_RECORD, SETTINGS} <= files), 0)
+    for file, size in sizes.items():
+        for folder in file.parents:
+            if folder in runs:
+                runs[folder] += size
+    for folder in sorted({*names, *(folder.parent for folder in names if folder.name == PROGRESS)}):
+        path = directory / folder.as_posix() if folder.parts else directory
+        files = names.get(folder, set())
+        if MANIFEST in files and folder / TOKENIZER in names:
+            yield path, guarded(path, read_entry)
+        elif folder / PROGRESS in names:
+            yield path, unfinished_set(names.get(folder / DATA, set()))
+        if folder in runs:
+            yield path, guarded(path, partial(read_run, size=runs[folder]))
+
+
+def guarded(path: Location, read: Callable[[Location], Entry]) -> Entry:
+    """What `read(path)` returns or raises: one damaged entry must not hide the others."""
+    try:
+        return read(path)
+    except UserError as error:
+        return error
+    except Exception as error:  # files may be damaged in any way
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return UserError(f"{path}: cannot be read ({reason}); restore or remove it")

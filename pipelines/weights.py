@@ -9,7 +9,8 @@ from weighted_mtp.pipelines.reports.pages import check_page, show
 from weighted_mtp.pipelines.reports.tokens.marked_text import Excerpt
 from weighted_mtp.pipelines.reports.weight_report import build_report
 from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, positions
-from weighted_mtp.schemas.configs import WeightsReportConfig
+from weighted_mtp.pipelines.reports.weight_totals import Totals
+from weighted_mtp.schemas.configs import WeightsReportConfig, exact
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import Manifest
@@ -17,6 +18,8 @@ from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.presets import PRESETS
 from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
+from weighted_mtp.training.data.mixing import open_mix
+from weighted_mtp.training.run.compatibility import check_same_tokenizer
 from weighted_mtp.training.weighting import Weighting, make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting
 from weighted_mtp.training.weighting.tables import scored_tokens
@@ -40,16 +43,55 @@ def run(config: WeightsReportConfig) -> None:
     """
     check_page(config.html)
     shards = ZippedSets.open(config.set)
+    mixed = open_mix(config.mix)
+    for data in mixed:
+        check_same_tokenizer(shards.first, data.first)
+    weightings = [check_weighting(config, data) for data in (shards, *mixed)]
+    manifest = shards.first.manifest
+    groups = draw_groups(manifest, config.max_tokens, config.seed)
+    statistics, excerpts = weigh_row_groups(shards, weightings[0], groups, config)
+    mixture = weigh_mixture(config, statistics, mixed, weightings[1:]) if mixed else None
+    tokenizer = load_corpus_tokenizer(shards.first)
+    facts = describe(config, weightings[0], manifest, len(groups), statistics.tokens)
+    show(build_report(facts, manifest, statistics, excerpts, tokenizer, mixture), config.html)
+
+
+def check_weighting(config: WeightsReportConfig, shards: ZippedSets) -> Weighting:
+    """The weighting of a set after the warm-up.
+
+    Raises:
+        UserError: the set is unsuitable for the weights, or has no targets.
+    """
     manifest = shards.first.manifest
     if manifest.tokens == manifest.rows:
         raise UserError(f"{shards.first.path}: no sequence has two tokens, so it has no targets; prepare longer texts")
-    weights = config.weights.model_copy(update={"warmup_ratio": 0.0})  # weights after the warm-up
-    weighting = make_weighting(weights, shards, config.live_column)
-    groups = draw_groups(manifest, config.max_tokens, config.seed)
-    statistics, excerpts = weigh_row_groups(shards, weighting, groups, config)
-    tokenizer = load_corpus_tokenizer(shards.first)
-    facts = describe(config, weighting, manifest, len(groups), statistics.tokens)
-    show(build_report(facts, manifest, statistics, excerpts, tokenizer), config.html)
+    return make_weighting(config.weights.model_copy(update={"warmup_ratio": 0.0}), shards, config.live_column)
+
+
+def weigh_mixture(
+    config: WeightsReportConfig, first: WeightStatistics, mixed: list[ZippedSets], weightings: list[Weighting]
+) -> tuple[list[str], Totals]:
+    """Names of the sets of a mixture, and their totals in proportion to their shares of the rows.
+
+    Args:
+        config: the settings.
+        first: statistics of the first set, which gives the rest of the rows.
+        mixed: the other sets.
+        weightings: their weightings.
+    """
+    gathered = [first]
+    for shards, weighting in zip(mixed, weightings, strict=True):
+        groups = draw_groups(shards.first.manifest, config.max_tokens, config.seed)
+        statistics, _ = weigh_row_groups(shards, weighting, groups, config.model_copy(update={"samples": 0}))
+        gathered.append(statistics)
+    shares = [float(1 - sum(map(exact, config.mix.values()))), *config.mix.values()]
+    totals = [
+        statistics.by_position.by(np.zeros(statistics.positions, dtype=np.int64), 1) * (share / statistics.tokens)
+        for statistics, share in zip(gathered, shares, strict=True)
+    ]  # per token of a training row
+    names = [", ".join(map(str, config.set)), *config.mix]
+    shown = [f"{share:.4g} of the rows: {name}" for name, share in zip(names, shares, strict=True)]
+    return shown, Totals.concatenate(totals)
 
 
 def describe(
@@ -63,6 +105,8 @@ def describe(
         "formula": weighting.formula,
         "columns": ", ".join(weighting.columns) or "none",
     }
+    if config.mix:
+        facts["mixture"] = "only in the table by set; all other numbers are those of the set above"
     if config.weights.formula is None:
         facts["scheme"] = f"{config.weights.preset}: {PRESETS[config.weights.preset].source}"
     if config.live_column:
@@ -93,18 +137,20 @@ def weigh_row_groups(
 ) -> tuple[WeightStatistics, list[Excerpt]]:
     """Compute weight statistics, treating each row group as a batch, and excerpts from some row groups."""
     statistics = WeightStatistics(shards.first.manifest)
+    columns = list(dict.fromkeys([*weighting.columns, *statistics.by_label]))
     batch_weighting = BatchWeighting.make(config.weights, config.live_column)
     excerpts: list[Excerpt] = []
     rng = np.random.default_rng(config.seed)
     excerpt_counts = Counter(np.resize(rng.permutation(len(groups)), config.samples).tolist())
     for index, group in enumerate(ProgressBar(groups, unit="row groups", desc="weights", leave=False)):
-        table = shards.read(group.shard, weighting.columns, group.number)
+        table = shards.read(group.shard, columns, group.number)
         ids, lengths = flat_values(table["input_ids"]), list_lengths(table["input_ids"])
         group_rng = np.random.default_rng([config.seed, group.shard, group.number])  # as in training
         weights = weighting.weigh(table, group_rng)
         if weighting.waits:
             weights = batch_weighting.weigh_tokens(weights, positions(lengths), group_rng)
-        statistics.add(ids, weights, scored_tokens(table, weighting.columns).mask, lengths)
+        labels = {name: table[name] for name in statistics.by_label}
+        statistics.add(ids, weights, scored_tokens(table, weighting.columns).mask, lengths, labels)
         if index in excerpt_counts:
             names = shards.first.read(group.shard, ["document_id", "start"], group.number)
             for row in draw_rows(lengths, excerpt_counts[index], rng):

@@ -35,7 +35,10 @@ from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 
 
 class TrainingLoop:
-    """The steps of one run. `state_dict` excludes the states of model, optimizer and scheduler."""
+    """The steps of one run. `state_dict` excludes the states of model, optimizer and scheduler.
+
+    `steps` is the length of the schedules; `--continue_steps` follow.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,8 @@ class TrainingLoop:
         self.scheduler = scheduler
         self.loader = loader
         self.flops = flops
-        self.steps = steps
+        self.scheduled_steps = steps
+        self.steps = steps + config.continue_steps
         self.weighting = BatchWeighting.make(config.weights)
         self.objective = make_objective(config.objective)
         self.step = 0
@@ -63,7 +67,7 @@ class TrainingLoop:
         self.seconds = 0.0
         self.bad_in_a_row = 0
         self.accumulator = MetricsAccumulator(config.heads, accelerator.device)
-        self.grad_norm = 0.0
+        self.grad_norm = self.learning_rate = 0.0  # of the last step
         self.metrics: dict[str, float] = {}  # as last logged
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,14 +110,14 @@ class TrainingLoop:
                 logged = self.step % self.config.log_every == 0 or self.step == self.steps
                 if logged:
                     self.metrics = self.accumulator.compute_and_reset(self.accelerator, self.flops, self.seconds, peak)
-                    self.metrics |= {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": self.grad_norm}
+                    self.metrics |= {"learning_rate": self.learning_rate, "grad_norm": self.grad_norm}
                     self.metrics["tokens"] = self.tokens
                     bar.set_postfix_str("loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s".format(**self.metrics))
                 bar.update()
                 yield dict(self.metrics) if logged else {}
 
     def _train_step(self, batch: Rows) -> None:
-        warmup = linear_warmup(self.step, self.config.weights.warmup_ratio, self.steps)
+        warmup = linear_warmup(self.step, self.config.weights.warmup_ratio, self.scheduled_steps)
         batch = self.weighting.weigh_rows(batch, warmup, np.random.default_rng([self.config.seed, self.step]))
         own = np.random.default_rng([self.config.seed, self.step, self.accelerator.process_index])
         live = self.weighting.live_weighting(warmup, own)
@@ -133,6 +137,7 @@ class TrainingLoop:
                 self.accumulator.add_step(of_step, coefficients, normalizer.targets)
             else:
                 self._skip_update()
+        self.learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.optimizer.zero_grad()
 
@@ -214,7 +219,7 @@ class TrainingLoop:
     def _coefficients(self) -> Tensor:
         """Loss coefficients (C,) of offsets and token order prediction for this step."""
         first, *others = self.config.heads.loss_coefficients
-        warmup = linear_warmup(self.step, self.config.heads.warmup_ratio, self.steps)
+        warmup = linear_warmup(self.step, self.config.heads.warmup_ratio, self.scheduled_steps)
         return torch.tensor([first, *(warmup * other for other in others)], device=self.accelerator.device)
 
     def prepare_checkpoint(self) -> None:

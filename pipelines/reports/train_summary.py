@@ -12,7 +12,8 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
     """Print the outcome of a training run. `summary` is the content of its `summary.json`."""
     done = "already complete" if summary.get("already_complete") else "trained"
     table = Table(title=f"{config.output}: {done}", show_header=False, title_justify="left")
-    table.add_row("steps", f"{summary['steps']:,}")
+    continued = summary.get("continued_steps", 0)
+    table.add_row("steps", f"{summary['steps']:,}" + f", {continued:,} of them after the schedule" * bool(continued))
     table.add_row("tokens", f"{summary['tokens']:,}")
     table.add_row("time", f"{summary['seconds']:,.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
     control = f", {config.weights.control} control" if config.weights.control != "none" else ""

@@ -8,15 +8,19 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from weighted_mtp.pipelines.reports.label_totals import LabelTotals
 from weighted_mtp.pipelines.reports.tokens.marked_text import LEGEND, Excerpt, marked
 from weighted_mtp.pipelines.reports.tokens.token_classes import CLASSES, classify, token_texts
 from weighted_mtp.pipelines.reports.tokens.token_text import printable
-from weighted_mtp.pipelines.reports.weight_statistics import Totals, WeightStatistics, position_names
+from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, position_names
+from weighted_mtp.pipelines.reports.weight_totals import Totals
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 BAR = 40
 """Width of the longest bar, in characters."""
+LONGEST_LABEL = 60
+"""Most characters of a label shown."""
 SHOWN_IDS = 12
 MIN_COUNT = 20
 MIN_SHARE = 1e-5
@@ -32,6 +36,7 @@ def build_report(
     statistics: WeightStatistics,
     excerpts: list[Excerpt],
     tokenizer: Any,
+    mixture: tuple[list[str], Totals] | None,
 ) -> RenderableType:
     """The whole report.
 
@@ -41,15 +46,19 @@ def build_report(
         statistics: statistics of the weights.
         excerpts: texts to show with their weights.
         tokenizer: tokenizer of the set.
+        mixture: names of the sets of a mixture, and their totals in proportion to their shares of the training rows.
     """
     sections: list[RenderableType] = [
         facts_table(facts | summary(statistics)),
         quantiles_table(statistics),
         histogram_table(statistics),
         totals_table("position in the sequence", position_names(manifest.longest), statistics.by_position),
+        *(label_table(name, totals) for name, totals in statistics.by_label.items()),
         classes_table(statistics, tokenizer),
         ids_tables(statistics, tokenizer),
     ]
+    if mixture:
+        sections.insert(1, totals_table("set of the mixture", *mixture))
     if excerpts:
         sections.append(Text("\ntexts with their weights", style="italic"))
         sections.append(Text(LEGEND, style="dim"))
@@ -120,6 +129,7 @@ def bar(share: float) -> str:
 
 def totals_table(title: str, names: list[str], totals: Totals) -> Table:
     """One row for each nonempty group. The bars show mean absolute weights."""
+    title = printable(title)
     table = Table(title, title=f"weights by {title}", title_justify="left")
     for column in ("of the targets", "kept", "mean weight", "of all weight"):
         table.add_column(column, justify="right")
@@ -129,7 +139,7 @@ def totals_table(title: str, names: list[str], totals: Totals) -> Table:
     largest = float(np.nanmax(means)) or 1.0
     for group in np.flatnonzero(totals.targets):
         table.add_row(
-            names[group],
+            printable(names[group]),
             f"{totals.targets[group] / totals.targets.sum():.2%}",
             f"{totals.kept_share[group]:.1%}",
             f"{totals.mean[group]:.4f}",
@@ -137,6 +147,14 @@ def totals_table(title: str, names: list[str], totals: Totals) -> Table:
             bar(means[group] / largest),
         )
     return table
+
+
+def label_table(column: str, totals: LabelTotals) -> Table:
+    """The weights of the most frequent values of a label column."""
+    names, values = totals.most_frequent()
+    return totals_table(
+        column, [name if len(name) <= LONGEST_LABEL else name[:LONGEST_LABEL] + "..." for name in names], values
+    )
 
 
 def classes_table(statistics: WeightStatistics, tokenizer: Any) -> Table:

@@ -3,11 +3,14 @@
 The first token of a sequence is not a target and is not counted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 
+from weighted_mtp.pipelines.reports.label_totals import LabelTotals
+from weighted_mtp.pipelines.reports.weight_totals import Totals
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 
 MAX_DISTINCT = 8
@@ -15,73 +18,7 @@ MAX_DISTINCT = 8
 INTERVALS = 12
 NEARLY_EQUAL = 0.02
 """Relative difference up to which weights share a line, for instance after normalising by sequence."""
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Totals over the targets of K groups.
-
-    Attributes:
-        targets: (K,) int64, number of targets.
-        kept: (K,) int64, number of targets whose weight is not 0.
-        weight: (K,) float64, sum of the weights.
-        magnitude: (K,) float64, sum of the absolute weights.
-    """
-
-    targets: np.ndarray
-    kept: np.ndarray
-    weight: np.ndarray
-    magnitude: np.ndarray
-
-    @classmethod
-    def from_weights(cls, groups: np.ndarray, weights: np.ndarray, size: int) -> "Totals":
-        """Totals of `size` groups, from each target's group and weight, both (T,)."""
-        weights_float64 = weights.astype(np.float64)
-        return cls(
-            np.bincount(groups, minlength=size),
-            np.bincount(groups[weights != 0], minlength=size),
-            np.bincount(groups, weights_float64, size),
-            np.bincount(groups, np.abs(weights_float64), size),
-        )
-
-    def __add__(self, other: "Totals") -> "Totals":
-        """Sum of both totals."""
-        return Totals(
-            self.targets + other.targets,
-            self.kept + other.kept,
-            self.weight + other.weight,
-            self.magnitude + other.magnitude,
-        )
-
-    def by(self, groups: np.ndarray, size: int) -> "Totals":
-        """Totals of `size` larger groups; `groups` (K,) maps each group to its larger group."""
-        return Totals(
-            np.bincount(groups, self.targets, size).astype(np.int64),
-            np.bincount(groups, self.kept, size).astype(np.int64),
-            np.bincount(groups, self.weight, size),
-            np.bincount(groups, self.magnitude, size),
-        )
-
-    @property
-    def kept_share(self) -> np.ndarray:
-        """Share of each group's targets with nonzero weight, NaN for an empty group."""
-        return divide(self.kept, self.targets)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean weight of each group, NaN for an empty group."""
-        return divide(self.weight, self.targets)
-
-    @property
-    def mean_magnitude(self) -> np.ndarray:
-        """Mean absolute weight of each group, NaN for an empty group."""
-        return divide(self.magnitude, self.targets)
-
-
-def divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-    """Quotients as float64, NaN where the denominator is 0."""
-    empty = np.full(len(denominators), np.nan)
-    return np.divide(numerators, denominators, out=empty, where=denominators != 0)
+NO_LABELS: Mapping[str, pa.ChunkedArray] = {}
 
 
 def positions(lengths: np.ndarray) -> np.ndarray:
@@ -96,17 +33,26 @@ class WeightStatistics:
         """Start empty.
 
         Args:
-            manifest: manifest of the set, with vocabulary size and longest sequence length.
+            manifest: manifest of the set, with vocabulary size, longest sequence length and label columns.
         """
         self.positions = manifest.longest.bit_length()
         """Number of position groups; group k starts at position `2**k` of a sequence."""
         empty = np.zeros(0, dtype=np.int64)
         self.by_id = Totals.from_weights(empty, empty, manifest.tokenizer.vocab_size)
         self.by_position = Totals.from_weights(empty, empty, self.positions)
+        kinds = manifest.corpus.sequence_columns
+        self.by_label = {name: LabelTotals() for name, kind in kinds.items() if kind == "label"}
         self.scored = self.sequences = self.silent = self.tokens = 0
         self._weights: list[np.ndarray] = [np.zeros(0, dtype=np.float32)]
 
-    def add(self, ids: np.ndarray, weights: np.ndarray, scored: np.ndarray, lengths: np.ndarray) -> None:
+    def add(
+        self,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        scored: np.ndarray,
+        lengths: np.ndarray,
+        labels: Mapping[str, pa.ChunkedArray] = NO_LABELS,
+    ) -> None:
         """Add S consecutive sequences of T tokens in total.
 
         Args:
@@ -114,6 +60,7 @@ class WeightStatistics:
             weights: (T,) float32.
             scored: (T,) bool, whether a token has all scores needed for its weight.
             lengths: (S,) sequence lengths, at least 1.
+            labels: (S,) strings of each label column.
         """
         starts = np.cumsum(lengths) - lengths
         position = positions(lengths)  # (T,)
@@ -122,6 +69,9 @@ class WeightStatistics:
         self.by_id += Totals.from_weights(ids[target], target_weights, len(self.by_id.targets))
         exponents = np.frexp(position[target])[1] - 1
         self.by_position += Totals.from_weights(exponents, target_weights, self.positions)
+        sequences = np.repeat(np.arange(len(lengths)), lengths)[target]
+        for name, values in labels.items():
+            self.by_label[name].add(values, sequences, target_weights)
         self.scored += int(np.count_nonzero(scored & target))
         kept = np.add.reduceat((weights != 0) & target, starts, dtype=np.int64)
         self.sequences += int(np.count_nonzero(lengths > 1))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from weighted_mtp.schemas.storage.locations import LocationSetting
+from weighted_mtp.schemas.storage.locations import LocationSetting, locate
 
 
 def split_paths(value: Any) -> Any:
@@ -29,6 +29,20 @@ def exact(share: float) -> Fraction:
     return Fraction(repr(share))
 
 
+def check_mix(mix: dict[str, float]) -> dict[str, float]:
+    """Check shard sets and their shares of the rows.
+
+    Raises:
+        ValueError: the shares leave no rows for the set that is not among them, or a name is not a location.
+    """
+    if sum(map(exact, mix.values())) >= 1:
+        raise ValueError("shares should sum to less than 1, to leave some rows for the first set")
+    for name in mix:
+        for path in split_paths(name):
+            locate(path)
+    return mix
+
+
 def check_identifier(name: str) -> None:
     """Raise ValueError unless `name` can be a column name, or part of one."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
@@ -47,6 +61,8 @@ FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeValidator(split_paths)]
 ProperFraction = Annotated[float, Field(gt=0, lt=1)]
+Mix = dict[str, ProperFraction]
+"""Names of shard sets, as in `ShardSets`, and the share of the rows that each gives. See `check_mix`."""
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"

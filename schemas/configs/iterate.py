@@ -16,8 +16,10 @@ class IterateConfig(Config):
 
     input: LocationSetting = Field(description="shard set to score and to train on")
     output: LocationSetting = Field(description="directory of the rounds")
-    reference: NameSetting = Field(description="reference model of the first round: directory or Hugging Face id")
-    base: NameSetting = Field(description="base model of all rounds: directory or Hugging Face id")
+    reference: NameSetting = Field(
+        description="reference model of the first round: directory, finished run, or Hugging Face id"
+    )
+    base: NameSetting = Field(description="base model of all rounds: directory, finished run, or Hugging Face id")
     model: NameSetting | None = Field(None, description="model to train in the first round; default is --base")
     rounds: Positive = Field(2, description="number of rounds; rerun with a larger number to add rounds")
     fresh: bool = Field(False, description="start each round from --model instead of the previous round's model")

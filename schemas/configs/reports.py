@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Positive, RowLength, Seed, ShardSets
+from weighted_mtp.schemas.configs.common import Config, Mix, Positive, RowLength, Seed, ShardSets, check_mix
 from weighted_mtp.schemas.configs.weights import WeightsConfig
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
@@ -39,6 +39,10 @@ class WeightsReportConfig(Config):
     """Show the token weights of a scheme before training with them."""
 
     set: ShardSets = Field(description="shard set; A,B also reads the score columns of B, a set with the same rows")
+    mix: Mix = Field(
+        {},
+        description="more shard sets and their shares of the rows, as in training; adds a table with what each keeps",
+    )
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     live_column: str | None = Field(
         None, description="column to use instead of the loss of the model in training, such as loss_base"
@@ -49,6 +53,8 @@ class WeightsReportConfig(Config):
     )
     seed: Seed = Field(0, description="random seed of the samples, and of random controls as in training")
     html: Path | None = Field(None, description="also write the report as an HTML page")
+
+    _check_mix = field_validator("mix")(check_mix)
 
     @model_validator(mode="after")
     def _check(self) -> "WeightsReportConfig":
@@ -69,6 +75,6 @@ class VerifyConfig(Config):
 
 
 class ListConfig(Config):
-    """List the shard sets in directories, with their columns, sizes and origins."""
+    """List the shard sets and training runs in directories, finished or not."""
 
     directories: list[LocationSetting] = Field(description="directories to search, at all depths")

@@ -12,7 +12,7 @@ from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 class ConditionConfig(Config):
     """A model and an optional prompt before every sequence."""
 
-    model: NameSetting = Field(description="directory or Hugging Face id, id@revision to pin it")
+    model: NameSetting = Field(description="directory, finished run, or Hugging Face id, id@revision to pin it")
     prompt: str = Field("", description="text before every sequence, after its BOS if it starts with one")
     entropy: bool = Field(False, description="also write entropy_NAME")
     gradient: bool = Field(False, description="also write gradient_NAME")
@@ -28,7 +28,9 @@ class ScoreConfig(Config):
     input: LocationSetting = Field(description="shard set to score; its columns are kept, not recomputed")
     output: LocationSetting = Field(description="directory of the new shard set")
     reference: NameSetting | None = Field(
-        None, description="reference model: directory or Hugging Face id, id@revision to pin it; writes loss_reference"
+        None,
+        description="reference model: directory, finished training run, or Hugging Face id, id@revision to pin it; "
+        "writes loss_reference",
     )
     base: NameSetting | None = Field(
         None, description="base model; writes loss_base and excess_loss = base - reference"
@@ -52,7 +54,8 @@ class ScoreConfig(Config):
     )
     contrasts: dict[str, str] = Field(
         {},
-        description="more column differences, from this run or --input, such as '{mine: loss_worse - loss_better}'",
+        description="more column differences, from this run or --input, such as '{mine: loss_worse - loss_better}', "
+        "or '{gain: loss_reference - loss_reference_new}' with --suffix _new",
     )
     suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
         "", description="suffix of new column names, if --input already has columns with these names"

@@ -7,18 +7,17 @@ from pydantic import Field, field_validator, model_validator
 from weighted_mtp.schemas.configs.common import (
     Config,
     FractionBelowOne,
+    Mix,
     Positive,
-    ProperFraction,
     RowLength,
     Seed,
     ShardSets,
     Tracker,
-    exact,
-    split_paths,
+    check_mix,
 )
 from weighted_mtp.schemas.configs.heads import HeadsConfig
 from weighted_mtp.schemas.configs.weights import WeightsConfig
-from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, locate
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 from weighted_mtp.schemas.weights.analysis import mean_of
 
 
@@ -80,18 +79,22 @@ class TrainConfig(Config):
 
     HELP_GROUPS: ClassVar = {
         "model and trainable parameters": ("model", "from_scratch", "trainable", "attention", "dtype"),
-        "steps": ("batch_size", "sequence_length", "max_steps", "epochs", "normalization", "seed", "max_bad_steps"),
+        "steps": (
+            "batch_size", "sequence_length", "max_steps", "epochs", "continue_steps", "normalization", "seed",
+            "max_bad_steps",
+        ),
         "speed and memory": ("micro_batch_size", "loader_workers", "activation_checkpointing", "compile"),
         "several devices (see also accelerate launch)": ("fsdp", "ray_workers", "ray_address"),
         "evaluation, checkpoints and logs": (
-            "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "trackers",
+            "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints", "keep_checkpoints",
+            "log_every", "trackers",
         ),
     }  # fmt: skip
 
     input: ShardSets = Field(
         description="shard set to train on; A,B also reads the score columns of B, a set with the same rows"
     )
-    mix: dict[str, ProperFraction] = Field(
+    mix: Mix = Field(
         {},
         description="more shard sets and their shares of the rows: '{scored/code: 0.3}'; --input gives the rest",
     )
@@ -119,6 +122,12 @@ class TrainConfig(Config):
     micro_batch_size: Positive = Field(4, description="rows per forward pass on one device")
     max_steps: Positive | None = Field(None, description="optimizer steps; default depends on --epochs")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over --input when max_steps is unset")
+    continue_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="more optimizer steps after those of max_steps or epochs; also continues a finished run if it was "
+        "trained with --keep_checkpoints. The learning rate is then constant: the peak with the constant schedule, "
+        "else a tenth of it. No warm-up is repeated, and the data continues where it stopped",
+    )
     seed: Seed = Field(0, description="seed of initialisation and data order")
     loader_workers: Positive = Field(1, description="threads per shard set for reading and packing ahead")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -149,19 +158,14 @@ class TrainConfig(Config):
     checkpoint_every: Positive | None = Field(
         None, description="steps between checkpoints; default a tenth of all steps"
     )
-    keep_checkpoints: Positive = Field(2, description="number of checkpoints to keep")
+    max_checkpoints: Positive = Field(2, description="number of checkpoints to hold while training")
+    keep_checkpoints: bool = Field(
+        False, description="keep the last checkpoints when the run is finished, instead of removing them"
+    )
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
 
-    @field_validator("mix")
-    @classmethod
-    def _check_mix(cls, mix: dict[str, float]) -> dict[str, float]:
-        if sum(map(exact, mix.values())) >= 1:
-            raise ValueError("shares should sum to less than 1, to leave some rows for --input")
-        for name in mix:
-            for path in split_paths(name):
-                locate(path)
-        return mix
+    _check_mix = field_validator("mix")(check_mix)
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

@@ -85,13 +85,18 @@ def kind_of(location: Location) -> Literal["file", "directory"] | None:
 
 
 def walk_files(directory: Location) -> dict[str, int]:
-    """Relative name and size in bytes of every file below a directory, recursively."""
+    """Relative name and size in bytes of every file below a directory, recursively.
+
+    On a disk, directories that cannot be read and files that vanish meanwhile are left out.
+    """
     if isinstance(directory, Path):
-        return {
-            path.relative_to(directory).as_posix(): path.stat().st_size
-            for path in directory.rglob("*")
-            if path.is_file()
-        }
+        sizes: dict[str, int] = {}
+        for folder, _, names in os.walk(directory):
+            for path in (Path(folder, name) for name in names):
+                with suppress(OSError):
+                    if path.is_file():
+                        sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
+        return sizes
     found = directory.fs.find(directory.path, detail=True)
     start = directory.path.rstrip("/") + "/"
     return {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}

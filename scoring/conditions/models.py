@@ -20,6 +20,7 @@ from weighted_mtp.schemas.storage.locations import (
     locate,
     resolve,
 )
+from weighted_mtp.schemas.storage.training_run import trained_model
 from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
 from weighted_mtp.scoring.tokenizer import load_tokenizer
 
@@ -31,7 +32,7 @@ class ScoringModel:
     """A checkpoint that passed all checks.
 
     Attributes:
-        name: name given by the user.
+        name: name given by the user; for a training run, its `model` directory.
         source: address or absolute path of its files.
         fingerprint: identity of weights and config.
         max_length: maximum sequence length; None if unlimited.
@@ -58,15 +59,19 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     """Find a model, download it if necessary, and check it against the corpus's tokenizer.
 
     Args:
-        name: directory, address or id; `id@revision` for a branch, tag or commit.
+        name: directory, address or id; `id@revision` for a branch, tag or commit. A finished training run is the
+            checkpoint in its `model` directory.
         flag: command line flag of this model, for messages.
         tokenizer: the corpus's tokenizer.
 
     Raises:
-        UserError: not found, not a causal language model, no weights, or a tokenizer other than the corpus's.
+        UserError: not found, not a causal language model, no weights, a tokenizer other than the corpus's, or a
+            training run that is not finished.
     """
     logging.set_verbosity_error()
-    location = locate(name)
+    location: Location = locate(name)
+    if (trained := trained_model(location, flag)) is not None:
+        name, location = str(trained), trained
     from_hub = not is_address(name) and not location.is_dir()
     source = download(name, flag) if from_hub else resolve(location)
     directory = local_copy(source)

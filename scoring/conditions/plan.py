@@ -165,6 +165,7 @@ def reuse_columns(
             or there are no new columns.
     """
     names: dict[str, str] = {}
+    sources: dict[str, Condition] = {}
     new = ScoringPlan({}, {})
     for name, measurement in plan.measurements.items():
         same = (held_name for held_name, column in held.items() if same_origin(column.origin, conditions[name]))
@@ -174,21 +175,40 @@ def reuse_columns(
             check_name(name + suffix, held, conditions[name])
             new.measurements[name + suffix] = measurement
         names[name] = stored or name + suffix
-    sources = dict(conditions)
-    for name, contrast in plan.contrasts.items():
-        sources[name] = check_sides(name, contrast, sources, held)
-        renamed = Contrast(
-            minuend=names.get(contrast.minuend, contrast.minuend),
-            subtrahend=names.get(contrast.subtrahend, contrast.subtrahend),
-        )
-        stored = next((held_name for held_name, column in held.items() if column.origin == renamed), None)
+        sources[names[name]] = conditions[name]
+    for name, written in plan.contrasts.items():
+        contrast = resolve_sides(written, names, held, suffix)
+        origin = check_sides(name, contrast, sources, held)
+        stored = next((held_name for held_name, column in held.items() if column.origin == contrast), None)
         if stored is None:
-            check_name(name + suffix, held, renamed)
-            new.contrasts[name + suffix] = renamed
+            check_name(name + suffix, held, contrast)
+            new.contrasts[name + suffix] = contrast
         names[name] = stored or name + suffix
+        sources[names[name]] = origin
     if not new.columns:
         raise UserError(f"--input already has all of these columns ({', '.join(names.values())}); request others")
     return new
+
+
+def resolve_sides(contrast: Contrast, names: Mapping[str, str], held: Collection[str], suffix: str) -> Contrast:
+    """Replace both names in a contrast by names of columns in the output.
+
+    A name without the suffix means a column of this run if it has one. If the other side is a column of this run with
+    its suffix, it means a column of the input: `loss_reference - loss_reference_new`.
+
+    Args:
+        contrast: the contrast as written.
+        names: columns of this run before the contrast, without suffix, and their names in the output.
+        held: columns of the input.
+        suffix: added to the names of new columns.
+    """
+    suffixed = {name + suffix: final for name, final in names.items()} if suffix else {}
+    sides = (contrast.minuend, contrast.subtrahend)
+    written_out = any(side in suffixed for side in sides)
+    minuend, subtrahend = (
+        side if written_out and side in held else suffixed.get(side) or names.get(side, side) for side in sides
+    )
+    return Contrast(minuend=minuend, subtrahend=subtrahend)
 
 
 def check_sides(
@@ -198,7 +218,7 @@ def check_sides(
 
     Args:
         name: name of the contrast.
-        contrast: names of its two columns.
+        contrast: its two columns, by their names in the output.
         sources: columns of this run before the contrast, each with a condition it derives from.
         held: columns of the input.
 

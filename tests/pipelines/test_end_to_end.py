@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weighted_mtp.pipelines.cli.main import main
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 
@@ -96,6 +97,23 @@ def test_trained_model_is_evaluated_and_loads_in_transformers(job: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(job / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(job / "run" / "model")
     assert model(**tokenizer("the quick", return_tensors="pt")).logits.shape[-1] == 260
+
+
+def test_the_run_and_its_input_are_listed(job: Path) -> None:
+    lines = wmtp("list", job).splitlines()
+    summary = json.loads((job / "run" / "summary.json").read_text())
+    at = next(index for index, line in enumerate(lines) if line.startswith(f"{job}/run: "))
+    held_out = f"held-out loss {summary['eval_loss_1']:.5g} (offset 1)"
+    assert lines[at].startswith(f"{job}/run: training run, 5 of 5 steps, loss {summary['loss']:.5g}, {held_out}, ")
+    assert lines[at + 1] == f"    input  {job / 'scored'}"
+
+
+def test_the_run_is_a_reference(job: Path) -> None:
+    wmtp("score", "--input", job / "tokens", "--output", job / "by-run", "--reference", job / "run",
+         "--engine", "transformers")  # fmt: skip
+    column = ShardSet.open(job / "by-run").manifest.columns["loss_reference"]
+    assert column.origin.model == str(job / "run" / "model")
+    assert column.origin.fingerprint == model_fingerprint(job / "run" / "model")
 
 
 def test_repeating_a_finished_command_does_nothing(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`wmtp weights` reports the weights that training uses, and what it sampled."""
 
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 from weighted_mtp.pipelines.weights import EXCERPT_TOKENS, RowGroup, draw_groups, run, weigh_row_groups
 from weighted_mtp.schemas.configs import WeightsConfig, WeightsReportConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Manifest, ShardEntry
+from weighted_mtp.schemas.shard_set.manifest import Manifest, ShardEntry, write_manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data.loader import RowLoader
@@ -201,3 +202,62 @@ def test_a_page_is_written_and_nothing_else_overwritten(
 def test_nothing_to_predict(make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no sequence has two tokens"):
         report(capsys, make_shard_set([[1], [2]]))
+
+
+def rows_of(text: str, title: str) -> dict[str, list[str]]:
+    """The rows of the table with this title: of the targets, kept, mean weight, of all weight."""
+    lines = iter(text.splitlines())
+    next(line for line in lines if line.strip() == f"weights by {title}")
+    body = list(takewhile(lambda line: not line.startswith("└"), lines))[3:]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in body]
+    return {row[0]: row[1:5] for row in rows if row[1]}  # a long name goes on in a line of its own
+
+
+def test_weights_by_label(make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters and markup in labels are shown, not followed."""
+    rows, scores = [[1, 2, 3], [1, 2], [1, 2, 3, 4]], [[NAN, 1.0, 0.0], [NAN, 3.0], [NAN, 0.0, 0.0, 1.0]]
+    kinds: dict[str, list[float] | list[str]] = {"kind": ["[red]a\x1b", "b", "b"], "reward": [1.0, 2.0, 3.0]}
+    shards = make_shard_set(rows, {"excess_loss": scores}, sequence_columns=kinds)
+    text = report(capsys, shards, weights={"formula": "abs(excess_loss)"})
+    assert rows_of(text, "kind") == {
+        "b": ["66.67%", "50.0%", "1.0000", "80.00%"],
+        "[red]a\\x1b": ["33.33%", "50.0%", "0.5000", "20.00%"],
+    }
+    assert "weights by reward" not in text
+    by_kind = report(capsys, shards, weights={"formula": "abs(standardise(reward, by=kind))"})
+    assert rows_of(by_kind, "kind")["b"][1] == "100.0%", "a label may also be part of the formula"
+
+
+def test_weights_by_set_of_a_mixture(make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each set counts with its share of the rows, whatever its size, and has its own thresholds.
+
+    The first has 2 targets in 3 tokens, the second 3 in 4: in proportion 0.75 * 2 / 3 = 0.5 and 0.25 * 3 / 4 = 0.1875.
+    """
+    first = make_shard_set([[1, 2, 3]] * 8, {"excess_loss": [[NAN, 2.0, -1.0]] * 8}, "first")
+    second = make_shard_set([[1, 2, 3, 4]], {"excess_loss": [[NAN, 6.0, 1.0, 2.0]]}, "second")
+    text = report(capsys, first, mix={str(second.path): 0.25}, weights={"formula": "relu(excess_loss)"})
+    weight = 0.5 * 1 + 0.1875 * 3
+    assert list(rows_of(text, "set of the mixture").values()) == [
+        [f"{0.5 / 0.6875:.2%}", "50.0%", "1.0000", f"{0.5 / weight:.2%}"],
+        [f"{0.1875 / 0.6875:.2%}", "100.0%", "3.0000", f"{0.1875 * 3 / weight:.2%}"],
+    ]
+    assert "1.0000 over all targets" in text, "the rest of the report is about the first set"
+    text = report(capsys, first, mix={str(second.path): 0.25}, weights={"formula": "top(excess_loss, 0.3)"})
+    assert [row[1] for row in rows_of(text, "set of the mixture").values()] == ["50.0%", "33.3%"]
+    assert "set of the mixture" not in report(capsys, first)
+
+
+def test_sets_of_a_mixture_must_suit_the_weights(
+    make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_shard_set([[1, 2]], {"excess_loss": [[NAN, 2.0]]}, "first")
+    bare, short = make_shard_set([[1, 2]], name="bare"), make_shard_set([[1]], {"excess_loss": [[NAN]]}, "short")
+    weights = {"formula": "relu(excess_loss)"}
+    with pytest.raises(UserError, match=r"no column 'excess_loss' in .*/bare"):
+        report(capsys, first, mix={str(bare.path): 0.1}, weights=weights)
+    with pytest.raises(UserError, match=r"/short: no sequence has two tokens"):
+        report(capsys, first, mix={str(short.path): 0.1}, weights=weights)
+    tokenizer = bare.manifest.tokenizer.model_copy(update={"fingerprint": "other"})
+    write_manifest(bare.path, bare.manifest.model_copy(update={"tokenizer": tokenizer}))
+    with pytest.raises(UserError, match=r"/bare: its tokenizer is not that of .*/first"):
+        report(capsys, first, mix={str(bare.path): 0.1}, weights=weights)

@@ -10,17 +10,18 @@ from weighted_mtp.training.schedules import linear_warmup, make_learning_rate_sc
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]),
-        ("cosine", [0, 0.5, 1, 0.5 + 3**0.5 / 4, 0.75, 0.5, 0.25, 0.5 - 3**0.5 / 4, 0]),
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.1, 0.1]),
+        ("cosine", [0, 0.5, 1, 0.5 + 3**0.5 / 4, 0.75, 0.5, 0.25, 0.5 - 3**0.5 / 4, 0.1, 0.1]),
     ],
 )
 def test_learning_rates_of_eight_steps_with_two_of_warm_up(schedule: str, expected: list[float]) -> None:
+    """And of two more after the schedule."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     config = OptimizerConfig.model_validate({"schedule": schedule, "warmup_ratio": 0.25})
     scheduler = make_learning_rate_schedule(optimizer, config, steps=8)
     rates = []
-    for _ in range(9):
+    for _ in range(10):
         rates.append(scheduler.get_last_lr()[0] / 2.0)
         optimizer.step()
         scheduler.step()

@@ -148,7 +148,7 @@ def test_shards_resume_bit_for_bit(
 def test_a_checkpoint_that_lost_a_shard_is_refused(
     config: Callable[..., TrainConfig], launch: Callable[..., None]
 ) -> None:
-    run = config("run", fsdp=True, max_steps=2)
+    run = config("run", fsdp=True, max_steps=2, keep_checkpoints=True)
     launch(run, 2)
     (run.output / "summary.json").unlink()
     second = run.output / "checkpoints" / "step-00000002" / "shard-00002-model-00001-of-00001.safetensors"

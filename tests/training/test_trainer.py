@@ -42,15 +42,35 @@ def test_two_ranks_equal_one_even_when_stopped_inside_a_metrics_window(
     for stop in (6, None):
         launch(two, 2, stop_at=stop)
         assert (two.output / "summary.json").exists() == (stop is None)
+        assert (two.output / "checkpoints").exists() == (stop is not None)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     for name, value in trained(one).items():
         torch.testing.assert_close(trained(two)[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_two_ranks_continue_a_finished_run_like_one(
+    config: Callable[..., TrainConfig], launch: Callable[..., None]
+) -> None:
+    one, two = (config(name, max_steps=4, log_every=2, keep_checkpoints=True) for name in ("one", "two"))
+    train(one)
+    launch(two, 2)
+    one, two = (run.model_copy(update={"continue_steps": 4, "keep_checkpoints": False}) for run in (one, two))
+    train(one)
+    launch(two, 2)
+    launch(two, 2)
+    assert [line["step"] for line in metrics(two) if "loss" in line] == [2, 4, 6, 8]
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for name, value in trained(one).items():
+        torch.testing.assert_close(trained(two)[name], value, rtol=1e-3, atol=1e-4)
+    assert not list(two.output.glob("*checkpoints"))
+
+
 def test_a_bad_step_is_skipped_and_counted(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """One micro-batch of step 4 has an infinite loss: that step must leave no trace but a count."""
-    run = config("run", log_every=1, checkpoint_every=1, keep_checkpoints=6)
+    run = config("run", log_every=1, checkpoint_every=1, max_checkpoints=6, keep_checkpoints=True)
     forward, calls = MTPModel.forward, []
 
     def spoiled(self: MTPModel, *args: Any, **kwargs: Any) -> tuple[Tensor, HeadSums]:
@@ -112,7 +132,7 @@ def test_steps_without_signal_change_nothing_and_are_counted(
     shards = scored_set(LENGTHS, name="silent", silent_after=4)
     run = config(
         "run", input=shards.path, weights={"preset": "soft-threshold"}, log_every=1, batch_size=2, checkpoint_every=1,
-        keep_checkpoints=12, max_steps=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
+        max_checkpoints=12, keep_checkpoints=True, max_steps=12, optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
     )  # fmt: skip
     summary = train(run)
     lines = [line for line in metrics(run) if "loss" in line]

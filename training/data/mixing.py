@@ -96,13 +96,13 @@ def _counts(origins: Iterator[np.ndarray], number: int) -> Iterator[int]:
     return (int((origin == number).sum()) for origin in origins)
 
 
-def open_mix(config: TrainConfig) -> list[ZippedSets]:
-    """Open the sets of `--mix`.
+def open_mix(mix: Iterable[str]) -> list[ZippedSets]:
+    """Open the sets with these names in `--mix`.
 
     Raises:
         UserError: a set cannot be opened.
     """
-    return [ZippedSets.open(split_paths(name)) for name in config.mix]
+    return [ZippedSets.open(split_paths(name)) for name in mix]
 
 
 def mix_identity(config: TrainConfig, mixed: Sequence[ZippedSets]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, is_missing_directory, local_name, locate
+from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.training.model.mtp_model import MTPModel
 
 
@@ -64,14 +65,16 @@ def run_record(place: Location) -> dict[str, Any] | None:
     """The record (`run.json`) of a training run; None for any other model.
 
     Raises:
-        UserError: the run is not finished.
+        UserError: the run is not finished, or its record is damaged.
     """
-    record = place / "run.json"
-    if not record.exists():
+    if trained_model(place, "--model") is None:
         return None
-    if not (place / "model").is_dir():
-        raise UserError(f"--model {place}: this training run is not finished; repeat its command first")
-    return read_json_file(record)
+    record = read_json_file(place / RUN_RECORD)
+    try:
+        record["inputs"]["tokenizer"], record["config"]["sequence_length"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{place / RUN_RECORD}: is not the record of a training run; restore it") from error
+    return record
 
 
 def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:

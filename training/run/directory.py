@@ -1,9 +1,9 @@
 """The directory of a training run: its identity, its metrics, its checkpoints.
 
 RUN/config.yaml        the resolved settings; `wmtp train --config RUN/config.yaml --output OTHER` repeats the run
-RUN/run.json           settings and inputs that must not change when the run is resumed
+RUN/run.json           settings and inputs that must not change when the run is resumed, and the number of steps
 RUN/metrics.jsonl      one line per logged step and per evaluation
-RUN/checkpoints/       full training states, newest last
+RUN/checkpoints/       full training states, newest last; removed when the run is finished
 RUN/model/, RUN/heads/ the trained trunk as a Hugging Face checkpoint, and its heads
 RUN/summary.json       written last; marks the run as finished
 """
@@ -19,15 +19,17 @@ from accelerate import Accelerator
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json_file, write_text
+from weighted_mtp.schemas.storage.locations import remove_tree
+from weighted_mtp.schemas.storage.training_run import METRICS, MODEL, RUN_RECORD, SETTINGS, SUMMARY
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
 
 CHANGEABLE_ON_RESUME = {
-    "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-    "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile", "max_bad_steps",
-    "ray_workers", "ray_address",
+    "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
+    "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
+    "max_bad_steps", "ray_workers", "ray_address", "continue_steps",
 }  # fmt: skip
-"""Settings that may change when a stopped run is resumed, because they do not affect the result.
+"""Settings that may change when a stopped run is resumed, because they do not affect the result of its steps.
 
 With live weights `micro_batch_size` affects the result and must not change."""
 
@@ -67,17 +69,19 @@ class RunDirectory:
         }
         if config.weights.is_live:  # losses are ranked within one forward pass of one process
             self.identity["passes"] = {"micro_batch_size": config.micro_batch_size, "processes": processes}
-        self.record = path / "run.json"
+        self.record = path / RUN_RECORD
         self.checkpoints = path / CHECKPOINTS
-        self.summary_file = path / "summary.json"
-        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / SUMMARY
+        self.metrics_file = path / METRICS
 
     def fetch(self, accelerator: Accelerator) -> None:
         """Download the run from an object store to every machine."""
         if self.store:
             accelerator.wait_for_everyone()  # until the main process has locked the run
             if accelerator.is_local_main_process:
-                self.store.download()
+                self.store.download_records()
+                if self.summary() is None:
+                    self.store.download_checkpoint()
             accelerator.wait_for_everyone()
 
     def publish(self, *names: str) -> None:
@@ -90,10 +94,14 @@ class RunDirectory:
         """Check that the directory is empty or holds this run, or a run without a checkpoint.
 
         Raises:
-            UserError: it holds other files, or a run with different settings; the message names these.
+            UserError: it holds other files, or a run with different settings, which the message names; or a finished
+                run without checkpoints is to be continued.
         """
         if self.record.exists():
-            changed = [name.removeprefix("config.") for name in differences(read_json_file(self.record), self.identity)]
+            recorded = read_json_file(self.record)
+            if isinstance(recorded, dict):
+                recorded.pop("steps", None)  # depends on --continue_steps
+            changed = [name.removeprefix("config.") for name in differences(recorded, self.identity)]
             if changed and (self.latest_checkpoint() or self.summary_file.exists()):
                 raise UserError(
                     f"{self.output}: holds a run with other settings ({', '.join(changed)}); "
@@ -101,30 +109,63 @@ class RunDirectory:
                 )
         elif self.output.exists() and any(path.name != LOCK for path in self.output.iterdir()):
             raise UserError(f"{self.output}: already holds something else; choose another --output or remove it")
+        if self.summary_file.exists() and self.summary() is None and self.latest_checkpoint() is None:
+            raise UserError(
+                f"--continue_steps {self.config.continue_steps}: {self.output} is finished and has no checkpoints; "
+                f"only runs with --keep_checkpoints can be continued; train a new run with --model {self.output}"
+            )
 
-    def claim(self, step: int) -> None:
-        """Write the run record, and drop metrics after `step`, because these steps will be logged again."""
-        write_text(self.record, json.dumps(self.identity, indent=2) + "\n")
+    def claim(self, step: int, steps: int) -> None:
+        """Write the run record, and drop metrics after `step`, because these steps will be logged again.
+
+        `steps` is the number of steps that the run will have.
+        """
+        write_text(self.record, json.dumps(self.identity | {"steps": steps}, indent=2) + "\n")
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_text(self.path / "config.yaml", settings)
+        write_text(self.path / SETTINGS, settings)
         if self.metrics_file.exists():
             # A killed process may have truncated the last line.
             lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_text(self.metrics_file, "".join(line + "\n" for line in kept))
-        self.publish("run.json", "config.yaml", "metrics.jsonl")
+        self.publish(RUN_RECORD, SETTINGS, METRICS)
         if self.store:
-            self.store.remove_checkpoints(self.config.keep_checkpoints)
+            self.store.remove_checkpoints(self.config.max_checkpoints)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
-        return read_json_file(self.summary_file) if self.summary_file.exists() else None
+        """The summary of a finished run; None if the run is not finished, or `--continue_steps` asks for more steps."""
+        if not self.summary_file.exists():
+            return None
+        summary = read_json_file(self.summary_file)
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.output / SUMMARY}: is damaged; restore it, or remove it to continue the run")
+        return summary if self.config.continue_steps <= summary.get("continued_steps", 0) else None
+
+    def reopen(self) -> None:
+        """Mark the run as not finished, before the model of a continued run replaces that of the finished one."""
+        self.summary_file.unlink(missing_ok=True)
+        fsync(self.path)
+        if self.store:
+            self.store.remove_summary()
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary; call this after saving the model."""
-        self.publish("model", "heads", "metrics.jsonl", TRACKING)
+        """Write the summary, which marks the run as finished, and remove the checkpoints. Call it after saving."""
+        self.publish(MODEL, "heads", METRICS, TRACKING)
         write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
-        self.publish("summary.json")
+        self.publish(SUMMARY)
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished run, or what a killed process left of them; not if they are kept."""
+        if self.config.keep_checkpoints:
+            return
+        removed = self.path / f".{CHECKPOINTS}"
+        remove_tree(removed)
+        if self.checkpoints.exists():
+            self.checkpoints.replace(removed)  # a killed process must not leave a part of a checkpoint
+            remove_tree(removed)
+        if self.store:
+            remove_tree(self.store.remote / CHECKPOINTS)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, with null for NaN."""
@@ -179,12 +220,12 @@ class RunDirectory:
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if self.store:
-                self.publish("metrics.jsonl", TRACKING)  # extra lines are dropped on resume, missing ones are lost
-                self.store.complete_checkpoint(final.name, self.config.keep_checkpoints)
+                self.publish(METRICS, TRACKING)  # extra lines are dropped on resume, missing ones are lost
+                self.store.complete_checkpoint(final.name, self.config.max_checkpoints)
             fsync_tree(partial)
             partial.replace(final)
             fsync(self.checkpoints)
-            for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.keep_checkpoints]:
+            for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.max_checkpoints]:
                 shutil.rmtree(old)
             for leftover in self.checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover)

@@ -50,7 +50,7 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
     """
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
-    mixed = open_mix(config)
+    mixed = open_mix(config.mix)
     check_tokenizer(config.model, shards.first)
     for data in filter(None, (*mixed, held_out)):
         check_same_tokenizer(shards.first, data.first)

@@ -14,11 +14,12 @@ from upath import UPath
 
 from weighted_mtp.schemas.storage.files import read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk_files
+from weighted_mtp.schemas.storage.training_run import METRICS, RUN_RECORD, SETTINGS, SUMMARY
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 """Object with the sizes of a checkpoint's other files, uploaded after them."""
-RECORDS = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
+RECORDS = (RUN_RECORD, SETTINGS, METRICS, SUMMARY)
 
 
 class ObjectStoreCopy:
@@ -33,16 +34,19 @@ class ObjectStoreCopy:
         name = hashlib.sha256(f"{socket.gethostname()} {remote}".encode()).hexdigest()
         self.path = cache_directory() / "runs" / name
 
-    def download(self) -> None:
-        """Download the files needed to resume into an empty `path`: records and the newest complete checkpoint."""
+    def download_records(self) -> None:
+        """Download the records of the run into an empty `path`."""
         self.close()
         self.path.mkdir(parents=True)
         found = list_files(self.remote)
         for name in RECORDS:
             if name in found:
                 self._get(name)
+
+    def download_checkpoint(self) -> None:
+        """Download the newest complete checkpoint, if there is one."""
         complete = self._complete_checkpoints()
-        if complete and "summary.json" not in found:
+        if complete:
             newest = max(complete)
             for name in complete[newest]:
                 self._get(f"{CHECKPOINTS}/{newest}/{name}")
@@ -68,6 +72,10 @@ class ObjectStoreCopy:
         kept = sorted(self._complete_checkpoints())[-keep:]
         for name in {file.split("/")[0] for file in walk_files(self.remote / CHECKPOINTS)} - set(kept):
             remove_tree(self.remote / CHECKPOINTS / name)
+
+    def remove_summary(self) -> None:
+        """Remove the object that marks the run as finished."""
+        (self.remote / SUMMARY).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove `path`; the store has everything needed to resume."""

@@ -18,6 +18,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import copy_files, fsync, fsync_tree
 from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.schemas.storage.training_run import MODEL
 from weighted_mtp.training.data.mixing import make_loader
 from weighted_mtp.training.evaluation import evaluate_model
 from weighted_mtp.training.model.decoder_layers import checkpoint_activations, compile_layers
@@ -72,6 +73,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             run.fetch(accelerator)
             run.check()
             if (finished := run.summary()) is not None:
+                if accelerator.is_main_process:
+                    run.remove_checkpoints()
                 return finished | {"already_complete": True}
             training = build(accelerator, inputs, run, shard=shard)
             fit(accelerator, inputs, run, training)
@@ -112,7 +115,7 @@ def build(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, *, sha
     state = TrainingState(mtp_model, optimizer, scheduler, {"loop": loop}, config.seed)
     run.load_checkpoint(accelerator, state)
     if accelerator.is_main_process:
-        run.claim(loop.step)
+        run.claim(loop.step, loop.steps)
     accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
     return Training(mtp_model, model, loop, state)
 
@@ -146,9 +149,9 @@ def fit(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, training
             run.save_checkpoint(accelerator, training.state, loop.step)
 
     skipped = loop.accumulator.counters["bad_steps"] + loop.accumulator.counters["no_signal_steps"]
-    if skipped >= loop.steps:
+    if skipped >= loop.step:
         raise UserError(
-            f"--weights: none of the {loop.steps} steps had a target with weight and a "
+            f"--weights: none of the {loop.step} steps had a target with weight and a "
             "finite loss, so the model is unchanged; choose other weights and another --output"
         )
 
@@ -179,6 +182,7 @@ def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, trainin
     evaluation = evaluate(accelerator, inputs, training.model)
     summary = {
         "steps": loop.step,
+        "continued_steps": max(0, loop.step - loop.scheduled_steps),
         "tokens": loop.tokens,
         "seconds": loop.seconds,
         "tokens_per_second": loop.tokens / loop.seconds,
@@ -191,7 +195,7 @@ def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, trainin
     accelerator.log(evaluation, step=loop.step)
     weights = full_state(accelerator, training.mtp_model)
     if weights is not None:
-        save_model(training.mtp_model, weights, inputs.shards.first, run.path)
+        save_model(training.mtp_model, weights, inputs.shards.first, run)
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         run.finish(summary)
@@ -200,23 +204,25 @@ def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, trainin
     return summary
 
 
-def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, output: Path) -> None:
+def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, run: RunDirectory) -> None:
     """Write `model/` (with the corpus tokenizer) and `heads/` under temporary names; rename them when complete.
 
-    `weights` is the whole state dict of `model`.
+    From the first renaming on, the run counts as not finished. `weights` is the whole state dict of `model`.
 
     Raises:
         UserError: the files cannot be written.
     """
+    output = run.path
     partial = output / ".saving"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save(partial, weights)
     except Exception as error:  # safetensors and torch have exceptions of their own for a full disk
         raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
-    copy_files(shards.tokenizer_path, partial / "model")
+    copy_files(shards.tokenizer_path, partial / MODEL)
     fsync_tree(partial)
-    for name in ("model", "heads"):
+    run.reopen()
+    for name in (MODEL, "heads"):
         shutil.rmtree(output / name, ignore_errors=True)
         (partial / name).replace(output / name)
     partial.rmdir()

@@ -50,6 +50,10 @@ def test_numbers_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_steps_after_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, {}, {"continued_steps": 200})["steps"] == "1,200, 200 of them after the schedule"
+
+
 def test_settings_that_change_what_is_learnt(capsys: pytest.CaptureFixture[str]) -> None:
     rows = printed(
         capsys,

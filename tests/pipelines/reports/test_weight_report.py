@@ -1,7 +1,9 @@
 import numpy as np
+import pyarrow as pa
 
-from weighted_mtp.pipelines.reports.weight_report import ranked_ids
-from weighted_mtp.pipelines.reports.weight_statistics import Totals
+from weighted_mtp.pipelines.reports.label_totals import LabelTotals
+from weighted_mtp.pipelines.reports.weight_report import LONGEST_LABEL, label_table, ranked_ids
+from weighted_mtp.pipelines.reports.weight_totals import Totals
 
 
 def test_ids_are_ranked_by_how_often_they_are_kept() -> None:
@@ -15,3 +17,10 @@ def test_ids_are_ranked_by_how_often_they_are_kept() -> None:
     assert (most.tolist(), least.tolist()) == ([2, 1], [4, 5])
     most, least = ranked_ids(totals, 20, by_kept=False)
     assert (most.tolist(), least.tolist()) == ([5, 2], [4, 0])
+
+
+def test_long_labels_are_truncated() -> None:
+    totals = LabelTotals()
+    totals.add(pa.chunked_array([["x" * 100]]), np.array([0]), np.array([1.0]))
+    [name] = map(str, label_table("source", totals).columns[0].cells)
+    assert name == "x" * LONGEST_LABEL + "..."

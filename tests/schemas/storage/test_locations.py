@@ -19,7 +19,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import ROW_GROUP_TOKENS
 from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, atomic_write, copy_files, move, write_text
-from weighted_mtp.schemas.storage.locations import Location, list_files, local_copy, locate, remove_tree
+from weighted_mtp.schemas.storage.locations import Location, list_files, local_copy, locate, remove_tree, walk_files
 
 
 @pytest.fixture(params=["disk", pytest.param("store", marks=pytest.mark.integration)])
@@ -250,3 +250,23 @@ def test_a_row_group_is_read_without_the_rest(
     column = shards.bytes_per_token()["loss_b"] * entry.tokens / entry.row_groups
     assert sum(received) < 1.1 * column + (200 << 10) < entry.bytes / 3
     assert len(received) < 10
+
+
+def test_files_that_vanish_or_cannot_be_read_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "below/there", "below/gone", "below/secret"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "to-there").symlink_to("below/there")
+    is_file = Path.is_file
+
+    def after_a_change(path: Path) -> bool:
+        if path.name == "secret":
+            raise PermissionError
+        answer = is_file(path)
+        if path.name == "gone":
+            path.unlink()
+        return answer
+
+    monkeypatch.setattr(Path, "is_file", after_a_change)
+    assert walk_files(tmp_path) == {"here": 4, "below/there": 4, "to-there": 4}

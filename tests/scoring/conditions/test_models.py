@@ -1,6 +1,7 @@
-"""Scoring models in an object store."""
+"""Scoring models in an object store, and models of training runs."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.process import BaseProcess
@@ -45,3 +46,17 @@ def test_a_remote_model_is_the_local_one_on_every_machine(
 
     with pytest.raises(UserError, match=f"{s3}/nothing: no such directory"):
         check_model(str(s3 / "nothing"), "--reference", tokenizer)
+
+
+def test_a_finished_run_is_its_trunk(
+    make_model: Callable[..., Path], make_shard_set: Callable[..., ShardSet], tmp_path: Path
+) -> None:
+    """Name and fingerprint are those of its `model` directory."""
+    tokenizer = make_shard_set([[1, 2]]).manifest.tokenizer
+    run = tmp_path / "run"
+    shutil.copytree(make_model(), run / "model")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--base {run}: this training run is not finished; repeat its command"):
+        check_model(str(run), "--base", tokenizer)
+    (run / "summary.json").write_text("{}")
+    assert check_model(str(run), "--base", tokenizer) == check_model(str(run / "model"), "--base", tokenizer)

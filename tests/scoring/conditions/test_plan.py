@@ -12,7 +12,9 @@ from weighted_mtp.scoring.conditions.plan import (
     Measurement,
     ScoringPlan,
     measure_condition,
+    parse_contrast,
     plan_columns,
+    resolve_sides,
     reuse_columns,
 )
 from weighted_mtp.scoring.conditions.prompts import Prompt
@@ -84,3 +86,53 @@ def test_a_model_with_several_prompts_is_one_model():
     assert plan.models == [model]
     assert plan.longest_prompt(model) == 2
     assert plan.computed_tokens(tokens=100, sequences=10) == 100 + (100 + 20) + (100 + 10)
+
+
+@pytest.mark.parametrize(
+    ("written", "resolved"),
+    [
+        ("loss_reference - loss_base", "loss_reference_new - loss_base_new"),
+        ("loss_reference - loss_reference_new", "loss_reference - loss_reference_new"),
+        ("loss_base_new - loss_base", "loss_base_new - loss_base_new"),
+        ("loss_reference_new - other", "loss_reference_new - other"),
+        ("loss_reference - other", "loss_reference_new - other"),
+        ("excess_loss - mine_new", "excess_loss - mine_new"),
+        ("loss_again_new - loss_reference", "theirs - loss_reference"),
+        ("loss_again - loss_reference", "theirs - loss_reference_new"),
+    ],
+)
+def test_sides_of_a_contrast_with_a_suffix(written: str, resolved: str) -> None:
+    """`loss_base` is new; `loss_reference` and `excess_loss` are, too, but the input has columns of these names."""
+    names = {name: f"{name}_new" for name in ("loss_reference", "loss_base", "excess_loss", "mine")}
+    names["loss_again"] = "theirs"
+    held = ["loss_reference", "excess_loss", "other", "theirs"]
+    assert resolve_sides(parse_contrast(written), names, held, "_new").describe() == resolved
+
+
+def test_sides_of_a_contrast_without_a_suffix() -> None:
+    names = {"loss_reference": "stored", "loss_base": "loss_base"}
+    written = Contrast(minuend="loss_reference", subtrahend="loss_base")
+    assert resolve_sides(written, names, ["stored"], "").describe() == "stored - loss_base"
+
+
+def test_a_new_column_minus_the_stored_one_of_the_same_role(models):
+    """Also when both are stored already, under the names that they would get."""
+    old, new = models
+    settings = {"dtype": "float32", "engine": "transformers", "engine_version": "5"}
+    of = {model.name: Condition(model=model.name, fingerprint=model.fingerprint, **settings) for model in models}
+    plan = plan_columns(new, None, None)
+    plan.contrasts["gain"] = parse_contrast("loss_reference - loss_reference_new")
+    held = {"loss_reference": held_column(of[old.name])}
+    for computed in (("loss_reference_new", "gain_new"), ("gain_new",)):
+        left = reuse_columns(plan, {"loss_reference": of[new.name]}, held, "_new")
+        assert left.columns == computed
+        gain = left.contrasts["gain_new"]
+        assert gain == Contrast(minuend="loss_reference", subtrahend="loss_reference_new")
+        held["loss_reference_new"] = held_column(of[new.name])
+    held["gain_new"] = held_column(gain)
+    with pytest.raises(UserError, match=r"already has all of these columns \(loss_reference_new, gain_new\)"):
+        reuse_columns(plan, {"loss_reference": of[new.name]}, held, "_new")
+    other = held | {"loss_reference": held_column(of[old.name].model_copy(update={"dtype": "bfloat16"}))}
+    del other["gain_new"]
+    with pytest.raises(UserError, match=r"--contrasts.gain: loss_reference - loss_reference_new would mix engines"):
+        reuse_columns(plan, {"loss_reference": of[new.name]}, other, "_new")

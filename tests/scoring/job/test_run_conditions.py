@@ -183,7 +183,7 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
     ):
         run(config(**settings, contrasts={"one": "loss_wrose - loss_plain"}))
     with pytest.raises(
-        UserError, match=r"--contrasts\.one: loss_reference - loss_worse would mix engines \(dtype differ\)"
+        UserError, match=r"--contrasts\.one: loss_reference - loss_worse_2 would mix engines \(dtype differ\)"
     ):
         run(config(**settings, contrasts={"one": "loss_reference - loss_worse"}, dtype="bfloat16"))
     del conditions["worse"]
@@ -191,6 +191,22 @@ def test_stored_columns_are_known_by_their_prompt(config, score_here, reference_
         run(config(**settings))
     only = run(config(**settings | {"input": more.path}, contrasts={"again": "one_2 - two_2"}))
     np.testing.assert_array_equal(column(only, "again_2"), 2 * column(more, "one_2"))
+
+
+def test_a_new_reference_against_the_stored_one(config, score_here, reference_model, base_model, tmp_path):
+    """In one run. A later run computes further differences of both without a model."""
+    first = run(config(reference=str(reference_model)))
+    settings = {"input": first.path, "reference": str(base_model), "suffix": "_new", "output": tmp_path / "more"}
+    contrasts = {"gain": "loss_reference - loss_reference_new", "rest": "gain - loss_reference_new"}
+    more = run(config(**settings, contrasts=contrasts))
+    assert list(more.manifest.columns) == ["loss_reference", "loss_reference_new", "gain_new", "rest_new"]
+    old, new = column(more, "loss_reference"), column(more, "loss_reference_new")
+    assert np.nanmax(np.abs(old - new)) > 0.5
+    np.testing.assert_allclose(column(more, "gain_new"), old - new, rtol=2.0**-10, atol=2.0**-6)
+    np.testing.assert_allclose(column(more, "rest_new"), old - 2 * new, rtol=2.0**-10, atol=2.0**-6)
+    settings |= {"input": more.path, "output": tmp_path / "again"}
+    again = run(config(**settings, contrasts={"loss_of_it": "loss_reference_new - loss_reference"}))
+    np.testing.assert_allclose(column(again, "loss_of_it_new"), -column(more, "gain_new"), rtol=0, atol=2.0**-6)
 
 
 def test_contrasts_of_contrasts(config, score_here, reference_model, base_model, tmp_path):

@@ -1,6 +1,7 @@
 """Settings of a run, resolved without Ray."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,17 @@ def test_a_moved_model_is_the_same_request(tokens: ShardSet, monkeypatch: pytest
         for model in (MODEL, moved, RECURRENT)
     ]
     assert requests[0] == requests[1] != requests[2]
+
+
+def test_every_model_may_be_a_training_run(
+    config: Callable[..., ScoreConfig], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(make_model(), run / "model")
+    for name in ("run.json", "summary.json"):
+        (run / name).write_text("{}")
+    settings = config(reference=str(run), base=str(run), conditions={"mine": {"model": str(run), "prompt": "x"}})
+    measurements = check_inputs(settings, refuse).plan.measurements
+    assert list(measurements) == ["loss_reference", "loss_base", "loss_mine"]
+    assert {measurement.model.source for measurement in measurements.values()} == {run / "model"}
+    assert {measurement.model.name for measurement in measurements.values()} == {str(run / "model")}

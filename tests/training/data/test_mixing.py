@@ -38,7 +38,7 @@ def mixed(scored_set: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) 
         config = TrainConfig(
             input=paths[0], model="m", output=Path("o"), weights={"preset": preset}, seed=seed, **settings
         )
-        loader = make_loader(config, ZippedSets.open(config.input), open_mix(config), 64)
+        loader = make_loader(config, ZippedSets.open(config.input), open_mix(config.mix), 64)
         assert isinstance(loader, MixedLoader)
         return loader
 
@@ -146,7 +146,7 @@ def test_identity_has_sets_and_shares_in_order(scored_set: Callable[..., ShardSe
     identities = []
     for mix in ({one: 0.25}, {one: 0.3}, {other: 0.25}, {one: 0.25, other: 0.25}, {other: 0.25, one: 0.25}):
         config = TrainConfig(input=one, model="m", output=Path("o"), mix=mix)
-        identities.append(mix_identity(config, open_mix(config))["mix"])
+        identities.append(mix_identity(config, open_mix(config.mix))["mix"])
     assert len(set(identities)) == len(identities)
 
 
@@ -154,7 +154,7 @@ def test_a_set_without_anything_to_predict_is_refused(scored_set: Callable[..., 
     one, other = scored_set([20, 30], "one"), scored_set([1, 1], "other")
     config = TrainConfig(input=one.path, model="m", output=Path("o"), mix={str(other.path): 0.5})
     with pytest.raises(UserError, match="/other: no sequence has two tokens"):
-        make_loader(config, ZippedSets((one,)), open_mix(config), 64)
+        make_loader(config, ZippedSets((one,)), open_mix(config.mix), 64)
 
 
 @pytest.mark.parametrize("mix", [{"a": 0.5, "b": 0.5}, {"a": 0.1, "b": 0.2, "c": 0.7}])

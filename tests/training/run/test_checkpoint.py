@@ -105,7 +105,7 @@ def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(
 
 
 def test_damaged_files_of_a_run_are_named(config: Callable[..., TrainConfig]) -> None:
-    run = config("run")
+    run = config("run", keep_checkpoints=True)
     train(run)
     (run.output / "summary.json").unlink()
     checkpoint = run.output / "checkpoints" / "step-00000006"

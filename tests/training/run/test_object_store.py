@@ -80,7 +80,7 @@ def test_a_remote_set_and_model_train_as_local_ones_do(config: Callable[..., Tra
 def test_a_run_in_a_store_is_the_run_on_disk(
     config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, cache: Path
 ) -> None:
-    local, remote = config(tmp_path / "run", trackers=["tensorboard"]), config(s3 / "run", trackers=["tensorboard"])
+    local, remote = (config(place / "run", trackers=["tensorboard"], keep_checkpoints=True) for place in (tmp_path, s3))
     train(local)
     train(remote)
     assert_same(local, remote)
@@ -94,9 +94,39 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     losses = [evaluate(EvaluateConfig(model=str(run.output), input=run.input[0])) for run in (local, remote)]
     assert losses[0] == losses[1]
     assert len(losses[1]) == 2  # of its own heads, at its own row length
+    assert train(config(s3 / "run", trackers=["tensorboard"]))["already_complete"]
+    assert not walk_files(remote.output / "checkpoints")
     with pytest.raises(UserError, match=rf"{remote.output}: holds a run with other settings \(seed\)"):
         train(config(s3 / "run", seed=1))
     assert not list((cache / "runs").iterdir())
+
+
+def test_a_finished_run_continues_on_another_machine(
+    config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its model is uploaded, it does not count as finished."""
+    whole = config(tmp_path / "whole", continue_steps=4)
+    train(whole)
+    train(config(s3 / "run", keep_checkpoints=True))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    longer = config(s3 / "run", continue_steps=4)
+    upload = run_module.ObjectStoreCopy.upload
+
+    def die_after_the_model(self: Any, source: Path, name: str) -> None:
+        upload(self, source, name)
+        if name == "model":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.ObjectStoreCopy, "upload", die_after_the_model)
+        with pytest.raises(KeyboardInterrupt):
+            train(longer)
+    assert not (longer.output / "summary.json").exists()
+    assert train(longer)["steps"] == 10
+    assert_same(whole, longer)
+    assert train(longer)["already_complete"]
+    with pytest.raises(UserError, match=f"--continue_steps 5: {longer.output} is finished and has no checkpoints"):
+        train(config(s3 / "run", continue_steps=5))
 
 
 def test_a_stopped_run_goes_on_on_another_machine(
@@ -143,7 +173,7 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The process is killed with SIGKILL when all files of the second checkpoint are there but not their list."""
-    whole, broken = config(tmp_path / "whole"), config(s3 / "broken", keep_checkpoints=1)
+    whole, broken = config(tmp_path / "whole"), config(s3 / "broken", max_checkpoints=1)
     train(whole)
     killed = start_process(DIE, config=broken.model_dump_json())
     killed.join()
@@ -155,8 +185,8 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     continued: list[int] = []
     claim = run_module.RunDirectory.claim
 
-    def record(self: Any, step: int) -> None:
-        claim(self, step)
+    def record(self: Any, step: int, steps: int) -> None:
+        claim(self, step, steps)
         continued.append(step)
         assert {name.split("/")[0] for name in walk_files(broken.output / "checkpoints")} == {"step-00000002"}
 
@@ -164,11 +194,11 @@ def test_a_checkpoint_without_its_last_object_does_not_count(
     train(broken)
     assert continued == [2]
     assert_same(whole, broken)
-    assert {name.split("/")[0] for name in walk_files(broken.output / "checkpoints")} == {"step-00000006"}
+    assert not walk_files(broken.output / "checkpoints")
 
 
 def test_a_checkpoint_that_lost_a_file_does_not_count(config: Callable[..., TrainConfig], s3: UPath) -> None:
-    run = config(s3 / "run")
+    run = config(s3 / "run", keep_checkpoints=True)
     train(run)
     (run.output / "summary.json").unlink()
     (run.output / "checkpoints" / "step-00000006" / SHARD).write_bytes(b"cut")
@@ -196,7 +226,7 @@ def test_two_ranks_share_one_local_copy(
     config: Callable[..., TrainConfig], launch: Callable[..., None], s3: UPath, tmp_path: Path
 ) -> None:
     """Two gloo processes of one machine, stopped and continued with another cache."""
-    one, two = config(tmp_path / "one"), config(s3 / "two")
+    one, two = config(tmp_path / "one"), config(s3 / "two", keep_checkpoints=True)
     train(one)
     for machine, stop in enumerate((4, None)):
         launch(two, 2, stop_at=stop, XDG_CACHE_HOME=str(tmp_path / f"machine {machine}"))

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.integration
 
 
 def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None:
-    run = config("run", max_steps=30, weights={"preset": "uniform"}, eval_every=15, checkpoint_every=14)
+    run = config(
+        "run", max_steps=30, weights={"preset": "uniform"}, eval_every=15, checkpoint_every=14, keep_checkpoints=True
+    )
     summary = train(run)
     logged = metrics(run)
     assert logged[-2]["loss"] < logged[0]["loss"] - 0.5  # random bytes can only be memorised
@@ -140,3 +142,80 @@ def test_a_run_that_learnt_nothing_is_no_success(
     with pytest.raises(UserError, match="none of the 1 steps had a target with weight"):
         train(run)
     assert not (run.output / "model").exists()
+
+
+CONSTANT = {"learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+
+
+@pytest.mark.parametrize("optimizer", [CONSTANT, {"learning_rate": 1e-2, "warmup_ratio": 0.2}])
+def test_a_continued_run_equals_one_that_was_long_from_the_start(
+    optimizer: dict[str, Any], config: Callable[..., TrainConfig]
+) -> None:
+    """With a constant schedule it also equals a run with more steps, as the same data follows."""
+    settings = {"max_steps": 10, "optimizer": optimizer, "weights": {"preset": "dense", "warmup_ratio": 0.5}}
+    short = config("run", keep_checkpoints=True, **settings)
+    longer, whole = (config(name, continue_steps=5, log_every=1, **settings) for name in ("run", "whole"))
+    train(short)
+    finished = trained(short)
+    assert train(longer)["steps"] == train(whole)["steps"] == 15
+    assert not torch.equal(finished["lm_head.weight"], trained(longer)["lm_head.weight"])
+    plain = [whole]
+    if optimizer == CONSTANT:
+        weights = {"preset": "dense", "warmup_ratio": 1 / 3}
+        plain.append(config("plain", **settings | {"max_steps": 15, "weights": weights}))
+        train(plain[1])
+    for other in plain:
+        for name, value in trained(longer).items():
+            assert torch.equal(value, trained(other)[name]), name
+    assert metrics(longer)[-6:] == metrics(whole)[-6:]
+    rates = [line["learning_rate"] for line in metrics(longer)[-6:-1]]
+    assert rates == pytest.approx([1e-2 if optimizer == CONSTANT else 1e-3] * 5)
+    for again in (longer, short):
+        assert train(again)["already_complete"]
+    assert json.loads((longer.output / "summary.json").read_text())["continued_steps"] == 5
+
+
+def test_a_killed_continuation_leaves_the_finished_run_or_one_that_resumes(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed after its first checkpoint, before its model replaces the old one, and in between."""
+    settings = {"max_steps": 4, "keep_checkpoints": True, "checkpoint_every": 2}
+    short, longer, whole = (config(*given, **settings) for given in (("run",), ("run",), ("whole",)))
+    longer, whole = (run.model_copy(update={"continue_steps": 4}) for run in (longer, whole))
+    train(whole)
+    train(short)
+    finished = trained(short)
+    directory = run_module.RunDirectory
+
+    def kill_after(name: str) -> None:
+        method = getattr(directory, name)
+
+        def die(self: Any, *args: Any) -> None:
+            method(self, *args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(directory, name, die)
+            with pytest.raises(KeyboardInterrupt):
+                train(longer)
+
+    kill_after("save_checkpoint")
+    steps = sorted(path.name for path in (short.output / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000006"]
+    assert train(short)["already_complete"]
+    assert all(torch.equal(value, finished[name]) for name, value in trained(short).items())
+    kill_after("reopen")
+    with pytest.raises(UserError, match="this training run is not finished"):
+        train(config("next", model=str(longer.output)))
+    assert train(longer)["steps"] == 8
+    assert all(torch.equal(value, trained(whole)[name]) for name, value in trained(longer).items())
+
+
+def test_a_finished_run_without_checkpoints_cannot_continue(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    train(run)
+    finished = trained(run)
+    with pytest.raises(UserError, match=r"--continue_steps 2: .*/run is finished and has no checkpoints.*--model .*/"):
+        train(config("run", continue_steps=2))
+    assert train(run)["already_complete"]
+    assert all(torch.equal(value, finished[name]) for name, value in trained(run).items())
