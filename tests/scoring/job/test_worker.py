@@ -10,7 +10,7 @@ from shard_files import read_shard
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths, write_shard
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
@@ -75,6 +75,21 @@ def test_a_unit_is_written_under_the_names_of_its_attempt(task, unit, one_by_one
     np.testing.assert_array_equal(losses, np.array([nan, 102, 154, nan, nan, nan, 358]) / 512)
     assert asked.attempt.record(task.output).exists()
     assert pop_note(task.output, asked.attempt) is None
+
+
+def test_a_shard_with_swapped_tokens_is_not_scored(task, unit) -> None:
+    """It is a correct shard of the same size, whose scores would make it look like the one in the manifest."""
+    asked = unit(False)
+    file = task.source.file(asked.shard)
+    table = read_shard(file.path)
+    ids, lengths = flat_values(table["input_ids"]).copy(), list_lengths(table["input_ids"])
+    ids[[1, 2]] = ids[[2, 1]]
+    swapped = write_shard(file.path, table.set_column(2, "input_ids", list_column(ids, lengths)))
+    assert (swapped.rows, swapped.tokens) == (asked.shard.rows, asked.shard.tokens)
+    outcome = started(task, PlainEngine()).score(asked)
+    assert outcome.kind == "failed"
+    assert "content differs from the manifest" in str(outcome.error)
+    assert not asked.attempt.shard(task.output).exists()
 
 
 def test_given_up_sequences_are_not_tried(task, unit) -> None:

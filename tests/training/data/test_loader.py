@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths, write_shard
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import DATA
 from weighted_mtp.training.data import loader as loader_module
@@ -184,6 +184,28 @@ def test_a_zipped_column_gives_the_rows_of_one_set_with_both(
     names = [str(shards.path / DATA / shards.manifest.shards[0].name) for shards in (one, other)]
     shards = ZippedSets((one, other))
     assert RowLoader(shards, make_weighting(config, shards), 64).files([np.array([0])]) == names
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_shard_that_is_replaced_ends_the_stream(
+    scored_set: Callable[..., ShardSet], small_blocks: None, same_size: bool
+) -> None:
+    """Whether the new file is another correct shard, or a copy of another one with its size."""
+    shards = scored_set([40] * 60, shards=2)
+    zipped = ZippedSets((shards,))
+    loader = RowLoader(zipped, make_weighting(WeightsConfig(preset="uniform"), zipped), 64)
+    stream = loader.batches(1)
+    next(stream)
+    first, second = shards.file(0).path, shards.file(1).path
+    table = shards.read(1)
+    if same_size:
+        ids = flat_values(table["input_ids"])[::-1].copy()
+        write_shard(first, table.set_column(2, "input_ids", list_column(ids, list_lengths(table["input_ids"]))))
+        first.write_bytes(first.read_bytes().ljust(shards.manifest.shards[0].bytes, b"\0"))
+    else:
+        first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=rf"{first}: (content differs|shard has \d+ bytes instead of|shard is damaged)"):
+        list(islice(stream, 200))
 
 
 def test_other_ids_end_the_stream(scored_set: Callable[..., ShardSet], make_shard_set: Callable[..., ShardSet]) -> None:
