@@ -3,10 +3,9 @@
 A row is one sequence: a contiguous span of one document. Sequence columns hold one document-level value per row.
 Score columns are token-aligned lists: entry i belongs to `input_ids[i]`.
 
-Scores are float16 in memory. Files store them as float32, because many Parquet readers know no float16 or cannot
-compute with it. BYTE_STREAM_SPLIT groups the bytes of equal rank of all values. The high ones repeat often and the low
-ones are mostly 0, so compressed they are only a little larger than float16. Dictionaries and statistics would only add
-bytes.
+Scores are float16 values (see `schemas.shard_set.rounding`) in float32. BYTE_STREAM_SPLIT groups the bytes of equal
+rank of all values. The high ones repeat often and the low ones are mostly 0, so compressed they are only a little
+larger than float16. Dictionaries and statistics would only add bytes.
 """
 
 import hashlib
@@ -24,7 +23,6 @@ from typing_extensions import Buffer
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import ROW_GROUP_TOKENS, SequenceKind, ShardEntry
-from weighted_mtp.schemas.shard_set.rounding import exact_float16
 from weighted_mtp.schemas.storage.files import atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
@@ -35,8 +33,7 @@ FOOTER_READ = 1 << 16
 """Bytes at the end of a file to read first; they contain the footer of most shards."""
 CONTENT_DIGEST = b"content_sha256"
 """Key in the footer for the SHA-256 of all bytes before it."""
-SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
-STORED_SCORE_TYPE = pa.list_(pa.field("element", pa.float32(), nullable=False))
+SCORE_TYPE = pa.list_(pa.field("element", pa.float32(), nullable=False))
 IDS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
 TOKEN_FIELDS = (
     pa.field("document_id", pa.string(), nullable=False),
@@ -52,7 +49,7 @@ def shard_schema(
 ) -> pa.Schema:
     """Arrow schema of a shard file: `document_id`, `start`, `input_ids`, then sequence columns, then score columns."""
     sequence_types = {name: SEQUENCE_TYPES[kind] for name, kind in sequence_columns.items()}
-    others = sequence_types | dict.fromkeys(score_columns, STORED_SCORE_TYPE)
+    others = sequence_types | dict.fromkeys(score_columns, SCORE_TYPE)
     return pa.schema([*TOKEN_FIELDS, *(pa.field(name, kind, nullable=False) for name, kind in others.items())])
 
 
@@ -211,25 +208,17 @@ class ShardFile:
         return self.reader.directory / self.entry.name
 
     def read(self, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
-        """Read the shard, or one of its row groups, with scores as float16.
+        """Read the shard, or one of its row groups.
 
         Compares size, footer and schema with the manifest, verifies page checksums, and checks lengths and token ids.
 
         Raises:
             UserError: the file is missing, truncated or damaged, or is not the one in the manifest.
         """
-        table = self.read_stored(columns, row_group)
-        self.check(table)
-        return with_float16_scores(table)
-
-    def read_stored(self, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
-        """Read as `read` does, but leave scores in float32 and the values unchecked.
-
-        Raises:
-            UserError: as for `read`.
-        """
         with self._damage_reported(), _open(self.path) as file, self._parquet(file) as parquet:
-            return parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
+            table = parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
+        self._check(table)
+        return table
 
     def read_hashed(self) -> pa.Table:
         """Read the whole shard after comparing its SHA-256 with the manifest.
@@ -243,8 +232,8 @@ class ShardFile:
                 raise self._fault("content differs from the manifest")
             with self._parquet(pa.BufferReader(content)) as parquet:
                 table = parquet.read()
-        self.check(table)
-        return with_float16_scores(table)
+        self._check(table)
+        return table
 
     def read_footer(self) -> pq.FileMetaData:
         """Read and check the Parquet metadata.
@@ -275,7 +264,7 @@ class ShardFile:
             raise self._fault("the numbers of rows, row groups and tokens differ from the manifest")
         return metadata
 
-    def check(self, table: pa.Table) -> None:
+    def _check(self, table: pa.Table) -> None:
         """Check lengths, token ids and numbers of a table read from this file, which may lack columns.
 
         Raises:
@@ -292,7 +281,7 @@ class ShardFile:
             if not 0 <= ids.min() <= ids.max() < self.reader.vocab_size:
                 raise self._fault(f"has a token id outside the vocabulary of {self.reader.vocab_size:,}")
         for name, column in columns.items():
-            if column.type == STORED_SCORE_TYPE:
+            if column.type == SCORE_TYPE:
                 if lengths is not None and not np.array_equal(list_lengths(column), lengths):
                     raise self._fault(f"'{name}' is not as long as input_ids in every row")
             elif pa.types.is_float32(column.type) and not np.isfinite(column.to_numpy()).all():
@@ -313,16 +302,6 @@ class ShardFile:
             if isinstance(error, PermissionError) or error.__cause__:  # an error of the store: the shard may be intact
                 raise
             raise UserError(f"{self.path}: shard is damaged ({first_line(error)}); {RESTORE}") from error
-
-
-def with_float16_scores(table: pa.Table) -> pa.Table:
-    """A table as stored, with its score columns as float16, which loses nothing."""
-    for index, field in enumerate(table.schema):
-        if field.type == STORED_SCORE_TYPE:
-            scores = exact_float16(flat_values(table.column(index)))
-            lists = list_column(scores, list_lengths(table.column(index))).cast(SCORE_TYPE)
-            table = table.set_column(index, field.with_type(SCORE_TYPE), lists)
-    return table
 
 
 def _open(path: Location) -> Any:

@@ -37,7 +37,6 @@ from weighted_mtp.schemas.shard_set.shard_set import (
 from weighted_mtp.schemas.shard_set.shards import (
     RESTORE,
     SCORE_TYPE,
-    STORED_SCORE_TYPE,
     flat_values,
     list_column,
     list_lengths,
@@ -51,6 +50,7 @@ from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.schemas.storage.locks import exclusive
 
 OLD_VERSION = 3
+OLD_SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
 FILE_NAME = TypeAdapter(FileName)
 
 
@@ -127,9 +127,9 @@ def write_upgraded(
     for name, sha256, rejects in old_shards:
         table = read_old_shard(source / name, sha256, schema)
         for column in columns:
-            values = flat_values(table[column])
+            values = flat_values(table[column]).astype(np.float32)
             if column in in_nats:
-                values = round_nats(values.astype(np.float32))
+                values = round_nats(values)
             counts[column].add(values)
             index = table.schema.get_field_index(column)
             lists = list_column(values, list_lengths(table[column]))
@@ -171,7 +171,7 @@ def read_old_shard(path: Location, sha256: str, schema: pa.Schema) -> pa.Table:
         raise UserError(f"{path}: shard is missing; {RESTORE}") from error
     except pa.ArrowException as error:
         raise UserError(f"{path}: shard is damaged ({first_line(error)}); {RESTORE}") from error
-    old = [field.with_type(SCORE_TYPE) if field.type == STORED_SCORE_TYPE else field for field in schema]
+    old = [field.with_type(OLD_SCORE_TYPE) if field.type == SCORE_TYPE else field for field in schema]
     if not table.schema.equals(pa.schema(old)):
         raise UserError(f"{path}: columns differ from the manifest; {RESTORE}")
     return table

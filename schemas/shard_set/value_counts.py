@@ -1,4 +1,4 @@
-"""Exact statistics of a float16 column in bounded memory.
+"""Exact statistics of a score column in bounded memory.
 
 A float16 has 65,536 bit patterns, so their counts describe the values of a column of any length completely. The counts
 of a set are the sums of the counts of its shards. They give the exact mean and any quantile of the values, or of any
@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
+
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 1.0)
 ADDED_AT_ONCE = 1 << 20
@@ -36,11 +38,10 @@ class ValueCounts:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, dtype=np.int64))
 
     def add(self, values: np.ndarray) -> None:
-        """Count the values of a float16 array [any length]. -0 counts as 0, and all NaN as one value."""
-        assert values.dtype == np.float16
+        """Count float32 values [any length], rounded to float16. -0 counts as 0, and all NaN as one value."""
         for first in range(0, len(values), ADDED_AT_ONCE):
             some = values[first : first + ADDED_AT_ONCE]
-            bits = np.where(np.isnan(some), np.float16(np.nan), some + np.float16(0)).view(np.uint16)
+            bits = float16_bits(np.where(np.isnan(some), np.float32(np.nan), some + np.float32(0)))
             self.counts += np.bincount(bits, minlength=1 << 16)
 
     def merge(self, other: "ValueCounts") -> None:
@@ -50,7 +51,7 @@ class ValueCounts:
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
         """Distinct finite values, ascending float64, and their counts, int64."""
         bits = np.flatnonzero(self.counts)
-        values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+        values = FLOAT16_VALUES[bits].astype(np.float64)
         finite = np.isfinite(values)
         order = np.argsort(values[finite], kind="stable")
         return values[finite][order], self.counts[bits[finite]][order]
@@ -78,8 +79,7 @@ def to_table(columns: dict[str, ValueCounts]) -> pa.Table:
     tables = []
     for name, column in columns.items():
         bits = np.flatnonzero(column.counts).astype(np.uint16)
-        values = bits.view(np.float16).astype(np.float32)
-        arrays = [pa.array([name] * len(bits), pa.string()), pa.array(values)]
+        arrays = [pa.array([name] * len(bits), pa.string()), pa.array(FLOAT16_VALUES[bits])]
         tables.append(pa.table([*arrays, pa.array(column.counts[bits])], schema=TABLE_SCHEMA))
     return pa.concat_tables(tables) if tables else TABLE_SCHEMA.empty_table()
 
@@ -94,9 +94,8 @@ def from_table(table: pa.Table) -> dict[str, ValueCounts]:
     names = table["column"].combine_chunks().dictionary_encode()
     indices = names.indices.to_numpy()
     values = table["value"].to_numpy()
-    float16 = values.astype(np.float16)
-    bits, counts = float16.view(np.uint16), table["count"].to_numpy()
-    if (counts <= 0).any() or not np.array_equal(float16.astype(np.float32), values, equal_nan=True):
+    bits, counts = float16_bits(values), table["count"].to_numpy()
+    if (counts <= 0).any() or not np.array_equal(FLOAT16_VALUES[bits], values, equal_nan=True):
         raise ValueError("impossible value counts")
     for index, name in enumerate(names.dictionary.to_pylist()):
         of_column = indices == index

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import Manifest
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, check_tokenizer, find_link_outside
-from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, flat_values, list_lengths, with_float16_scores
+from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import TOKENIZER, sha256_file
 from weighted_mtp.schemas.storage.locations import Location
@@ -47,14 +48,12 @@ def check_shard(file: ShardFile, counts: dict[str, ValueCounts]) -> str | None:
         if sha256_file(file.path) != file.entry.sha256:
             return f"{file.path}: content differs from the manifest (sha256)"
         for group in range(file.read_footer().num_row_groups):
-            stored = file.read_stored(row_group=group)
-            file.check(stored)
-            lengths = list_lengths(stored["input_ids"])
+            table = file.read(row_group=group)
+            lengths = list_lengths(table["input_ids"])
             rows, tokens, longest = rows + len(lengths), tokens + lengths.sum(), max(longest, lengths.max(initial=0))
-            scores = with_float16_scores(stored)
             for name, of_column in counts.items():
-                values = flat_values(scores[name])
-                if not np.array_equal(flat_values(stored[name]), values.astype(np.float32), equal_nan=True):
+                values = flat_values(table[name])
+                if not np.array_equal(values, FLOAT16_VALUES[float16_bits(values)], equal_nan=True):
                     return f"{file.path}: '{name}' has a value that is no float16"
                 of_column.add(values)
     except UserError as error:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
-from weighted_mtp.schemas.shard_set.rounding import round_nats
+from weighted_mtp.schemas.shard_set.rounding import round_float16, round_nats
 from weighted_mtp.schemas.shard_set.shards import ShardReader, flat_values, list_column, list_lengths
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.models import ScoringModel
@@ -156,7 +156,7 @@ class ShardScorer:
             scores[name] = minuend - subtrahend
         for name in self.task.plan.columns:
             in_nats = name in self.task.plan.in_nats
-            rounded = round_nats(scores[name]) if in_nats else scores[name].astype(np.float16)
+            rounded = round_nats(scores[name]) if in_nats else round_float16(scores[name])
             table = table.append_column(name, list_column(rounded, lengths))
         return ScoredShard(table, rejects, time.monotonic() - started)
 
@@ -226,7 +226,7 @@ def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_se
 
 def stored_scores(table: pa.Table, column: str) -> np.ndarray:
     """A score column of a shard, float32 [tokens of the shard]."""
-    return flat_values(table[column]).astype(np.float32)
+    return flat_values(table[column])
 
 
 def measure(

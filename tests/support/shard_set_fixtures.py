@@ -44,7 +44,10 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         path = parent / name
         copy_files(tokenizer_dir, path / TOKENIZER)
         (path / DATA).mkdir(exist_ok=True)
-        scores = {column: [np.array(row, np.float16) for row in rows] for column, rows in (columns or {}).items()}
+        scores = {
+            column: [np.array(row, np.float16).astype(np.float32) for row in rows]
+            for column, rows in (columns or {}).items()
+        }
         counts = {column: ValueCounts() for column in scores}
         carried = {column: pa.array(values) for column, values in (sequence_columns or {}).items()}
         starts = range(0, len(sequences), rows_per_shard)

@@ -15,14 +15,13 @@ import pyarrow.compute
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
-from weighted_mtp.schemas.shard_set.rounding import float16_bits
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.distribution import Distribution
 from weighted_mtp.schemas.weights.functions import FUNCTIONS
 from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Constant, FormulaError, Node
 from weighted_mtp.training.weighting.expressions import (
-    FLOAT16_VALUES,
     Expression,
     StandardiseByLabel,
     TableLookup,
@@ -68,8 +67,8 @@ class CorpusResolver:
             return self._by_label(call, node.by)
         [x] = arguments
         if FUNCTIONS[node.function].ranks and isinstance(x, TableLookup):  # ranks of float16 values
-            float16_table = float16_bits(x.table).view(np.float16)
-            return Call(node.function, (TableLookup(x.argument, float16_table),), node.numbers, node.by)
+            rounded = FLOAT16_VALUES[float16_bits(x.table)]
+            return Call(node.function, (TableLookup(x.argument, rounded),), node.numbers, node.by)
         return call
 
     def _over_corpus(self, call: Call) -> Expression:
@@ -132,7 +131,7 @@ class CorpusResolver:
         for table in self._row_groups(names):
             scored = scored_tokens(table, names)
             values = np.asarray(evaluate_expression(x, scored.tokens), dtype=np.float32)
-            counts.add(float16_bits(values).view(np.float16))
+            counts.add(values)
         return counts
 
     def _row_groups(self, names: list[str]) -> Iterator[pa.Table]:

@@ -12,9 +12,6 @@ from weighted_mtp.schemas.weights.function_record import Segments
 from weighted_mtp.schemas.weights.functions import FUNCTIONS
 from weighted_mtp.schemas.weights.nodes import Call, ColumnRef, Constant, Node
 
-FLOAT16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-"""The value of each float16 bit pattern, (65536,) float32."""
-
 
 @dataclass(frozen=True, eq=False)
 class TableLookup:
@@ -64,7 +61,7 @@ class Tokens:
     """The tokens on which expressions are evaluated: N tokens in S sequences.
 
     Attributes:
-        columns: (N,) values of each column, by name: numpy float16 or float32, or tensors.
+        columns: (N,) values of each column, by name: numpy float32, or tensors.
         segments: segments of the tokens, by scope.
         labels: (S,) label of each sequence, by label column.
         library: `numpy` or `torch`, the library of the values.
@@ -122,15 +119,9 @@ def evaluate_expression(expression: Expression, tokens: Tokens) -> Any:
         case Constant(value):
             return value
         case ColumnRef(name):
-            values = tokens.columns[name]
-            return values.astype(np.float32) if values.dtype == np.float16 else values
+            return tokens.columns[name]
         case TableLookup(argument, table):
-            values = (
-                tokens.columns[argument.name]
-                if isinstance(argument, ColumnRef)
-                else evaluate_expression(argument, tokens)
-            )
-            return table[float16_bits(values)]
+            return table[float16_bits(evaluate_expression(argument, tokens))]
         case ElementwiseMap(argument, function):
             return function(evaluate_expression(argument, tokens))
         case StandardiseByLabel():

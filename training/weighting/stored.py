@@ -9,6 +9,7 @@ import pyarrow as pa
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Contrast
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.analysis import bounds
@@ -29,7 +30,7 @@ from weighted_mtp.schemas.weights.nodes import (
 from weighted_mtp.schemas.weights.stages import StagedFormula
 from weighted_mtp.training.weighting.controls import Control, apply_control, shuffle_between
 from weighted_mtp.training.weighting.corpus import CorpusResolver
-from weighted_mtp.training.weighting.expressions import FLOAT16_VALUES, Expression, TableLookup, evaluate_expression
+from weighted_mtp.training.weighting.expressions import Expression, TableLookup, evaluate_expression
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 TOO_LARGE = "--weights.formula: a weight overflows float32; limit it with clip()"
@@ -73,7 +74,7 @@ class Weighting:
         """
         match self.components:
             case [TableLookup(ColumnRef(name), weights)] if self.control == "none" and not self.waits:
-                return weights[flat_values(table[name]).view(np.uint16)]
+                return weights[float16_bits(flat_values(table[name]))]
             case [Constant(value)] if not self.waits:
                 return np.full(int(list_lengths(table["input_ids"]).sum()), value, dtype=np.float32)
         scored = scored_tokens(table, self.columns)

@@ -10,9 +10,6 @@ from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.training.weighting.expressions import Tokens
 from weighted_mtp.training.weighting.segments import ArraySegments
 
-EXPONENT = np.uint16(0x7C00)
-"""Exponent bits of a float16; all are set in infinities and NaN."""
-
 
 class ScoredTokens(NamedTuple):
     """The tokens of a table with finite values in all score columns read.
@@ -55,7 +52,7 @@ def scored_tokens(table: pa.Table, names: Sequence[str]) -> ScoredTokens:
     if not scores:
         mask[starts] = False
     for values in scores.values():
-        mask &= (values.view(np.uint16) & EXPONENT) != EXPONENT  # np.isfinite is slow for float16
+        mask &= np.isfinite(values)
     counts = np.add.reduceat(mask, starts, dtype=np.int64)
     columns = {name: values[mask] for name, values in scores.items()}
     columns |= {name: np.repeat(values.astype(np.float32), counts) for name, values in numbers.items()}

@@ -1,12 +1,12 @@
 import numpy as np
 
-from weighted_mtp.schemas.shard_set.rounding import BLOCK, exact_float16, float16_bits, round_nats
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits, round_float16, round_nats
 
 
 def test_nats_are_multiples_of_a_512th():
     values = np.array([np.nan, 0.001, -0.0005, 1 / 512 + 1e-5, 70000, -70000], np.float32)
     rounded = round_nats(values)
-    np.testing.assert_array_equal(rounded, np.array([np.nan, 1 / 512, 0, 1 / 512, 65504, -65504], np.float16))
+    np.testing.assert_array_equal(rounded, np.array([np.nan, 1 / 512, 0, 1 / 512, 65504, -65504], np.float32))
     assert not np.signbit(rounded[2])
 
 
@@ -24,14 +24,20 @@ def test_the_nearest_value_is_chosen_at_every_magnitude():
     np.testing.assert_array_equal(np.abs(round_nats(values).astype(np.float64) - values), nearest)
 
 
-def test_all_float16_values_survive_float32():
+def test_float16_bits_of_all_float16_values():
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    back = exact_float16(values.astype(np.float32))
-    number = ~np.isnan(values)
-    np.testing.assert_array_equal(back.view(np.uint16)[number], values.view(np.uint16)[number])
-    assert np.isnan(back[~number]).all()
-    for length in (0, 1, BLOCK, BLOCK + 1):
-        assert exact_float16(np.ones(length, np.float32)).tolist() == [1] * length
+    number = np.isfinite(values)
+    for found in (float16_bits(FLOAT16_VALUES), float16_bits(np.append(FLOAT16_VALUES, np.float32(0.1)))[:-1]):
+        np.testing.assert_array_equal(found[number], values.view(np.uint16)[number])
+        assert np.isnan(found.view(np.float16)[np.isnan(values)]).all()
+    assert float16_bits(np.zeros(0, np.float32)).shape == (0,)
+
+
+def test_float16_bits_round():
+    values = np.concatenate([np.linspace(-70000, 70000, 1001), 2.0 ** -np.arange(30), [np.nan]]).astype(np.float32)
+    expected = np.clip(values, -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(float16_bits(values), expected.view(np.uint16))
+    np.testing.assert_array_equal(round_float16(values), expected.astype(np.float32))
 
 
 def test_float16_bits_of_values_beyond_the_range():

@@ -8,6 +8,7 @@ import pytest
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shards import (
     ROW_GROUP_TOKENS,
     SCORE_TYPE,
@@ -41,7 +42,7 @@ def shard_file(path: Path, entry: ShardEntry) -> ShardFile:
 
 
 def test_shards_round_trip_bit_for_bit(tmp_path: Path) -> None:
-    losses = np.array([np.nan, 0.1, 65504, -3.3, 6e-8, np.inf], np.float16)
+    losses = FLOAT16_VALUES[float16_bits(np.array([np.nan, 0.1, 65504, -3.3, 6e-8, 0]))]
     path = tmp_path / shard_name(0, 1)
     entry = write_shard(path, token_table([2, 1, 3], loss_reference=losses))
     table = shard_file(path, entry).read()
@@ -50,14 +51,14 @@ def test_shards_round_trip_bit_for_bit(tmp_path: Path) -> None:
     assert str(shard_file(path, entry).read_hashed()) == str(table)
     assert table["document_id"].to_pylist() == ["doc-0", "doc-1", "doc-2"]
     assert table["input_ids"].to_pylist() == [[0, 1], [2], [3, 4, 5]]
-    np.testing.assert_array_equal(flat_values(table["loss_reference"]).view(np.uint16), losses.view(np.uint16))
+    np.testing.assert_array_equal(flat_values(table["loss_reference"]), losses)
     np.testing.assert_array_equal(list_lengths(table["loss_reference"]), [2, 1, 3])
     assert (entry.rows, entry.tokens, entry.row_groups) == (3, 6, 1)
     assert (entry.bytes, entry.sha256) == (path.stat().st_size, sha256_file(path))
 
 
 def test_sequence_columns_stand_between_ids_and_scores(tmp_path: Path) -> None:
-    table = token_table([2, 1], loss_reference=np.zeros(3, np.float16))
+    table = token_table([2, 1], loss_reference=np.zeros(3, np.float32))
     table = table.add_column(3, "group", pa.array(["b", "a"])).add_column(3, "reward", pa.array([0.1, -2.0]))
     path = tmp_path / "shard.parquet"
     read = shard_file(path, write_shard(path, table)).read()
@@ -69,7 +70,7 @@ def test_sequence_columns_stand_between_ids_and_scores(tmp_path: Path) -> None:
 
 def test_lists_are_byte_stream_split_zstd_without_dictionary_or_statistics(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
-    write_shard(path, token_table([5, 4], excess_loss=np.arange(9, dtype=np.float16)))
+    write_shard(path, token_table([5, 4], excess_loss=np.arange(9, dtype=np.float32)))
     chunks = {}
     group = pq.read_metadata(path).row_group(0)
     for index in range(group.num_columns):
@@ -107,14 +108,14 @@ def test_a_list_column_of_a_slice_has_only_the_values_of_the_slice() -> None:
 
 def test_a_shard_without_rows_can_be_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
-    entry = write_shard(path, token_table([], long_short=np.array([], np.float16)))
+    entry = write_shard(path, token_table([], long_short=np.array([], np.float32)))
     assert (entry.rows, entry.tokens, entry.row_groups) == (0, 0, 0)
     assert shard_file(path, entry).read().num_rows == 0
 
 
 def test_a_flipped_byte_in_a_page_is_found_on_reading(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
-    entry = write_shard(path, token_table([4000], loss_reference=np.linspace(0, 9, 4000).astype(np.float16)))
+    entry = write_shard(path, token_table([4000], loss_reference=np.linspace(0, 9, 4000).astype(np.float32)))
     group = pq.read_metadata(path).row_group(0)
     chunk = group.column(group.num_columns - 1)
     content = bytearray(path.read_bytes())

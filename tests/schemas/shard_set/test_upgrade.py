@@ -12,7 +12,7 @@ import pytest
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
-from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths
 from weighted_mtp.schemas.shard_set.upgrade import upgrade
 from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, copy_files, sha256_file
@@ -30,6 +30,10 @@ def write_format_3(current: ShardSet, path: Path) -> Path:
     content = json.loads((current.path / MANIFEST).read_text()) | {"format_version": 3}
     for number, entry in enumerate(current.manifest.shards):
         table = current.read(number)
+        for name in current.manifest.columns:
+            index = table.schema.get_field_index(name)
+            scores = list_column(flat_values(table[name]).astype(np.float16), list_lengths(table[name]))
+            table = table.set_column(index, pa.field(name, SHORT, nullable=False), scores.cast(SHORT))
         lists = [f"{name}.list.element" for name in ("input_ids", *current.manifest.columns)]
         columns = ["document_id", *current.manifest.corpus.sequence_columns]
         file = path / entry.name

@@ -205,7 +205,7 @@ def test_processes_that_copy_at_once_share_a_whole_copy(
 
 
 def contents(directory: Location) -> dict[str, bytes]:
-    return {name: (directory / name).read_bytes() for name in list_files(directory)}
+    return {name: (directory / name).read_bytes() for name in walk_files(directory)}
 
 
 def test_a_set_in_a_store_is_the_set_on_disk(make_shard_set: Callable[..., ShardSet], s3: UPath) -> None:

@@ -17,11 +17,11 @@ from upath import UPath
 
 from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
+from weighted_mtp.schemas.shard_set.shard_set import CARD, REJECTS, ShardSet
 from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage import locks
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write, copy_files, write_text
-from weighted_mtp.schemas.storage.locations import Location, list_files
+from weighted_mtp.schemas.storage.locations import Location, list_files, walk_files
 from weighted_mtp.scoring.corpus import writer
 from weighted_mtp.scoring.corpus.prepare import prepare
 
@@ -152,7 +152,8 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def shards(directory: Location) -> dict[str, bytes]:
-    return {name: (directory / name).read_bytes() for name in list_files(directory) if name != MANIFEST}
+    """All files without those that name the corpus."""
+    return {name: (directory / name).read_bytes() for name in walk_files(directory) if name not in (MANIFEST, CARD)}
 
 
 @pytest.mark.parametrize(
