@@ -51,8 +51,10 @@ def config(
     shards = scored_set(LENGTHS)
     model = model_dir()
     for name, source in {"set": shards.path, "model": model}.items():
-        for folder in (source, *(path for path in source.iterdir() if path.is_dir())):
-            copy_files(folder, s3 / name / folder.relative_to(source).as_posix())
+        copy_files(source, s3 / name)
+        for folder in source.iterdir():
+            if folder.is_dir():
+                copy_files(folder, s3 / name / folder.name)
     places: dict[str, tuple[Location, Location]] = {"disk": (shards.path, model), "store": (s3 / "set", s3 / "model")}
 
     def build(output: Location, place: str = "disk", **changes: Any) -> TrainConfig:
