@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -87,10 +88,17 @@ def train(config: TrainConfig, progress: MakeBar = hidden_bar) -> dict[str, Any]
 
 
 def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
-    """Make an Accelerator that computes in `dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Make an Accelerator that computes in `dtype`; auto is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: an earlier Accelerator of this process computes in another one.
+    """
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
+    mixed_precision = "bf16" if bfloat16 else "no"
+    if is_initialized() and AcceleratorState().mixed_precision != mixed_precision:
+        raise UserError("--dtype: this process already computes in another dtype; use that one, or a new process")
     return Accelerator(
-        mixed_precision="bf16" if bfloat16 else "no",
+        mixed_precision=mixed_precision,
         cpu=not torch.accelerator.is_available(),  # without this, processes on CPUs do not form a group
         **kwargs,
     )

@@ -8,6 +8,7 @@ from comparing import logged
 from tqdm import tqdm
 
 from weighted_mtp.schemas.configs import EvaluateConfig, TrainConfig
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import hidden_bar
 from weighted_mtp.training.run.evaluate import evaluate
 from weighted_mtp.training.run.train import train
@@ -32,6 +33,8 @@ def test_the_losses_are_those_of_the_run_and_nothing_is_shown(
     assert evaluate(settings, make_bar) == [near, far]
     assert capfd.readouterr() == ("", "")
     assert bars == ["evaluate"]
+    with pytest.raises(UserError, match="--dtype: this process already computes in another dtype; use that one, or a"):
+        evaluate(settings.model_copy(update={"dtype": "bfloat16"}))
     last = logged(run)[-1]
     assert (near.prediction, far.prediction) == ("1", "2")
     assert near.loss == pytest.approx(last["eval_loss_1"])
