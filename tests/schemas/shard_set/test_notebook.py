@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from weighted_mtp.schemas.shard_set.notebook import describe_html
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 LOSSES = [[float("nan"), 1.0, 3.0], [float("nan"), 2.0]]
@@ -26,3 +27,8 @@ def test_the_page_has_origins_and_statistics_and_escapes_them(make_shard_set: Ca
     assert "<td>loss_a</td><td>m, full context, float32, transformers 5</td><td>2</td><td>2.000</td>" in page
     assert "<td>gain</td><td>loss_base - loss_reference</td>" in page
     assert page.count("<th>") == 8
+    column = shards.manifest.columns["loss_a"]
+    foreign = column.model_copy(update={"origin": column.origin.model_copy(update={"model": "<b>m"})})
+    assert "<td>&lt;b&gt;m, full context" in describe_html(
+        shards.path, shards.manifest.model_copy(update={"columns": {"loss_a": foreign}})
+    )
