@@ -30,6 +30,7 @@ from weighted_mtp.schemas.configs import (
     WeightsConfig,
 )
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.training.run.train import train
 
 VOCABULARY = 2048
@@ -170,5 +171,6 @@ def train_model(
             seed=seed,
             eval_input=root / "tokens" / "held-out",
             **settings,
-        )
+        ),
+        ProgressBar,
     )

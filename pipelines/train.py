@@ -6,6 +6,7 @@ from accelerate import PartialState
 
 from weighted_mtp.pipelines.reports.train_summary import print_summary
 from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.training.run.train import train
 
 
@@ -16,7 +17,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
         summary = train_on_ray(config)
     else:
-        summary = train(config)
+        summary = train(config, ProgressBar)
         if not PartialState().is_main_process:
             return summary
     print_summary(config, summary)

@@ -65,7 +65,8 @@ def check_weighting(config: WeightsReportConfig, shards: ZippedSets) -> Weightin
     manifest = shards.first.manifest
     if manifest.tokens == manifest.rows:
         raise UserError(f"{shards.first.path}: no sequence has two tokens, so it has no targets; prepare longer texts")
-    return make_weighting(config.weights.model_copy(update={"warmup_ratio": 0.0}), shards, config.live_column)
+    weights = config.weights.model_copy(update={"warmup_ratio": 0.0})
+    return make_weighting(weights, shards, config.live_column, ProgressBar)
 
 
 def weigh_mixture(

@@ -1,7 +1,11 @@
-"""Progress of long operations: a bar on a terminal, an occasional plain line in a log."""
+"""Progress of long operations: a bar on a terminal, an occasional plain line in a log.
+
+Library functions take a `MakeBar` and show nothing by default. The commands pass `ProgressBar`.
+"""
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -59,3 +63,12 @@ class ProgressBar(tqdm):
         """Move the cursor of a terminal by `n` lines."""
         if not self.in_log:
             super().moveto(n)
+
+
+MakeBar = Callable[..., tqdm]
+"""Makes a bar from `total`, `desc`, `unit` and other arguments of `tqdm`: `ProgressBar`, or any class of tqdm."""
+
+
+def hidden_bar(**settings: Any) -> tqdm:
+    """A bar that shows nothing: the default of functions with a `MakeBar`."""
+    return tqdm(**settings | {"disable": True})

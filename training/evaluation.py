@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from weighted_mtp.schemas.configs import WeightsConfig
-from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.model.head_sums import HeadSums
@@ -45,10 +45,11 @@ def evaluate_model(
     sequence_length: int,
     batch_size: int,
     max_tokens: int | None = None,
+    progress: MakeBar = hidden_bar,
 ) -> list[HeadLoss]:
     """Unweighted losses of every prediction over a held-out set; each valid target counts once.
 
-    All processes share the work. Evaluation stops after `max_tokens` tokens.
+    All processes share the work. Evaluation stops after `max_tokens` tokens. `progress` makes the bar of tokens.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
@@ -56,7 +57,7 @@ def evaluate_model(
     totals = HeadSums.zeros(len(predictions), accelerator.device, torch.float64)
     was_training = model.training
     model.eval()
-    bar = ProgressBar(
+    bar = progress(
         total=min(shards.first.manifest.tokens, max_tokens or shards.first.manifest.tokens),
         desc="evaluate",
         unit="tokens",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.data.mixing import MixedLoader
 from weighted_mtp.training.evaluation import to_device
@@ -37,7 +37,7 @@ from weighted_mtp.training.weighting.batch import BatchWeighting, LiveWeighting
 class TrainingLoop:
     """The steps of one run. `state_dict` excludes the states of model, optimizer and scheduler.
 
-    `steps` is the length of the schedules; `--continue_steps` follow.
+    `steps` is the length of the schedules; `--continue_steps` follow. `progress` makes the bar of steps.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class TrainingLoop:
         loader: RowLoader | MixedLoader,
         flops: StepFlops,
         steps: int,
+        progress: MakeBar = hidden_bar,
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -60,6 +61,7 @@ class TrainingLoop:
         self.flops = flops
         self.scheduled_steps = steps
         self.steps = steps + config.continue_steps
+        self.progress = progress
         self.weighting = BatchWeighting.make(config.weights)
         self.objective = make_objective(config.objective)
         self.step = 0
@@ -97,7 +99,7 @@ class TrainingLoop:
             UserError: the loss or its gradient was not finite for too many steps in a row.
         """
         main = self.accelerator.is_main_process
-        bar = ProgressBar(total=self.steps, initial=self.step, desc="train", unit="steps", disable=not main)
+        bar = self.progress(total=self.steps, initial=self.step, desc="train", unit="steps", disable=not main)
         batches = self.loader.batches(self.config.batch_size)
         peak = peak_flops(self.accelerator.device)
         self.model.train()

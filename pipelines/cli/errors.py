@@ -1,7 +1,9 @@
-"""One-line error messages; library output is silenced except with --debug."""
+"""One-line error messages; own messages are shown, and library output is silenced except with --debug."""
 
 import errno
+import logging
 import os
+import sys
 import warnings
 
 from weighted_mtp.pipelines.cli.store_errors import describe_store_error, is_store_error
@@ -57,3 +59,19 @@ def silence_libraries() -> None:
     for variable, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     warnings.filterwarnings("ignore")
+
+
+class MessageLines(logging.Handler):
+    """Prints messages as plain lines on the stderr of the moment, which a Ray worker redirects."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+def show_messages() -> None:
+    """Show the messages of this project, which the Python API only logs."""
+    logger = logging.getLogger("weighted_mtp")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(MessageLines())

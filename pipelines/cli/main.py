@@ -11,7 +11,13 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-from weighted_mtp.pipelines.cli.errors import debugging, describe_error, is_user_facing, silence_libraries
+from weighted_mtp.pipelines.cli.errors import (
+    debugging,
+    describe_error,
+    is_user_facing,
+    show_messages,
+    silence_libraries,
+)
 from weighted_mtp.pipelines.cli.parser import COMMANDS, parse_arguments
 from weighted_mtp.pipelines.cli.usage import describe_usage_error
 from weighted_mtp.schemas.configs import Config
@@ -56,5 +62,6 @@ def run(command: str, config: Config) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debugging():
         silence_libraries()
+    show_messages()
     importlib.import_module(f"weighted_mtp.pipelines.{command}").run(config)
     sys.stdout.flush()

@@ -18,9 +18,16 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from weighted_mtp.pipelines.cli.errors import debugging, describe_error, is_user_facing, silence_libraries
+from weighted_mtp.pipelines.cli.errors import (
+    debugging,
+    describe_error,
+    is_user_facing,
+    show_messages,
+    silence_libraries,
+)
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.scoring.job.ray_cluster import count_places, describe_nodes, last_reason, ray_session
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.run.train import train
@@ -178,6 +185,7 @@ def train_worker(job: dict[str, Any]) -> None:
     """Train in one worker. The first worker prints on the driver's terminal and reports the outcome."""
     if not debugging():
         silence_libraries()
+    show_messages()
     os.chdir(job["directory"])  # settings may hold relative paths
     output, terminals = job["output"], job["terminals"]
     config = TrainConfig.model_validate_json(job["config"])
@@ -187,7 +195,7 @@ def train_worker(job: dict[str, Any]) -> None:
             stack.enter_context(redirect_stdout(ForwardedStream(output, "stdout", terminals["stdout"])))
             stack.enter_context(redirect_stderr(ForwardedStream(output, "stderr", terminals["stderr"])))
         try:
-            summary = train(config)
+            summary = train(config, ProgressBar)
         except Exception as error:
             if is_user_facing(error):
                 ray.get(output.finish.remote(error=describe_error(error, config)))

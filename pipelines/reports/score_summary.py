@@ -6,7 +6,8 @@ import polars as pl
 from rich.table import Table
 
 from weighted_mtp.pipelines.reports.console import new_console
-from weighted_mtp.pipelines.reports.shard_set_report import STATISTICS, size_cells, statistics_cells
+from weighted_mtp.pipelines.reports.shard_set_report import size_cells
+from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.job.report import DryRun

@@ -10,12 +10,10 @@ from rich.text import Text
 from weighted_mtp.pipelines.reports.tokens.extreme_tokens import extremes, extremes_table
 from weighted_mtp.pipelines.reports.tokens.token_text import decode, printable
 from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest
+from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import SAMPLED_FOOTERS, ShardSet
-from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics
 from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
-STATISTICS = ("mean", "std", "1 %", "50 %", "99 %")
-"""Headings of `statistics_cells`."""
 SEQUENCE_TOKENS = 32
 """Number of tokens to show per sequence."""
 
@@ -94,12 +92,6 @@ def size_cells(shard_set: ShardSet) -> dict[str, str]:
     """Compressed bytes per token of each column; `~` marks an estimate from some of the shards."""
     estimated = "~" * (len(shard_set.manifest.shards) > SAMPLED_FOOTERS)
     return {name: f"{estimated}{size:.2f}" for name, size in shard_set.bytes_per_token().items()}
-
-
-def statistics_cells(statistics: ColumnStatistics) -> list[str]:
-    """Mean, standard deviation and quantiles of a column, as in `STATISTICS`; `-` without any score."""
-    numbers = [statistics.mean, statistics.std, *(statistics.quantiles.get(share) for share in ("0.01", "0.5", "0.99"))]
-    return ["-" if number is None else f"{number:.3f}" for number in numbers]
 
 
 def sequences_table(shard_set: ShardSet, samples: int, tokenizer: Any) -> Table:

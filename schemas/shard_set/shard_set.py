@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,8 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.card import describe_set
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Manifest, read_manifest, write_manifest
+from weighted_mtp.schemas.shard_set.notebook import describe_html, describe_line
+from weighted_mtp.schemas.shard_set.sequences import TokenSequence, split_sequences
 from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, ShardReader, shard_schema
 from weighted_mtp.schemas.shard_set.value_counts import TABLE_SCHEMA, ValueCounts, from_table, to_table
 from weighted_mtp.schemas.storage.claims import release_output
@@ -40,6 +43,12 @@ class ShardSet:
 
     path: Location
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return describe_line(self.path, self.manifest)
+
+    def _repr_html_(self) -> str:
+        return describe_html(self.path, self.manifest)
 
     @classmethod
     def open(cls, path: str | Location) -> "ShardSet":
@@ -87,6 +96,28 @@ class ShardSet:
             UserError: the shard is missing or damaged, or is not the one in the manifest.
         """
         return self.file(shard).read(columns, row_group)
+
+    def sequences(self, columns: Sequence[str] | None = None) -> Iterator[TokenSequence]:
+        """Iterate over all sequences in stored order, with one row group in memory.
+
+        Args:
+            columns: score and sequence columns to read; None reads all.
+
+        Raises:
+            UserError: the set lacks a column, or, while iterating, a shard is missing or damaged.
+        """
+        held = [*self.manifest.corpus.sequence_columns, *self.manifest.columns]
+        wanted = held if columns is None else list(dict.fromkeys(columns))
+        for name in wanted:
+            if name not in held:
+                raise UserError(f"{self.path}: has no column '{name}'; choose among {', '.join(held) or 'none'}")
+        return self._iterate(wanted)
+
+    def _iterate(self, columns: list[str]) -> Iterator[TokenSequence]:
+        for number, shard in enumerate(self.manifest.shards):
+            for row_group in range(shard.row_groups):
+                table = self.read(number, ["document_id", "start", "input_ids", *columns], row_group)
+                yield from split_sequences(table, columns)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Compressed bytes of each column per token, from the Parquet footers of at most `SAMPLED_FOOTERS` shards."""

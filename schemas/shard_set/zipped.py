@@ -18,6 +18,9 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.locations import Location
 
+SomeSets = ShardSet | Location | str | Sequence[ShardSet | Location | str]
+"""One shard set or several with the same rows, open or by path."""
+
 REMEDY = "give sets that were scored from the same token shards"
 
 
@@ -45,6 +48,16 @@ class ZippedSets:
             UserError: a set cannot be opened, or two sets do not match.
         """
         return cls(tuple(ShardSet.open(path) for path in paths))
+
+    @classmethod
+    def of(cls, sets: SomeSets) -> "ZippedSets":
+        """Zip open sets, and sets to open.
+
+        Raises:
+            UserError: as for `open`.
+        """
+        each = [sets] if isinstance(sets, ShardSet | Location | str) else sets
+        return cls(tuple(one if isinstance(one, ShardSet) else ShardSet.open(one) for one in each))
 
     @property
     def first(self) -> ShardSet:

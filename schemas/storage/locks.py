@@ -1,10 +1,10 @@
 """Locks: one writer per output directory."""
 
 import fcntl
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +17,8 @@ from upath import UPath
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.files import LOCK, MANIFEST, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location
+
+logger = logging.getLogger("weighted_mtp")
 
 RENEWAL_SECONDS = 10.0
 """Interval of lock renewals in an object store. A lock not renewed for three intervals belongs to a killed run."""
@@ -82,7 +84,7 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
     name = f"{holder} {uuid4().hex}"
     if not _create(lock, name):
         found = _content(lock)
-        print(f"{output}: locked by {' '.join(found.split()[:4])}; checking whether it is alive", file=sys.stderr)
+        logger.warning("%s: locked by %s; checking whether it is alive", output, " ".join(found.split()[:4]))
         time.sleep(3 * RENEWAL_SECONDS)
         if _content(lock) == found:
             lock.unlink(missing_ok=True)
@@ -96,7 +98,7 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
         while not done.wait(RENEWAL_SECONDS):
             with suppress(Exception):  # stores may be temporarily unavailable, and raise different exceptions
                 if not _content(lock).startswith(name):
-                    print(f"{output}: this run no longer holds its lock; it stops", file=sys.stderr)
+                    logger.error("%s: this run no longer holds its lock; it stops", output)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also interrupts a wait
                     return
                 lock.write_bytes(f"{name} {time.time()}".encode())

@@ -1,11 +1,14 @@
 """Events of a scoring run, for callers that show progress and messages."""
 
+import logging
 from dataclasses import dataclass
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.conditions.plan import ScoringPlan
+
+logger = logging.getLogger("weighted_mtp")
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ class DryRun:
 
 
 class Report:
-    """Receives the events of a scoring run; this base class ignores them."""
+    """Receives the events of a scoring run; this base class logs warnings and incidents, and ignores the rest."""
 
     def warning(self, message: str) -> None:
         """A setting may have an unwanted consequence."""
+        logger.warning(message)
 
     def already_complete(self, shards: ShardSet) -> None:
         """The output holds the finished set; nothing is left to do."""
@@ -52,3 +56,4 @@ class Report:
 
     def incident(self, message: str) -> None:
         """A worker was lost, memory ran out, or the job waits for resources."""
+        logger.warning(message)

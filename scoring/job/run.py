@@ -25,17 +25,18 @@ from weighted_mtp.scoring.job.units import clear_attempts, find_done
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 
-def score(config: ScoreConfig, report: Report) -> ShardSet:
+def score(config: ScoreConfig, report: Report | None = None) -> ShardSet:
     """Score a shard set.
 
     Args:
         config: the settings of `wmtp score`; `dry_run` is ignored, see `dry_run`.
-        report: receives warnings, progress and incidents.
+        report: receives warnings, progress and incidents; by default the first and last are logged.
 
     Raises:
         UserError: the input, a model, the output or the machine is unsuitable.
         OSError: a shard cannot be read or written.
     """
+    report = report or Report()
     inputs = check_inputs(config, report.warning)
     with exclusive(config.output), cluster(config.ray_address):
         run = set_up(config, inputs)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from weighted_mtp.schemas import progress
-from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.progress import ProgressBar, hidden_bar
 
 
 class Terminal(io.StringIO):
@@ -56,3 +56,12 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     count()
     assert "scoring: 100%|" in terminal.getvalue()
     assert terminal.getvalue().count("\r") > 5
+
+
+def test_a_hidden_bar_shows_nothing_even_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with hidden_bar(total=3, unit="tokens", desc="scoring", mininterval=0, disable=False) as bar:
+        bar.update(3)
+        bar.set_postfix_str("3 shards")
+    assert terminal.getvalue() == ""

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from weighted_mtp.schemas.configs import TrainConfig, exact, split_paths
+from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data.loader import LoaderState, RowLoader
 from weighted_mtp.training.rows import Rows
@@ -112,7 +113,11 @@ def mix_identity(config: TrainConfig, mixed: Sequence[ZippedSets]) -> dict[str, 
 
 
 def make_loader(
-    config: TrainConfig, shards: ZippedSets, mixed: Sequence[ZippedSets], sequence_length: int
+    config: TrainConfig,
+    shards: ZippedSets,
+    mixed: Sequence[ZippedSets],
+    sequence_length: int,
+    progress: MakeBar = hidden_bar,
 ) -> RowLoader | MixedLoader:
     """The training rows of a run, from --input and --mix; each set is weighted by its own statistics.
 
@@ -124,7 +129,7 @@ def make_loader(
     loaders = [
         RowLoader(
             data,
-            make_weighting(config.weights, data),
+            make_weighting(config.weights, data, progress=progress),
             sequence_length,
             seed=_seed(config.seed, number),
             workers=config.loader_workers,

@@ -9,6 +9,7 @@ RUN/summary.json       written last; marks the run as finished
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from weighted_mtp.schemas.storage.locations import remove_tree
 from weighted_mtp.schemas.storage.training_run import METRICS, MODEL, RUN_RECORD, SETTINGS, SUMMARY
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
+
+logger = logging.getLogger("weighted_mtp")
 
 CHANGEABLE_ON_RESUME = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
@@ -192,7 +195,8 @@ class RunDirectory:
             raise UserError(
                 f"{where}: cannot be loaded ({first_line(error)}); remove it to continue from the previous one"
             ) from error
-        accelerator.print(f"{self.output}: continuing from {checkpoint.name}")
+        if accelerator.is_main_process:
+            logger.info("%s: continuing from %s", self.output, checkpoint.name)
 
     def save_checkpoint(self, accelerator: Accelerator, state: TrainingState, step: int) -> None:
         """Save the full training state under a temporary name, rename it when complete, then remove old checkpoints.

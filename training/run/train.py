@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import copy_files, fsync, fsync_tree
 from weighted_mtp.schemas.storage.locks import exclusive
@@ -54,8 +56,12 @@ class Training:
     state: TrainingState
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, progress: MakeBar = hidden_bar) -> dict[str, Any]:
     """Train, or resume a stopped run, and return its summary (also in `summary.json`).
+
+    Args:
+        config: the settings of `wmtp train`; `ray_workers` and `ray_address` are ignored.
+        progress: makes the bars of steps, of evaluations, and of passes over the corpus.
 
     Raises:
         UserError: input, model, settings or output directory are incompatible, or training diverges.
@@ -76,22 +82,31 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if accelerator.is_main_process:
                     run.remove_checkpoints()
                 return finished | {"already_complete": True}
-            training = build(accelerator, inputs, run, shard=shard)
+            training = build(accelerator, inputs, run, shard=shard, progress=progress)
             fit(accelerator, inputs, run, training)
             return save(accelerator, inputs, run, training)
 
 
 def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
-    """Make an Accelerator that computes in `dtype`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Make an Accelerator that computes in `dtype`; auto is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: an earlier Accelerator of this process computes in another one.
+    """
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
+    mixed_precision = "bf16" if bfloat16 else "no"
+    if is_initialized() and AcceleratorState().mixed_precision != mixed_precision:
+        raise UserError("--dtype: this process already computes in another dtype; use that one, or a new process")
     return Accelerator(
-        mixed_precision="bf16" if bfloat16 else "no",
+        mixed_precision=mixed_precision,
         cpu=not torch.accelerator.is_available(),  # without this, processes on CPUs do not form a group
         **kwargs,
     )
 
 
-def build(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, *, shard: bool) -> Training:
+def build(
+    accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, *, shard: bool, progress: MakeBar
+) -> Training:
     """Build model, data and optimizer, and restore the newest checkpoint.
 
     Raises:
@@ -105,13 +120,13 @@ def build(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, *, sha
         check_model(mtp_model, config.model, data.first, inputs.sequence_length)
     select_trainable(mtp_model.trunk, config)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
-    loader = make_loader(config, inputs.shards, inputs.mixed, inputs.sequence_length)
+    loader = make_loader(config, inputs.shards, inputs.mixed, inputs.sequence_length, progress)
     steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
     flops = StepFlops(mtp_model)
     model = place_model(accelerator, mtp_model, config, shard=shard)
     optimizer = make_optimizer(mtp_model, config.optimizer)
     scheduler = make_learning_rate_schedule(optimizer, config.optimizer, steps)
-    loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader, flops, steps)
+    loop = TrainingLoop(accelerator, config, model, optimizer, scheduler, loader, flops, steps, progress)
     state = TrainingState(mtp_model, optimizer, scheduler, {"loop": loop}, config.seed)
     run.load_checkpoint(accelerator, state)
     if accelerator.is_main_process:
@@ -139,7 +154,7 @@ def fit(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, training
     checkpoint_every = config.checkpoint_every or max(1, loop.steps // 10)
     for metrics in loop.run():
         if config.eval_every and loop.step % config.eval_every == 0 and loop.step < loop.steps:
-            metrics |= evaluate(accelerator, inputs, training.model)
+            metrics |= evaluate(accelerator, inputs, training)
         if metrics:
             accelerator.log(metrics, step=loop.step)
             if accelerator.is_main_process:
@@ -156,17 +171,18 @@ def fit(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, training
         )
 
 
-def evaluate(accelerator: Accelerator, inputs: RunInputs, model: nn.Module) -> dict[str, float]:
+def evaluate(accelerator: Accelerator, inputs: RunInputs, training: Training) -> dict[str, float]:
     """Metrics on --eval_input; empty without it."""
     if inputs.held_out is None:
         return {}
     losses = evaluate_model(
         accelerator,
-        model,
+        training.model,
         inputs.held_out,
         sequence_length=inputs.sequence_length,
         batch_size=inputs.config.micro_batch_size,
         max_tokens=inputs.config.eval_tokens,
+        progress=training.loop.progress,
     )
     metrics = {f"eval_loss_{head.prediction}": head.loss for head in losses}
     return metrics | {f"eval_accuracy_{head.prediction}": head.accuracy for head in losses}
@@ -179,7 +195,7 @@ def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, trainin
         UserError: the model cannot be written.
     """
     loop = training.loop
-    evaluation = evaluate(accelerator, inputs, training.model)
+    evaluation = evaluate(accelerator, inputs, training)
     summary = {
         "steps": loop.step,
         "continued_steps": max(0, loop.step - loop.scheduled_steps),

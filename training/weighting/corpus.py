@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -35,10 +35,14 @@ from weighted_mtp.training.weighting.tables import scored_tokens
 
 
 class CorpusResolver:
-    """Substitutes the statistics of zipped shard sets into formulas. Each statistic is computed once."""
+    """Substitutes the statistics of zipped shard sets into formulas. Each statistic is computed once.
 
-    def __init__(self, shards: ZippedSets) -> None:
+    `progress` makes the bar of a pass over the corpus.
+    """
+
+    def __init__(self, shards: ZippedSets, progress: MakeBar = hidden_bar) -> None:
         self.shards = shards
+        self.progress = progress
         self.resolved: dict[Node, Expression] = {}
         self.counted: dict[Expression, ValueCounts] = {}
 
@@ -138,7 +142,7 @@ class CorpusResolver:
         shards = self.shards.first.manifest.shards
         other_process = int(os.environ.get("RANK", "0")) > 0
         described = f"reading {', '.join(names)}"
-        with ProgressBar(
+        with self.progress(
             total=self.shards.first.manifest.tokens,
             unit="tokens",
             unit_scale=True,

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.manifest import Contrast
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
@@ -91,20 +92,23 @@ class Weighting:
         return scored.scatter(weights, self.missing)
 
 
-def make_weighting(config: WeightsConfig, shards: ZippedSets, live_column: str | None = None) -> Weighting:
+def make_weighting(
+    config: WeightsConfig, shards: ZippedSets, live_column: str | None = None, progress: MakeBar = hidden_bar
+) -> Weighting:
     """Prepare the weights of `config` for `shards`.
 
     Args:
         config: the settings.
         shards: the sets with the columns.
         live_column: column to use in place of the current loss of the trained model.
+        progress: makes the bar of a pass over the corpus, which some formulas need.
 
     Raises:
         UserError: a column is missing, is of the wrong kind or without any score, or weights may be negative.
     """
     node = replace_column(config.node, LIVE, live_column) if live_column else config.node
     check_formula(node, shards)
-    corpus = CorpusResolver(shards)
+    corpus = CorpusResolver(shards, progress)
     waits = waits_for_batch(node)
     # During a warm-up, weights of scored tokens start from 1; NaN marks the tokens that must stay at 0.
     missing = math.nan if config.warmup_ratio else 0.0

@@ -1,6 +1,7 @@
 """Errors that users can fix end in one line, bugs in a traceback."""
 
 import errno
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -44,3 +45,15 @@ def test_a_bug_shows_its_traceback(replace_command: Callable[..., None]) -> None
     replace_command("score", fail)
     with pytest.raises(ZeroDivisionError):
         main(SCORE)
+
+
+def test_commands_show_what_the_library_logs_once(
+    replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def note(_: Config) -> None:
+        logging.getLogger("weighted_mtp").info("%s: continuing", "run")
+
+    replace_command("score", note)
+    for _ in range(2):
+        assert main(SCORE) == 0
+        assert capsys.readouterr().err == "run: continuing\n"

@@ -107,7 +107,7 @@ def test_one_of_several_concurrent_starts_wins(holder: Callable[[], Holder]) -> 
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(
-    s3: UPath, holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    s3: UPath, holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = holder()
     assert other.said() == "held"
@@ -118,7 +118,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     started = time.monotonic()
     with exclusive(s3):
         assert time.monotonic() - started >= 3 * locks.RENEWAL_SECONDS
-    assert f"locked by process {other.process.pid} on" in capsys.readouterr().err
+    assert f"locked by process {other.process.pid} on" in caplog.text
     assert list_files(s3) == {}
 
 
@@ -128,7 +128,7 @@ def test_one_of_several_concurrent_takeovers_wins(s3: UPath, holder: Callable[[]
 
 
 def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
-    s3: UPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    s3: UPath, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.2)
 
@@ -141,7 +141,7 @@ def test_a_run_that_lost_its_lock_stops_and_leaves_the_lock_alone(
 
     with pytest.raises(KeyboardInterrupt):
         lose_it()
-    assert "this run no longer holds its lock" in capsys.readouterr().err
+    assert "this run no longer holds its lock" in caplog.text
     assert (s3 / LOCK).read_text() == "process 1 on nowhere 0"
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from comparing import LENGTHS, metrics, trained
+from tqdm import tqdm
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.progress import hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.training.run import directory as run_module
 from weighted_mtp.training.run.train import train
@@ -29,6 +31,27 @@ def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None
     assert 0.8 * 30 * 4 * 64 < summary["tokens"] < 30 * 4 * 64  # without padding
     assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["step-00000028", "step-00000030"]
     assert train(run)["already_complete"]
+
+
+def test_training_shows_nothing_unless_asked_to(
+    config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Columns are read in a pass over the corpus, a set is evaluated, and a stopped run continues."""
+    bars: list[dict[str, Any]] = []
+
+    def make_bar(**settings: Any) -> tqdm:
+        bars.append(settings)
+        return hidden_bar(**settings)
+
+    formula = "normalise(relu(excess_loss + 0.5 * long_short), by=corpus)"
+    run = config("run", weights={"formula": formula}, keep_checkpoints=True)
+    capfd.readouterr()
+    train(run)
+    with caplog.at_level("INFO", "weighted_mtp"):
+        train(run.model_copy(update={"continue_steps": 2}), make_bar)
+    assert capfd.readouterr() == ("", "")
+    assert [bar["desc"] for bar in bars] == ["reading excess_loss, long_short", "train", "evaluate"]
+    assert [record.getMessage() for record in caplog.records] == [f"{run.output}: continuing from step-00000006"]
 
 
 def test_weight_share_is_reported(config: Callable[..., TrainConfig]) -> None:

@@ -1,0 +1,107 @@
+"""Training batches for any training loop, as torch tensors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.zipped import SomeSets, ZippedSets
+from weighted_mtp.training.data.loader import LoaderState, RowLoader
+from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.weighting import make_weighting
+from weighted_mtp.training.weighting.batch import BatchWeighting
+from weighted_mtp.training.weighting.token_weights import SomeWeights, choose_weights
+
+IGNORED = -100
+"""Label of a token that is not a target, as in torch and transformers."""
+
+
+class PackedRows(IterableDataset[dict[str, Tensor]]):
+    """An endless, resumable stream of batches; see `packed_rows`.
+
+    Iterating continues after the last batch received, also with a new iterator. A thread prepares rows ahead, so that a
+    DataLoader needs no workers: `DataLoader(rows, batch_size=None)`.
+    """
+
+    def __init__(self, loader: RowLoader, weighting: BatchWeighting, batch_size: int) -> None:
+        self.loader = loader
+        self.weighting = weighting
+        self.batch_size = batch_size
+        self.batches = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise UserError("packed_rows: every worker of a DataLoader would give the same rows; use num_workers=0")
+        for rows in self.loader.batches(self.batch_size):
+            rng = np.random.default_rng([self.loader.seed, self.batches])  # as in training
+            self.batches += 1
+            yield to_tensors(self.weighting.weigh_rows(rows, 1.0, rng))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch received, as plain values."""
+        return {"rows": self.loader.state.model_dump(), "batches": self.batches, "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position, with the next iterator. The batch size and the weights may differ.
+
+        Raises:
+            UserError: the position belongs to other sets, another sequence length or another seed.
+        """
+        if changed := [name for name, value in self._order().items() if state["order"][name] != value]:
+            raise UserError(f"packed_rows: the state was saved with another {' and '.join(changed)}; use the same")
+        self.loader.state = LoaderState.model_validate(state["rows"])
+        self.batches = state["batches"]
+
+    def _order(self) -> dict[str, Any]:
+        """What determines the order of the rows."""
+        loader = self.loader
+        return {"input": loader.shards.digest, "sequence_length": loader.sequence_length, "seed": loader.seed}
+
+
+def packed_rows(
+    sets: SomeSets, *, weights: SomeWeights = "uniform", sequence_length: int, batch_size: int, seed: int = 0
+) -> PackedRows:
+    """Endless stream of training batches: the rows of `wmtp train`, in the same order.
+
+    Each batch is a dict of tensors (B, L):
+
+    * `input_ids`, int64, 0 in padding;
+    * `position_ids`, int64, restarting at 0 in every document; each padding token is a document of its own;
+    * `labels`, int64, not shifted: `labels[t]` is `input_ids[t]`, and -100 where token t is no target, which is at the
+      first token of every document and in padding;
+    * `weights`, float32: `weights[t]` belongs to `labels[t]`, and is 0 where that is -100.
+
+    Args:
+        sets: a shard set, or several with the same rows.
+        weights: the scheme. Functions by batch take each batch for one optimizer step.
+        sequence_length: L, tokens per row, at least 2. Longer sequences are cut into several documents.
+        batch_size: B, rows per batch.
+        seed: seed of the order and of random controls.
+
+    Raises:
+        UserError: the sets cannot be opened, lack a column or have nothing to predict, a size is too small, or the
+            weights need a model or a run.
+    """
+    config = choose_weights(weights)
+    if sequence_length < 2 or batch_size < 1:
+        raise UserError("packed_rows: give a sequence_length of at least 2 and a batch_size of at least 1")
+    shards = ZippedSets.of(sets)
+    loader = RowLoader(shards, make_weighting(config, shards), sequence_length, seed=seed)
+    return PackedRows(loader, BatchWeighting.make(config), batch_size)
+
+
+def to_tensors(rows: Rows) -> dict[str, Tensor]:
+    """A batch as in `packed_rows`, from rows with one weight per token."""
+    ids, positions, weights = map(torch.from_numpy, rows[:3])
+    input_ids, first = ids.long(), positions == 0
+    return {
+        "input_ids": input_ids,
+        "position_ids": positions.long(),
+        "labels": input_ids.masked_fill(first, IGNORED),
+        "weights": weights.masked_fill(first, 0.0),
+    }
