@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Contrast
+from weighted_mtp.schemas.shard_set.manifest import Condition, Imported
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.analysis import bounds
@@ -183,7 +183,12 @@ def _check_values(weights: Expression, corpus: CorpusResolver) -> None:
 def _check_sign(node: Node, shards: ZippedSets) -> None:
     def of_column(name: str) -> Bounds:
         column = shards.holder(name).manifest.columns.get(name)
-        return UNBOUNDED if column is None or isinstance(column.origin, Contrast) else POSITIVE
+        match column and column.origin:
+            case Condition():
+                return POSITIVE
+            case Imported():
+                return POSITIVE if shards.value_counts(name).distinct()[0][0] >= 0 else UNBOUNDED
+        return UNBOUNDED
 
     try:
         low, _ = bounds(node, of_column)
