@@ -74,9 +74,40 @@ def match_rows(source: ShardSet, rows: ScoreRows) -> Matches:
         whole=pl.when(listed).then(spans & (pl.col("length") == pl.col("tokens"))).otherwise(pl.col("start").is_null()),
         at=pl.coalesce("start", "only"),
     )
-    exact = keyed.filter(~pl.col("whole"))
-    for row in exact.filter(pl.col("at").is_null())["index"].head(1):
-        tokens, length = keyed["tokens"][row], keyed["length"][row]
+    exact = match_sequences(source, rows, keyed.filter(~pl.col("whole")), sequences)
+    spread = keyed.filter("whole").join(sequences, "document_id", "inner", suffix="_of_sequence")
+    pairs = pl.concat(
+        [
+            exact.select("sequence", "index", offset=pl.lit(0, pl.Int64)),
+            spread.select("sequence", "index", offset=pl.col("start_of_sequence")),
+        ]
+    ).sort("index")
+    for row in pairs.filter(~pl.col("sequence").is_first_distinct())["index"].head(1):
+        raise UserError(f"{rows.describe(row)}: an earlier row has scores of the same sequence; leave one out")
+    found, offsets = np.full(len(sequences), -1), np.zeros(len(sequences), np.int64)
+    found[pairs["sequence"].to_numpy()] = pairs["index"].to_numpy()
+    offsets[pairs["sequence"].to_numpy()] = pairs["offset"].to_numpy()
+    return Matches(found, offsets)
+
+
+def match_sequences(source: ShardSet, rows: ScoreRows, exact: pl.DataFrame, sequences: pl.DataFrame) -> pl.DataFrame:
+    """Find the sequence of each row that belongs to one sequence.
+
+    Args:
+        source: the set, for messages.
+        rows: all rows, for messages.
+        exact: `index`, `document_id` and `length` of the rows, `at`, the start of the sequence or null if it is not
+            given and the document has several, and `tokens` of the document.
+        sequences: `sequence`, `document_id`, `start` and `length` of the sequences of the set.
+
+    Returns:
+        `exact` with the number of the `sequence`.
+
+    Raises:
+        UserError: there is no such sequence, or it has another length.
+    """
+    unknown = exact.filter(pl.col("at").is_null()).select("index", "tokens", "length")
+    for row, tokens, length in unknown.head(1).iter_rows():
         raise UserError(
             f"{rows.describe(row)}: has a list of {length:,} for a document of {tokens:,} tokens in several sequences; "
             "give one list for each sequence, with its 'start', or one for the document"
@@ -91,19 +122,7 @@ def match_rows(source: ShardSet, rows: ScoreRows) -> Matches:
             f"{rows.describe(row)}: has a list of {length:,} for a sequence of {wanted:,} tokens; give one score for "
             "each token"
         )
-    spread = keyed.filter("whole").join(sequences, "document_id", "inner", suffix="_of_sequence")
-    pairs = pl.concat(
-        [
-            exact.select("sequence", "index", offset=pl.lit(0, pl.Int64)),
-            spread.select("sequence", "index", offset=pl.col("start_of_sequence")),
-        ]
-    ).sort("index")
-    for row in pairs.filter(~pl.col("sequence").is_first_distinct())["index"].head(1):
-        raise UserError(f"{rows.describe(row)}: an earlier row has scores of the same sequence; leave one out")
-    found, offsets = np.full(len(sequences), -1), np.zeros(len(sequences), np.int64)
-    found[pairs["sequence"].to_numpy()] = pairs["index"].to_numpy()
-    offsets[pairs["sequence"].to_numpy()] = pairs["offset"].to_numpy()
-    return Matches(found, offsets)
+    return exact
 
 
 def row_lengths(rows: ScoreRows) -> pl.Series:
