@@ -153,8 +153,9 @@ class reading:  # noqa: N801
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Replace errors of Arrow and of values."""
-        if isinstance(error, pa.ArrowException | ValueError | RecursionError) and not isinstance(error, UserError):
+        """Replace errors of Arrow and of values. Arrow also raises errors of the system for damaged Parquet."""
+        damaged = isinstance(error, OSError) and error.errno is None and error.__cause__ is None  # not one of a store
+        if error and (damaged or isinstance(error, pa.ArrowException | ValueError | RecursionError)):
             reason = repr(first_line(error).rstrip(".")[:SHOWN_REASON])[1:-1]
             raise UserError(f"{self.path}: cannot be read ({reason}); repair it or leave it out") from error
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Imported
-from weighted_mtp.schemas.shard_set.shard_set import CARD, ShardSet
-from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.schemas.shard_set.shard_set import CARD, ShardSet, finish_shard_set
+from weighted_mtp.schemas.shard_set.shards import flat_values, write_shard
 from weighted_mtp.schemas.shard_set.verification import verify
+from weighted_mtp.schemas.storage.files import DATA
+from weighted_mtp.scoring.imports import run as module
 from weighted_mtp.scoring.imports.run import ImportProgress, import_scores
 
 NAN = math.nan
@@ -40,12 +43,6 @@ def split_source(make_shard_set: Callable[..., ShardSet]) -> ShardSet:
 
 def rewrite_ids(made: ShardSet, ids: list[str], starts: list[int]) -> ShardSet:
     """The set with other ids and starts, one sequence in each shard."""
-    from dataclasses import replace
-
-    from weighted_mtp.schemas.shard_set.shard_set import finish_shard_set
-    from weighted_mtp.schemas.shard_set.shards import write_shard
-    from weighted_mtp.schemas.storage.files import DATA
-
     entries = []
     for number, (name, start) in enumerate(zip(ids, starts, strict=True)):
         table = made.read(number)
@@ -252,6 +249,20 @@ def test_types_of_parquet(source: ShardSet, tmp_path: Path, column: pa.Array, me
         run(source, tmp_path / "a.parquet", tmp_path)
 
 
+def test_damaged_parquet(source: ShardSet, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    table = pa.table({"document_id": [f"doc-{n}" for n in range(3000)], "x": np.arange(3000.0)})
+    pq.write_table(table, file, compression="none", use_dictionary=False)
+    content = file.read_bytes()
+    bad_text = content.replace(b"doc-1", b"doc\xff1", 1)
+    middle = len(content) // 3
+    for damaged in (b"", b"PAR1", content[:-9], content[:4] + b"\xff" * 60 + content[64:], bad_text, content[middle:]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.parquet: ") as caught:
+            run(source, file, tmp_path)
+        assert str(caught.value).isprintable()
+
+
 def test_several_files_and_chosen_columns(source: ShardSet, tmp_path: Path) -> None:
     folder = tmp_path / "scores"
     folder.mkdir()
@@ -275,8 +286,6 @@ def test_other_files_for_the_same_output_are_refused(source: ShardSet, tmp_path:
 
 
 def test_a_stopped_import_continues(source: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weighted_mtp.scoring.imports import run as module
-
     scores = write_json(tmp_path / "a.jsonl", ROWS)
     written: list[str] = []
 
