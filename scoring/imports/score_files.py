@@ -5,6 +5,7 @@ these files is trusted. Lists become float16 arrays batch by batch, because Pyth
 """
 
 import glob
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,7 +137,7 @@ def read_types(path: Location) -> FileTypes:
             with path.open("rb") as source:
                 schema = pq.read_schema(source)
         else:
-            with path.open("rb") as source:
+            with open_lines(path) as source:
                 schema = parse_json(source.readlines(BATCH_BYTES), 0).schema
         if len(set(schema.names)) < len(schema.names):
             raise ValueError("two columns have the same name")
@@ -272,10 +273,15 @@ def read_json(file: FileTypes, names: list[str], kinds: Mapping[str, Kind]) -> I
     schema = pa.schema([(name, types[name]) for name in names])
     known = set(file.types) == set(names)
     first = 0
-    with file.path.open("rb") as source:
+    with open_lines(file.path) as source:
         while lines := source.readlines(BATCH_BYTES):
             yield parse_json(lines, first, schema, "error" if known else "ignore")
             first += len(lines)
+
+
+def open_lines(path: Location) -> io.BufferedReader:
+    """Open a file for `readlines` with a size, which files of stores lack."""
+    return io.BufferedReader(path.open("rb"), 1 << 20)  # type: ignore[arg-type]
 
 
 def parse_json(

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from upath import UPath
 
 from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.errors import UserError
@@ -312,3 +313,13 @@ def test_a_path_without_score_files(source: ShardSet, tmp_path: Path) -> None:
             run(source, tmp_path / scores, tmp_path)
     with pytest.raises(UserError, match="is also the --input"):
         import_scores(ImportConfig(input=source.path, scores="x", output=source.path))
+
+
+@pytest.mark.parametrize("name", ["", "/a.jsonl", "/*.jsonl"])
+def test_files_and_output_in_a_store(source: ShardSet, s3: UPath, name: str) -> None:
+    (s3 / "scores" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = ImportConfig(input=source.path, scores=f"{s3}/scores{name}", output=s3 / "output")
+    shards = import_scores(config)
+    np.testing.assert_array_equal(values_of(shards, "mine"), EXPECTED)
+    assert faults(shards) == []
+    assert import_scores(config).manifest == shards.manifest
