@@ -22,6 +22,9 @@ from weighted_mtp.pipelines.cli.parser import COMMANDS, parse_arguments
 from weighted_mtp.pipelines.cli.usage import describe_usage_error
 from weighted_mtp.schemas.configs import Config
 
+MODULES = {"import": "import_scores"}
+"""Modules of commands whose names are keywords of Python. Others are named like the command."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -63,5 +66,5 @@ def run(command: str, config: Config) -> None:
     if not debugging():
         silence_libraries()
     show_messages()
-    importlib.import_module(f"weighted_mtp.pipelines.{command}").run(config)
+    importlib.import_module(f"weighted_mtp.pipelines.{MODULES.get(command, command)}").run(config)
     sys.stdout.flush()

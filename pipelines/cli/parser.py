@@ -20,6 +20,7 @@ from weighted_mtp.schemas.configs import (
     Config,
     DemoConfig,
     EvaluateConfig,
+    ImportConfig,
     InspectConfig,
     IterateConfig,
     ListConfig,
@@ -36,6 +37,7 @@ from weighted_mtp.schemas.storage.locations import locate
 COMMANDS: dict[str, type[Config]] = {
     "prepare": PrepareConfig,
     "score": ScoreConfig,
+    "import": ImportConfig,
     "inspect": InspectConfig,
     "verify": VerifyConfig,
     "upgrade": UpgradeConfig,

@@ -81,7 +81,7 @@ def columns_table(shard_set: ShardSet) -> Table:
     sizes = size_cells(shard_set)
     table.add_row("input_ids", "the corpus", sizes["input_ids"])
     for name, kind in manifest.corpus.sequence_columns.items():
-        table.add_row(name, f"the corpus, a {kind} for each document", sizes[name])
+        table.add_row(name, f"a {kind} for each document", sizes[name])
     for name, column in manifest.columns.items():
         cells = sizes[name], f"{column.statistics.missing:,}", *statistics_cells(column.statistics)
         table.add_row(name, Text(column.origin.describe()), *cells)

@@ -6,6 +6,7 @@ Field names are command line flags and keys of a YAML file. Descriptions are hel
 from weighted_mtp.schemas.configs.common import Config, ShardSets, exact, split_paths
 from weighted_mtp.schemas.configs.demo import DemoConfig
 from weighted_mtp.schemas.configs.heads import DirectDecodingConfig, HeadsConfig
+from weighted_mtp.schemas.configs.import_scores import ImportConfig
 from weighted_mtp.schemas.configs.iterate import IterateConfig
 from weighted_mtp.schemas.configs.prepare import PrepareConfig
 from weighted_mtp.schemas.configs.reports import (
@@ -27,6 +28,7 @@ __all__ = [
     "DirectDecodingConfig",
     "EvaluateConfig",
     "HeadsConfig",
+    "ImportConfig",
     "InspectConfig",
     "IterateConfig",
     "ListConfig",

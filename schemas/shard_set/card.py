@@ -2,7 +2,7 @@
 
 from pathlib import PurePosixPath
 
-from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Manifest
+from weighted_mtp.schemas.shard_set.manifest import Condition, Manifest, Origin
 from weighted_mtp.schemas.storage.files import DATA
 
 CARD = """\
@@ -65,7 +65,7 @@ def describe_set(manifest: Manifest) -> str:
     )
 
 
-def describe_origin(origin: Condition | Contrast) -> str:
+def describe_origin(origin: Origin) -> str:
     """The origin of a column in one line, without directories."""
     if isinstance(origin, Condition) and origin.revision is None:
         origin = origin.model_copy(update={"model": last_part(origin.model)})

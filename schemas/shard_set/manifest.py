@@ -109,17 +109,44 @@ class Contrast(ManifestRecord):
         return f"{self.minuend} - {self.subtrahend}"
 
 
-def same_origin(one: Condition | Contrast, other: Condition | Contrast) -> bool:
-    """Whether two origins give the same numbers. Ignores the name and revision of a model."""
+class ImportedFile(ManifestRecord):
+    """A file of imported scores: its name without directories, and its SHA-256."""
+
+    name: str
+    sha256: Sha256
+
+
+class Imported(ManifestRecord):
+    """A column of files that another tool wrote, in the order in which they were read."""
+
+    files: Annotated[tuple[ImportedFile, ...], Field(min_length=1)]
+    column: ColumnName
+
+    def describe(self) -> str:
+        """The origin in one line. Control characters in the name of a file are escaped."""
+        first, more = self.files[0], len(self.files) - 1
+        others = f" and {more:,} other file{'s' * (more > 1)}" if more else ""
+        return f"imported, {self.column} of {first.name!r} (SHA-256 {first.sha256[:12]}){others}"
+
+
+Origin = Condition | Contrast | Imported
+"""Where the values of a score column come from."""
+
+
+def same_origin(one: Origin, other: Origin) -> bool:
+    """Whether two origins give the same numbers. Ignores the name and revision of a model, and names of files."""
     if isinstance(one, Condition) and isinstance(other, Condition):
         return one.model_copy(update={"model": other.model, "revision": other.revision}) == other
+    if isinstance(one, Imported) and isinstance(other, Imported):
+        digests = (sorted(file.sha256 for file in imported.files) for imported in (one, other))
+        return one.column == other.column and next(digests) == next(digests)
     return one == other
 
 
 class ScoreColumn(ManifestRecord):
     """A score column: its origin and the statistics of its values."""
 
-    origin: Condition | Contrast
+    origin: Origin
     statistics: ColumnStatistics
 
 

@@ -84,7 +84,7 @@ class ZippedSets:
         meant = get_close_matches(column, known, n=1)
         hint = f" (did you mean '{meant[0]}'?)" if meant else ""
         raise UserError(
-            f"no column '{column}'{hint} in {places}; add it with 'wmtp score', "
+            f"no column '{column}'{hint} in {places}; add it with 'wmtp score' or 'wmtp import', "
             "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
         )
 

@@ -165,7 +165,7 @@ def reuse_columns(
             or there are no new columns.
     """
     names: dict[str, str] = {}
-    sources: dict[str, Condition] = {}
+    sources: dict[str, Condition | None] = {}
     new = ScoringPlan({}, {})
     for name, measurement in plan.measurements.items():
         same = (held_name for held_name, column in held.items() if same_origin(column.origin, conditions[name]))
@@ -212,40 +212,52 @@ def resolve_sides(contrast: Contrast, names: Mapping[str, str], held: Collection
 
 
 def check_sides(
-    name: str, contrast: Contrast, sources: Mapping[str, Condition], held: Mapping[str, ScoreColumn]
-) -> Condition:
+    name: str, contrast: Contrast, sources: Mapping[str, Condition | None], held: Mapping[str, ScoreColumn]
+) -> Condition | None:
     """Check the two columns of a contrast.
 
     Args:
         name: name of the contrast.
         contrast: its two columns, by their names in the output.
-        sources: columns of this run before the contrast, each with a condition it derives from.
+        sources: columns of this run before the contrast, each with a condition it derives from, as returned.
         held: columns of the input.
 
     Returns:
-        A condition that the contrast derives from. All conditions of a column share one engine.
+        A condition that the contrast derives from, or None if it derives from imported columns only. All conditions of
+        a column share one engine.
 
     Raises:
         UserError: a column is missing, or the two columns come from different engines or engine settings.
     """
-    origins: list[Condition] = []
+    origins: list[Condition | None] = []
     for side in (contrast.minuend, contrast.subtrahend):
         if side not in sources.keys() | held.keys():
             there = ", ".join([*sources, *(column for column in held if column not in sources)]) or "none"
             raise UserError(
                 f"--contrasts.{name}: no column '{side}' in --input or computed before it (available: {there})"
             )
-        origin = sources[side] if side in sources else held[side].origin
-        while isinstance(origin, Contrast):  # both of its columns share one engine
-            origin = held[origin.minuend].origin
-        origins.append(origin)
-    one, other = (origin.model_dump(mode="json", exclude=MEASUREMENT_FIELDS) for origin in origins)
-    if changed := differences(one, other):
+        origins.append(sources[side] if side in sources else condition_of(side, held))
+    described = [origin.model_dump(mode="json", exclude=MEASUREMENT_FIELDS) for origin in origins if origin]
+    if changed := differences(described[0], described[-1]) if described else []:
         raise UserError(
             f"--contrasts.{name}: {contrast.describe()} would mix engines ({', '.join(changed)} differ), which differ "
             "by more than the precision of scores; score both columns with the same settings"
         )
-    return origins[0]
+    return origins[0] or origins[1]
+
+
+def condition_of(column: str, held: Mapping[str, ScoreColumn]) -> Condition | None:
+    """A condition that a column of the input derives from, or None if it derives from imported columns only."""
+    waiting, seen = [column], {column}
+    while waiting:
+        match held[waiting.pop()].origin:
+            case Condition() as condition:
+                return condition
+            case Contrast(minuend=minuend, subtrahend=subtrahend):
+                new = {minuend, subtrahend} - seen
+                waiting += new
+                seen |= new
+    return None
 
 
 def check_name(name: str, held: Mapping[str, ScoreColumn], origin: Condition | Contrast) -> None:

@@ -2,24 +2,33 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Manifest, ScoreColumn
+from weighted_mtp.schemas.shard_set.manifest import Manifest, Origin, ScoreColumn, SequenceKind
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, finish_shard_set
+from weighted_mtp.schemas.shard_set.shards import NO_COLUMNS
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.job.units import RejectedSequence, gather
 
 
-def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Contrast], request: str) -> ShardSet:
+def finish(
+    output: Location,
+    source: ShardSet,
+    origins: Mapping[str, Origin],
+    request: str,
+    sequence_columns: Mapping[str, SequenceKind] = NO_COLUMNS,
+) -> ShardSet:
     """Combine the records of all units, and write rejects, statistics and manifest.
 
     Args:
         output: directory with the scored shards and their records.
         source: the set that was scored.
-        origins: description of each new column.
+        origins: description of each new score column.
         request: JSON that identifies the run.
+        sequence_columns: kinds of the new sequence columns.
 
     Raises:
         UserError: a shard or record was damaged.
@@ -33,8 +42,10 @@ def finish(output: Location, source: ShardSet, origins: dict[str, Condition | Co
     entries = [replace(entry, rejects=sequences[entry.name]) for entry in found.entries]
     counts = source.value_counts() | {name: found.counts[name] for name in origins}
     new = {name: ScoreColumn(origin=origin, statistics=counts[name].statistics()) for name, origin in origins.items()}
+    corpus = source.manifest.corpus
+    sequence_columns = {**corpus.sequence_columns, **sequence_columns}
     manifest = Manifest(
-        corpus=source.manifest.corpus,
+        corpus=corpus.model_copy(update={"sequence_columns": sequence_columns}),
         tokenizer=source.manifest.tokenizer,
         columns=source.manifest.columns | new,
         shards=entries,

@@ -48,7 +48,7 @@ def test_sequence_columns_are_shown(
     carried = {"reward": [0.5, 1.25, -3.0], "group": ["left", "left", "right"]}
     run(InspectConfig(set=make_shard_set(sequences, sequence_columns=carried).path))
     report = capsys.readouterr().out
-    for shown in ("the corpus, a number for each document", "the corpus, a label for", "1.25", "-3", "right"):
+    for shown in ("a number for each document", "a label for", "1.25", "-3", "right"):
         assert shown in report
 
 

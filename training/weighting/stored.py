@@ -9,7 +9,7 @@ import pyarrow as pa
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
-from weighted_mtp.schemas.shard_set.manifest import Contrast
+from weighted_mtp.schemas.shard_set.manifest import Condition, Imported
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -188,7 +188,12 @@ def _check_values(weights: Expression, corpus: CorpusResolver) -> None:
 def _check_sign(node: Node, shards: ZippedSets) -> None:
     def of_column(name: str) -> Bounds:
         column = shards.holder(name).manifest.columns.get(name)
-        return UNBOUNDED if column is None or isinstance(column.origin, Contrast) else POSITIVE
+        match column and column.origin:
+            case Condition():
+                return POSITIVE
+            case Imported():
+                return POSITIVE if shards.value_counts(name).distinct()[0][0] >= 0 else UNBOUNDED
+        return UNBOUNDED
 
     try:
         low, _ = bounds(node, of_column)

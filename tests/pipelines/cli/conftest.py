@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from weighted_mtp import pipelines
-from weighted_mtp.pipelines.cli.main import main
+from weighted_mtp.pipelines.cli.main import MODULES, main
 from weighted_mtp.schemas.configs import Config
 
 
@@ -23,9 +23,10 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture
 def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Config], None]], None]:
-    """`replace_command(name, run)` replaces the `run` function of a command."""
+    """`replace_command(command, run)` replaces the `run` function of a command."""
 
-    def replace(name: str, run: Callable[[Config], None]) -> None:
+    def replace(command: str, run: Callable[[Config], None]) -> None:
+        name = MODULES.get(command, command)
         module = types.ModuleType(f"weighted_mtp.pipelines.{name}")
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, f"weighted_mtp.pipelines.{name}", module)

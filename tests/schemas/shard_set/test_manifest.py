@@ -8,7 +8,16 @@ from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json
-from weighted_mtp.schemas.shard_set.manifest import Condition, Timings, read_manifest
+from weighted_mtp.schemas.shard_set.manifest import (
+    Condition,
+    Contrast,
+    Imported,
+    ImportedFile,
+    ScoreColumn,
+    Timings,
+    read_manifest,
+    same_origin,
+)
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS
 
@@ -92,3 +101,30 @@ def test_a_tokenizer_matches_if_it_gives_the_same_ids(make_shard_set: MakeShardS
     assert info.matches(tokenizer)
     tokenizer.add_tokens(["one more"])
     assert not info.matches(tokenizer)
+
+
+def imported(*names: str, column: str = "mine") -> Imported:
+    return Imported(files=tuple(ImportedFile(name=n, sha256=n[0] * 64) for n in names), column=column)
+
+
+def test_imported_columns_of_the_same_files_are_the_same_whatever_their_names() -> None:
+    one, other = imported("a", "b"), imported("b.parquet", "a.parquet")
+    assert one != other
+    assert same_origin(one, other)
+    assert not same_origin(one, imported("a", "b", column="yours"))
+    assert not same_origin(one, imported("a"))
+    assert not same_origin(one, Contrast(minuend="a", subtrahend="b"))
+
+
+def test_an_imported_column_names_its_files_on_one_line() -> None:
+    digest = f"(SHA-256 {'a' * 12})"
+    assert imported("a\x1b\n").describe() == f"imported, mine of 'a\\x1b\\n' {digest}"
+    assert imported("a", "b").describe() == f"imported, mine of 'a' {digest} and 1 other file"
+    assert imported("a", "b", "c").describe().endswith(" and 2 other files")
+
+
+def test_each_kind_of_origin_is_read_back_as_itself(scored: ShardSet) -> None:
+    column = scored.manifest.columns["loss_reference"]
+    for origin in (column.origin, Contrast(minuend="a", subtrahend="b"), imported("a")):
+        written = column.model_copy(update={"origin": origin}).model_dump_json()
+        assert ScoreColumn.model_validate_json(written).origin == origin

@@ -137,7 +137,7 @@ def test_a_missing_column_names_all_sets_and_their_columns(
         ZippedSets((a, b, corpus)).holder("excess_loss")
     assert str(caught.value) == (
         f"no column 'excess_loss' in {a.path} (columns: loss_a) or {b.path} (columns: loss_b) "
-        f"or {corpus.path} (columns: none); add it with 'wmtp score', "
+        f"or {corpus.path} (columns: none); add it with 'wmtp score' or 'wmtp import', "
         "or from the corpus with 'wmtp prepare --number_fields' or '--label_fields'"
     )
 

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, ScoreColumn, ShortContext
+from weighted_mtp.schemas.shard_set.manifest import (
+    Condition,
+    Contrast,
+    Imported,
+    ImportedFile,
+    ScoreColumn,
+    ShortContext,
+)
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import (
@@ -136,3 +143,19 @@ def test_a_new_column_minus_the_stored_one_of_the_same_role(models):
     del other["gain_new"]
     with pytest.raises(UserError, match=r"--contrasts.gain: loss_reference - loss_reference_new would mix engines"):
         reuse_columns(plan, {"loss_reference": of[new.name]}, other, "_new")
+
+
+def test_contrasts_with_imported_columns_mix_no_engines(models):
+    """An imported column has no engine, so it goes with any, also inside another contrast."""
+    imported = Imported(files=(ImportedFile(name="a", sha256="0" * 64),), column="mine")
+    condition = Condition(model="m", fingerprint="f", dtype="float32", engine="transformers", engine_version="5")
+    other = condition.model_copy(update={"dtype": "bfloat16"})
+    held = {"mine": held_column(imported), "loss_a": held_column(condition), "loss_b": held_column(other)}
+    held["gap"] = held_column(Contrast(minuend="mine", subtrahend="loss_a"))
+    held["none"] = held_column(Contrast(minuend="mine", subtrahend="mine"))
+    wanted = ("mine - loss_a", "loss_b - mine", "gap - loss_a", "none - loss_b", "mine - none")
+    for written in wanted:
+        plan = ScoringPlan({}, {"new": parse_contrast(written), "more": parse_contrast("new - mine")})
+        assert reuse_columns(plan, {}, held, "").columns[-1] == "more"
+    with pytest.raises(UserError, match="would mix engines"):
+        reuse_columns(ScoringPlan({}, {"new": parse_contrast("gap - loss_b")}), {}, held, "")

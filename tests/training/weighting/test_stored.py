@@ -9,6 +9,7 @@ from weighted_sets import NAN, MakeSet, assert_weights, scored, weights_of
 
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.manifest import Imported, ImportedFile
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -162,3 +163,26 @@ def test_scores_of_a_real_set_have_corpus_mean_one(scored_set: Callable[..., Sha
         weights = np.concatenate(weights_of(shards, preset=preset))
         assert weights[np.isfinite(flat)].mean() == pytest.approx(1, rel=1e-5)
         assert not weights[np.isnan(flat)].any()
+
+
+def imported(shards: ZippedSets, name: str) -> ZippedSets:
+    """The set with a column that counts as imported."""
+    (only,) = shards.sets
+    origin = Imported(files=(ImportedFile(name="a", sha256="0" * 64),), column=name)
+    column = only.manifest.columns[name].model_copy(update={"origin": origin})
+    manifest = only.manifest.model_copy(update={"columns": only.manifest.columns | {name: column}})
+    return ZippedSets((ShardSet(only.path, manifest),))
+
+
+def test_imported_columns_give_weights_like_any_other(make_shard_set: MakeSet) -> None:
+    plain = scored(make_shard_set, loss_a=[[NAN, 1, 2, 3], [NAN, 0, 8]])
+    config = {"formula": "normalise(loss_a)"}
+    assert_weights(weights_of(imported(plain, "loss_a"), **config), weights_of(plain, **config))
+
+
+def test_imported_columns_with_negative_values_need_a_formula_without(make_shard_set: MakeSet) -> None:
+    """A loss is positive by what it is, an imported column by its values."""
+    shards = imported(scored(make_shard_set, loss_a=[[NAN, 1, -2, 3]]), "loss_a")
+    with pytest.raises(UserError, match="weights may be negative"):
+        weights_of(shards, formula="loss_a")
+    assert_weights(weights_of(shards, formula="relu(loss_a)"), [[0, 1, 0, 3]])

@@ -1,0 +1,1 @@
+"""Importing columns that other tools computed into a shard set."""

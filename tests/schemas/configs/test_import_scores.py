@@ -1,0 +1,22 @@
+"""The settings of `wmtp import`: lists written with commas."""
+
+import pytest
+from pydantic import ValidationError
+
+from weighted_mtp.schemas.configs import ImportConfig
+
+SETTINGS = {"input": "tokens", "output": "more"}
+
+
+def test_files_and_columns_are_separated_by_commas() -> None:
+    config = ImportConfig(**SETTINGS, scores="a.jsonl, b/*.parquet", columns="mine, yours")
+    assert config.scores == ("a.jsonl", "b/*.parquet")
+    assert config.columns == ("mine", "yours")
+    assert ImportConfig(**SETTINGS, scores=["a"], columns=["mine"]) == ImportConfig(
+        **SETTINGS, scores="a", columns="mine"
+    )
+
+
+def test_scores_are_required() -> None:
+    with pytest.raises(ValidationError, match="scores"):
+        ImportConfig(**SETTINGS)

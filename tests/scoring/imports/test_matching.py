@@ -1,0 +1,36 @@
+"""Rows of score files and the sequences that they belong to."""
+
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+import pytest
+from upath import UPath
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.scoring.imports.matching import list_sequences, match_rows
+from weighted_mtp.scoring.imports.score_files import Lists, ScoreRows
+
+
+def score_rows(documents: list[str], lengths: list[int]) -> ScoreRows:
+    keys = {"document_id": documents, "start": [None] * len(documents), "file": 0, "row": range(len(documents))}
+    counts = np.array(lengths)
+    lists = Lists(np.zeros(counts.sum(), np.float16), np.cumsum(counts) - counts, counts)
+    frame = pl.DataFrame(keys, schema_overrides={"start": pl.Int64, "file": pl.Int64})
+    return ScoreRows([UPath("a.jsonl")], frame, {"mine": lists}, {}, {})
+
+
+def test_sequences_are_those_of_the_shards_in_order(make_shard_set: Callable[..., ShardSet]) -> None:
+    source = make_shard_set([[1, 2], [3], [4, 5, 6]], document_starts=[0, 5, 0])
+    assert list_sequences(source).rows() == [("doc-0", 0, 2), ("doc-1", 5, 1), ("doc-2", 0, 3)]
+
+
+def test_rows_in_any_order_and_missing_ones(make_shard_set: Callable[..., ShardSet]) -> None:
+    source = make_shard_set([[1, 2], [3], [4, 5, 6]], document_starts=[0, 5, 0])
+    matches = match_rows(source, score_rows(["doc-2", "doc-1"], [3, 1]))
+    assert matches.rows.tolist() == [-1, 1, 0]
+    assert matches.offsets.tolist() == [0, 0, 0]
+    assert matches.missing == 1
+    with pytest.raises(UserError, match=r"a\.jsonl: row 2 \(document 'doc-1'\): has a list of 2"):
+        match_rows(source, score_rows(["doc-2", "doc-1"], [3, 2]))
