@@ -2,7 +2,7 @@
 
 from pathlib import PurePosixPath
 
-from weighted_mtp.schemas.shard_set.manifest import Condition, Manifest, Origin
+from weighted_mtp.schemas.shard_set.manifest import TOKEN_COLUMNS, Condition, Manifest, Origin
 from weighted_mtp.schemas.storage.files import DATA
 
 CARD = """\
@@ -38,16 +38,17 @@ duckdb.sql("FROM '{data}/*.parquet'")
 
 `wmtp inspect .` shows it, `wmtp verify .` checks it, and `wmtp train --input .` trains on it.
 """
-TOKEN_COLUMNS = (
-    ("document_id", "string", "document"),
-    ("start", "int64", "index of the first token in its document"),
-    ("input_ids", "list of int32", "token ids"),
+TOKEN_CELLS = (
+    ("string", "document"),
+    ("int64", "index of the first token in its document"),
+    ("list of int32", "token ids"),
 )
+"""Type and meaning of `TOKEN_COLUMNS`."""
 
 
 def describe_set(manifest: Manifest) -> str:
     """The content of `README.md`. It has names of the corpus and of models, but not their directories."""
-    rows = [*TOKEN_COLUMNS]
+    rows = [(name, *cells) for name, cells in zip(TOKEN_COLUMNS, TOKEN_CELLS, strict=True)]
     for name, kind in manifest.corpus.sequence_columns.items():
         rows.append((name, "float32" if kind == "number" else "string", f"{kind} of the document"))
     for name, column in manifest.columns.items():

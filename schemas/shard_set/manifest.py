@@ -16,6 +16,8 @@ from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
 FORMAT_VERSION: Final = 4
+OLD_FORMAT_VERSION = 3
+"""The version that `wmtp upgrade` converts."""
 Quantity = Literal["loss", "entropy", "gradient"]
 SequenceKind = Literal["number", "label"]
 TOKEN_COLUMNS = ("document_id", "start", "input_ids")
@@ -344,8 +346,10 @@ def read_manifest(directory: Location) -> Manifest:
             raise ValueError("not a JSON object")
         digest = content.pop("digest", None)
         found = content.get("format_version")
-        if found == 3:
-            raise UserError(f"{path}: has format version 3; convert it with 'wmtp upgrade {directory} --output NEW'")
+        if found == OLD_FORMAT_VERSION:
+            raise UserError(
+                f"{path}: has format version {found}; convert it with 'wmtp upgrade {directory} --output NEW'"
+            )
         if found != FORMAT_VERSION:
             raise UserError(f"{path}: format version {found} is not {FORMAT_VERSION}; install the wmtp that wrote it")
         manifest = Manifest.model_validate(content)

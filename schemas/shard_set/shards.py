@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.manifest import ROW_GROUP_TOKENS, SequenceKind, ShardEntry
+from weighted_mtp.schemas.shard_set.manifest import ROW_GROUP_TOKENS, TOKEN_COLUMNS, SequenceKind, ShardEntry
 from weighted_mtp.schemas.storage.files import atomic_write
 from weighted_mtp.schemas.storage.locations import Location
 
@@ -35,11 +35,8 @@ CONTENT_DIGEST = b"content_sha256"
 """Key in the footer for the SHA-256 of all bytes before it."""
 SCORE_TYPE = pa.list_(pa.field("element", pa.float32(), nullable=False))
 IDS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
-TOKEN_FIELDS = (
-    pa.field("document_id", pa.string(), nullable=False),
-    pa.field("start", pa.int64(), nullable=False),
-    pa.field("input_ids", IDS_TYPE, nullable=False),
-)
+TOKEN_TYPES = (pa.string(), pa.int64(), IDS_TYPE)
+TOKEN_FIELDS = tuple(pa.field(*column, nullable=False) for column in zip(TOKEN_COLUMNS, TOKEN_TYPES, strict=True))
 SEQUENCE_TYPES: dict[SequenceKind, pa.DataType] = {"number": pa.float32(), "label": pa.string()}
 NO_COLUMNS: Mapping[str, SequenceKind] = {}
 

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json
 from weighted_mtp.schemas.shard_set.manifest import (
+    OLD_FORMAT_VERSION,
     CorpusInfo,
     FileName,
     Manifest,
@@ -44,12 +45,11 @@ from weighted_mtp.schemas.shard_set.shards import (
     write_shard,
 )
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
-from weighted_mtp.schemas.storage.claims import claim_output, clear_directory
+from weighted_mtp.schemas.storage.claims import claim_empty_output
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, atomic_write, copy_files
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.schemas.storage.locks import exclusive
 
-OLD_VERSION = 3
 OLD_SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
 FILE_NAME = TypeAdapter(FileName)
 
@@ -72,9 +72,7 @@ def upgrade(source: Location, output: Location, report: Callable[[ShardEntry], N
     with exclusive(output):
         if finished := find_finished(output, request):
             return finished
-        if claim_output(output, request):
-            clear_directory(output)
-            claim_output(output, request)
+        claim_empty_output(output, request)
         return write_upgraded(source, output, content, json.loads(request), report)
 
 
@@ -87,7 +85,7 @@ def read_old_manifest(source: Location) -> dict[str, Any]:
     path = source / MANIFEST
     try:
         content = json.loads(path.read_text())
-        if content["format_version"] != OLD_VERSION:
+        if content["format_version"] != OLD_FORMAT_VERSION:
             raise UserError(f"{source}: has format version {content['format_version']}; there is nothing to upgrade")
         described = {key: value for key, value in content.items() if key not in ("digest", "timings")}
         if content["digest"] != digest_json(described):

@@ -25,6 +25,17 @@ def claim_output(output: Location, request: str) -> bool:
     return False
 
 
+def claim_empty_output(output: Location, request: str) -> None:
+    """Claim `output` as `claim_output` does, for a run that starts over: remove what an earlier run left.
+
+    Raises:
+        UserError: as for `claim_output`.
+    """
+    if claim_output(output, request):
+        clear_directory(output)
+        claim_output(output, request)
+
+
 def check_claim(output: Location, request: str) -> bool:
     """The checks of `claim_output`, without writing anything."""
     progress = output / PROGRESS

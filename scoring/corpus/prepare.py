@@ -16,7 +16,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished, finish_shard_set
-from weighted_mtp.schemas.storage.claims import claim_output, clear_directory
+from weighted_mtp.schemas.storage.claims import claim_empty_output, clear_directory
 from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location, kind_of, local_name, locate, resolve
 from weighted_mtp.schemas.storage.locks import exclusive
@@ -54,9 +54,7 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
         request = describe_request(config, tokenizer, added, sources)
         if finished := find_finished(config.output, request):
             return finished
-        if claim_output(config.output, request):
-            clear_directory(config.output)
-            claim_output(config.output, request)
+        claim_empty_output(config.output, request)
         try:
             return write_shard_set(config, tokenizer, added, sources, request, report)
         except BaseException:

@@ -22,10 +22,12 @@ class Matches:
     Attributes:
         rows: row, or -1 if the sequence has none, int64 [sequences].
         offsets: index of the sequence's first token in the row's lists, int64 [sequences].
+        documents: `document_id` of each sequence.
     """
 
     rows: np.ndarray
     offsets: np.ndarray
+    documents: pl.Series
 
     @property
     def missing(self) -> int:
@@ -87,7 +89,7 @@ def match_rows(source: ShardSet, rows: ScoreRows) -> Matches:
     found, offsets = np.full(len(sequences), -1), np.zeros(len(sequences), np.int64)
     found[pairs["sequence"].to_numpy()] = pairs["index"].to_numpy()
     offsets[pairs["sequence"].to_numpy()] = pairs["offset"].to_numpy()
-    return Matches(found, offsets)
+    return Matches(found, offsets, sequences["document_id"])
 
 
 def match_sequences(source: ShardSet, rows: ScoreRows, exact: pl.DataFrame, sequences: pl.DataFrame) -> pl.DataFrame:

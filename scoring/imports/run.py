@@ -32,16 +32,7 @@ from weighted_mtp.scoring.imports.score_files import (
     read_types,
 )
 from weighted_mtp.scoring.job.finish import earlier_rejects, finish
-from weighted_mtp.scoring.job.units import (
-    UnitRecord,
-    clear_attempts,
-    commit,
-    count_values,
-    find_done,
-    new_attempt,
-    write_attempt,
-    write_record,
-)
+from weighted_mtp.scoring.job.units import ScoredShard, clear_attempts, commit, find_done, new_attempt, write_unit
 
 
 @dataclass(frozen=True)
@@ -127,14 +118,12 @@ class NewColumns:
         """
         if not self.sequence_columns:
             return
-        shards = range(len(source.manifest.shards))
-        ids = pl.Series(pa.chunked_array([c for n in shards for c in source.read(n, ["document_id"])[0].chunks]))
         for name in self.sequence_columns:
             values = self.rows.numbers[name] if name in self.rows.numbers else self.rows.labels[name]
             series = pl.Series(values)
             value = series.fill_nan(None) if series.dtype.is_float() else series
             found = value.gather(pl.Series(self.matches.rows).replace(-1, None))
-            documents = pl.DataFrame({"document": ids, "value": found})
+            documents = pl.DataFrame({"document": self.matches.documents, "value": found})
             if missing := documents.filter(found.is_null())["document"].unique(maintain_order=True).to_list():
                 raise UserError(
                     f"{self.rows.files[0]}: '{name}' has no value for {len(missing):,} documents of {source.path} "
@@ -209,17 +198,9 @@ def add_columns(
             table = source.file(number).read_hashed()
             read = time.monotonic()
             table = columns.append(table, first)
-            scored = time.monotonic()
+            scored = ScoredShard(table, rejects=[], score_seconds=time.monotonic() - read)
             attempt = new_attempt(entry.name)
-            written = write_attempt(output, attempt, table, rejects=0)
-            record = UnitRecord(
-                entry=written,
-                rejects=[],
-                read_seconds=round(read - started, 3),
-                score_seconds=round(scored - read, 3),
-                write_seconds=round(time.monotonic() - scored, 3),
-            )
-            write_record(output, attempt, record, count_values(table, tuple(columns.rows.lists)))
+            write_unit(output, attempt, scored, tuple(columns.rows.lists), read - started)
             commit(output, attempt)
         first += entry.rows
         progress = replace(progress, tokens=progress.tokens + entry.tokens)

@@ -9,6 +9,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -144,21 +145,16 @@ def read_types(path: Location) -> FileTypes:
     return FileTypes(path, dict(zip(schema.names, schema.types, strict=True)))
 
 
-class reading:  # noqa: N801
-    """Context in which damage of a file is a UserError."""
-
-    def __init__(self, path: Location) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Replace errors of Arrow and of values. Arrow also raises errors of the system for damaged Parquet."""
-        damaged = isinstance(error, OSError) and error.errno is None and error.__cause__ is None  # not one of a store
-        if error and (damaged or isinstance(error, pa.ArrowException | ValueError | RecursionError)):
-            reason = repr(first_line(error).rstrip(".")[:SHOWN_REASON])[1:-1]
-            raise UserError(f"{self.path}: cannot be read ({reason}); repair it or leave it out") from error
+@contextmanager
+def reading(path: Location) -> Iterator[None]:
+    """Turn damage of a file into a UserError. Arrow also raises errors of the system for damaged Parquet."""
+    try:
+        yield
+    except (pa.ArrowException, ValueError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or error.__cause__):  # of the system or a store
+            raise
+        reason = repr(first_line(error).rstrip(".")[:SHOWN_REASON])[1:-1]
+        raise UserError(f"{path}: cannot be read ({reason}); repair it or leave it out") from error
 
 
 def choose_columns(files: Sequence[FileTypes], wanted: Sequence[str]) -> dict[str, Kind]:
@@ -281,6 +277,7 @@ def read_json(file: FileTypes, names: list[str], kinds: Mapping[str, Kind]) -> I
 
 def open_lines(path: Location) -> io.BufferedReader:
     """Open a file for `readlines` with a size, which files of stores lack."""
+    # They have the required `readinto`, but their type does not declare it.
     return io.BufferedReader(path.open("rb"), 1 << 20)  # type: ignore[arg-type]
 
 

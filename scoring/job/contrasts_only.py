@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.scoring.job.report import Progress
-from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_scoring_engine, write_unit
-from weighted_mtp.scoring.job.units import commit, new_attempt
+from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_scoring_engine
+from weighted_mtp.scoring.job.units import commit, new_attempt, write_unit
 
 
 def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
@@ -25,7 +25,7 @@ def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
         table = task.source.file(shard).read_hashed()
         read_seconds = time.monotonic() - started
         attempt = new_attempt(shard.name)
-        write_unit(task, attempt, scorer.score(shard.name, table), read_seconds)
+        write_unit(task.output, attempt, scorer.score(shard.name, table), task.plan.columns, read_seconds)
         commit(task.output, attempt)
         progress = replace(progress, units=progress.units + 1, tokens=progress.tokens + shard.tokens)
         yield progress

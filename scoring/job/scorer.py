@@ -19,15 +19,7 @@ from weighted_mtp.scoring.conditions.short_context import plan_windows, window_i
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
 from weighted_mtp.scoring.engines.loading import load_engine
 from weighted_mtp.scoring.job.faults import OutOfMemoryError, fault_in, is_out_of_memory, measure_each, reason_for
-from weighted_mtp.scoring.job.units import (
-    Attempt,
-    RejectedSequence,
-    SequenceKey,
-    UnitRecord,
-    count_values,
-    write_attempt,
-    write_record,
-)
+from weighted_mtp.scoring.job.units import RejectedSequence, ScoredShard, SequenceKey
 
 PROBE_REQUEST = Request(np.array([0, 1], dtype=np.int32))
 """A request that every model can score, to check that an engine works."""
@@ -55,15 +47,6 @@ class OneByOne:
 
     given_up: Mapping[SequenceKey, str]
     announce: Callable[[str, int], None]
-
-
-@dataclass
-class ScoredShard:
-    """A shard with its score columns, not yet written."""
-
-    table: pa.Table
-    rejects: list[RejectedSequence]
-    score_seconds: float
 
 
 def load_scoring_engine(model: ScoringModel, config: EngineConfig) -> Engine:
@@ -207,21 +190,6 @@ class ShardScorer:
         lines = np.concatenate([found[row] for row in range(len(sequences))], axis=1)
         scores |= dict(zip(wanted, lines, strict=True))
         return given_up, scored
-
-
-def write_unit(task: ScoringTask, attempt: Attempt, scored: ScoredShard, read_seconds: float) -> None:
-    """Write a scored shard and its record under the names of an attempt."""
-    started = time.monotonic()
-    entry = write_attempt(task.output, attempt, scored.table, len({reject.row for reject in scored.rejects}))
-    counts = count_values(scored.table, task.plan.columns)
-    record = UnitRecord(
-        entry=entry,
-        rejects=scored.rejects,
-        read_seconds=round(read_seconds, 3),
-        score_seconds=round(scored.score_seconds, 3),
-        write_seconds=round(time.monotonic() - started, 3),
-    )
-    write_record(task.output, attempt, record, counts)
 
 
 def stored_scores(table: pa.Table, column: str) -> np.ndarray:

@@ -5,6 +5,7 @@ locks the output, moves the shard to its final name and then its record. So a un
 scored it, and late writes of a worker presumed dead have no effect.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,6 +90,40 @@ class Unit:
 def new_attempt(unit: str) -> Attempt:
     """A new attempt at the unit with this shard name."""
     return Attempt(unit, uuid4().hex[:12])
+
+
+@dataclass
+class ScoredShard:
+    """A shard with its score columns, not yet written."""
+
+    table: pa.Table
+    rejects: list[RejectedSequence]
+    score_seconds: float
+
+
+def write_unit(
+    output: Location, attempt: Attempt, scored: ScoredShard, columns: tuple[str, ...], read_seconds: float
+) -> None:
+    """Write a scored shard and its record under the names of an attempt.
+
+    Args:
+        output: directory of the run.
+        attempt: the attempt.
+        scored: the shard.
+        columns: its new score columns.
+        read_seconds: duration of reading the unscored shard.
+    """
+    started = time.monotonic()
+    entry = write_attempt(output, attempt, scored.table, len({reject.row for reject in scored.rejects}))
+    counts = count_values(scored.table, columns)
+    record = UnitRecord(
+        entry=entry,
+        rejects=scored.rejects,
+        read_seconds=round(read_seconds, 3),
+        score_seconds=round(scored.score_seconds, 3),
+        write_seconds=round(time.monotonic() - started, 3),
+    )
+    write_record(output, attempt, record, counts)
 
 
 def write_attempt(output: Location, attempt: Attempt, table: pa.Table, rejects: int) -> ShardEntry:

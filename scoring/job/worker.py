@@ -15,8 +15,8 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig
 from weighted_mtp.scoring.job.faults import BrokenEngineError, OutOfMemoryError, reason_for
-from weighted_mtp.scoring.job.scorer import OneByOne, ScoringTask, ShardScorer, write_unit
-from weighted_mtp.scoring.job.units import Unit, note_sequence
+from weighted_mtp.scoring.job.scorer import OneByOne, ScoringTask, ShardScorer
+from weighted_mtp.scoring.job.units import Unit, note_sequence, write_unit
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ScoringWorker:
             one_by_one = OneByOne(unit.given_up, partial(note_sequence, self.task.output, unit.attempt))
         scored = self.engine_thread.submit(self.scorer.score, unit.shard.name, table, one_by_one).result()
         unit.attempt.note(self.task.output).unlink(missing_ok=True)  # failures from here on are not due to a sequence
-        write_unit(self.task, unit.attempt, scored, read_seconds)
+        write_unit(self.task.output, unit.attempt, scored, self.task.plan.columns, read_seconds)
         return Outcome("done", rejects=len(scored.rejects))
 
 

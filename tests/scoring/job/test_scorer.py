@@ -16,8 +16,8 @@ from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import Measurement, plan_columns
 from weighted_mtp.scoring.conditions.short_context import plan_windows
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
-from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure, write_unit
-from weighted_mtp.scoring.job.units import Attempt, commit, gather
+from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, measure
+from weighted_mtp.scoring.job.units import Attempt, commit, gather, write_unit
 
 CONFIG = EngineConfig("transformers", None, "float32", batch_tokens=64, max_length=64, threads=1)
 BOS = 256
@@ -130,7 +130,8 @@ def scorer(monkeypatch, tmp_path, make_shard_set, sequences, models) -> ShardSco
     scorer = ShardScorer(task, lambda model, config: engines[model.directory.name])
     (shard,) = source.manifest.shards
     attempt = Attempt(shard.name, "1")
-    write_unit(task, attempt, scorer.score(shard.name, task.source.file(shard).read_hashed()), 0.0)
+    scored = scorer.score(shard.name, task.source.file(shard).read_hashed())
+    write_unit(output, attempt, scored, plan.columns, 0.0)
     commit(output, attempt)
     return scorer
 
