@@ -14,9 +14,8 @@ DROPPED_BITS = 13
 """Low bits of a float32 that are 0 in every float16 value."""
 FLOAT16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 """The value of each float16 bit pattern, (65536,) float32."""
-_BITS_OF_VALUES = np.zeros(1 << (32 - DROPPED_BITS), dtype=np.uint16)
-"""Inverse of `FLOAT16_VALUES`, indexed by the high bits of a float32 value."""
-_BITS_OF_VALUES[FLOAT16_VALUES.view(np.uint32) >> DROPPED_BITS] = np.arange(1 << 16, dtype=np.uint16)
+_HIGH_BITS = np.arange(1 << (32 - DROPPED_BITS), dtype=np.uint32) << DROPPED_BITS
+"""The float32 bit patterns without dropped bits. Not all of them are float16 values: these have a smaller range."""
 
 
 def round_nats(values: np.ndarray) -> np.ndarray:
@@ -36,7 +35,32 @@ def round_float16(values: np.ndarray) -> np.ndarray:
 
 def float16_bits(values: np.ndarray) -> np.ndarray:
     """Bit patterns of float32 values (N,) rounded to float16 and clipped to its range, (N,) uint16."""
-    patterns = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    if np.bitwise_or.reduce(patterns, initial=0) & ((1 << DROPPED_BITS) - 1):
-        return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).view(np.uint16)
-    return _BITS_OF_VALUES.take(patterns >> DROPPED_BITS)
+    return _BITS.look_up(values)
+
+
+class Float16Table:
+    """A function of a float16 value, tabulated for values that are float32: faster than converting them to float16.
+
+    Args:
+        entries: (65536,), the results by bit pattern of the float16 value.
+    """
+
+    def __init__(self, entries: np.ndarray) -> None:
+        self.entries = entries
+        self._by_high_bits = entries[_BITS_OF_HIGH_BITS]
+
+    def look_up(self, values: np.ndarray) -> np.ndarray:
+        """The results (N,) for float32 values (N,), which are rounded to float16 and clipped to its range."""
+        patterns = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        if np.bitwise_or.reduce(patterns, initial=0) & ((1 << DROPPED_BITS) - 1):
+            return self.entries[_to_float16_bits(values)]
+        return self._by_high_bits.take(patterns >> DROPPED_BITS)
+
+
+def _to_float16_bits(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).view(np.uint16)
+
+
+_BITS_OF_HIGH_BITS = _to_float16_bits(_HIGH_BITS.view(np.float32))
+_BITS_OF_HIGH_BITS[FLOAT16_VALUES.view(np.uint32) >> DROPPED_BITS] = np.arange(1 << 16, dtype=np.uint16)
+_BITS = Float16Table(np.arange(1 << 16, dtype=np.uint16))

@@ -69,14 +69,16 @@ def shard_name(index: int, total: int) -> str:
 
 def flat_values(column: pa.ChunkedArray) -> np.ndarray:
     """All entries of a list column, concatenated, as a numpy array [tokens]."""
-    values = column.combine_chunks().flatten()
-    return values.to_numpy(zero_copy_only=False)
+    return _one_array(column).flatten().to_numpy(zero_copy_only=False)
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     """Length of every list of a list column, int64 [rows]."""
-    lists = column.combine_chunks()
-    return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    return np.diff(_one_array(column).offsets.to_numpy()).astype(np.int64)
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which always copies
 
 
 def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from weighted_mtp.schemas.shard_set.rounding import float16_bits
+from weighted_mtp.schemas.shard_set.rounding import Float16Table
 from weighted_mtp.schemas.weights.function_record import Segments
 from weighted_mtp.schemas.weights.functions import FUNCTIONS
 from weighted_mtp.schemas.weights.nodes import Call, ColumnRef, Constant, Node
@@ -24,6 +25,11 @@ class TableLookup:
 
     argument: "Expression"
     table: np.ndarray
+
+    @cached_property
+    def by_value(self) -> Float16Table:
+        """The table for float32 values."""
+        return Float16Table(self.table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +126,8 @@ def evaluate_expression(expression: Expression, tokens: Tokens) -> Any:
             return value
         case ColumnRef(name):
             return tokens.columns[name]
-        case TableLookup(argument, table):
-            return table[float16_bits(evaluate_expression(argument, tokens))]
+        case TableLookup(argument):
+            return expression.by_value.look_up(evaluate_expression(argument, tokens))
         case ElementwiseMap(argument, function):
             return function(evaluate_expression(argument, tokens))
         case StandardiseByLabel():

@@ -10,7 +10,7 @@ from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.manifest import Condition, Imported
-from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.analysis import bounds
@@ -74,8 +74,8 @@ class Weighting:
             UserError: a weight is not finite.
         """
         match self.components:
-            case [TableLookup(ColumnRef(name), weights)] if self.control == "none" and not self.waits:
-                return weights[float16_bits(flat_values(table[name]))]
+            case [TableLookup(ColumnRef(name)) as weights] if self.control == "none" and not self.waits:
+                return weights.by_value.look_up(flat_values(table[name]))
             case [Constant(value)] if not self.waits:
                 return np.full(int(list_lengths(table["input_ids"]).sum()), value, dtype=np.float32)
         scored = scored_tokens(table, self.columns)

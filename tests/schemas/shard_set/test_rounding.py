@@ -1,6 +1,12 @@
 import numpy as np
 
-from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits, round_float16, round_nats
+from weighted_mtp.schemas.shard_set.rounding import (
+    FLOAT16_VALUES,
+    Float16Table,
+    float16_bits,
+    round_float16,
+    round_nats,
+)
 
 
 def test_nats_are_multiples_of_a_512th():
@@ -44,3 +50,12 @@ def test_float16_bits_of_values_beyond_the_range():
     values = np.array([0, -0.0, 1, 70000, -70000, np.nan], np.float32)
     expected = np.array([0x0000, 0x8000, 0x3C00, 0x7BFF, 0xFBFF, 0x7E00], np.uint16)  # IEEE 754 half precision
     np.testing.assert_array_equal(float16_bits(values), expected)
+    powers = np.array([2.0**17, -(2.0**40), 2.0**-30, -(2.0**-25)], np.float32)  # short mantissas, like float16
+    np.testing.assert_array_equal(float16_bits(powers), np.array([0x7BFF, 0xFBFF, 0x0000, 0x8000], np.uint16))
+
+
+def test_a_table_gives_the_entry_of_the_rounded_value():
+    table = Float16Table(3 * np.arange(1 << 16))
+    for values in ([0.5, -2, 65504, 2.0**-24], [0.1, -7.3, 1e-9, 3.14159]):
+        bits = np.array(values, np.float16).view(np.uint16).astype(np.int64)
+        np.testing.assert_array_equal(table.look_up(np.array(values, np.float32)), 3 * bits)
