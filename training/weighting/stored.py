@@ -74,8 +74,8 @@ class Weighting:
             UserError: a weight is not finite.
         """
         match self.components:
-            case [TableLookup(ColumnRef(name)) as weights] if self.control == "none" and not self.waits:
-                return weights.by_value.look_up(flat_values(table[name]))
+            case [TableLookup(ColumnRef(name)) as lookup] if self.control == "none" and not self.waits:
+                return lookup.by_value.look_up(flat_values(table[name]))
             case [Constant(value)] if not self.waits:
                 return np.full(int(list_lengths(table["input_ids"]).sum()), value, dtype=np.float32)
         scored = scored_tokens(table, self.columns)
