@@ -3,17 +3,20 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comparing import LENGTHS, metrics, trained
+from format_3 import write_format_3
 from tqdm import tqdm
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.upgrade import upgrade
 from weighted_mtp.training.run import directory as run_module
 from weighted_mtp.training.run.train import train
 
@@ -168,6 +171,19 @@ def test_a_run_that_learnt_nothing_is_no_success(
 
 
 CONSTANT = {"learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+
+
+def test_a_run_on_an_upgraded_set_is_the_run_on_the_set(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    run = config("run", weights={"formula": "normalise(top(excess_loss, 0.6))"})
+    old = write_format_3(ShardSet.open(run.input[0]), tmp_path / "old")
+    upgrade(old, tmp_path / "new", lambda shard: None)
+    other = config("other", weights=run.weights, input=tmp_path / "new")
+    for each in (run, other):
+        train(each)
+    assert metrics(run) == metrics(other)
+    expected = trained(run)
+    for name, value in trained(other).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", [CONSTANT, {"learning_rate": 1e-2, "warmup_ratio": 0.2}])
