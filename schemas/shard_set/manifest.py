@@ -285,6 +285,10 @@ class Manifest(ManifestRecord):
         """Sequences in all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    def row_groups(self) -> Iterator[tuple[int, int]]:
+        """The number of a shard and of a row group in it, for all row groups in order."""
+        return ((number, group) for number, shard in enumerate(self.shards) for group in range(shard.row_groups))
+
     @property
     def bytes(self) -> int:
         """Size of all shards."""

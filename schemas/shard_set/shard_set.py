@@ -114,10 +114,9 @@ class ShardSet:
         return self._iterate(wanted)
 
     def _iterate(self, columns: list[str]) -> Iterator[TokenSequence]:
-        for number, shard in enumerate(self.manifest.shards):
-            for row_group in range(shard.row_groups):
-                table = self.read(number, ["document_id", "start", "input_ids", *columns], row_group)
-                yield from split_sequences(table, columns)
+        for shard, row_group in self.manifest.row_groups():
+            table = self.read(shard, ["document_id", "start", "input_ids", *columns], row_group)
+            yield from split_sequences(table, columns)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Compressed bytes of each column per token, from the Parquet footers of at most `SAMPLED_FOOTERS` shards."""

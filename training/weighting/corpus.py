@@ -16,6 +16,7 @@ import pyarrow.compute
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
+from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.weights.distribution import Distribution
@@ -139,21 +140,20 @@ class CorpusResolver:
         return counts
 
     def _row_groups(self, names: list[str]) -> Iterator[pa.Table]:
-        shards = self.shards.first.manifest.shards
+        manifest = self.shards.first.manifest
         other_process = int(os.environ.get("RANK", "0")) > 0
         described = f"reading {', '.join(names)}"
         with self.progress(
-            total=self.shards.first.manifest.tokens,
+            total=manifest.tokens,
             unit="tokens",
             unit_scale=True,
             desc=described,
             disable=other_process,
         ) as bar:
-            for number, shard in enumerate(shards):
-                for row_group in range(shard.row_groups):
-                    table = self.shards.read(number, names, row_group)
-                    yield table
-                    bar.update(len(table["input_ids"].combine_chunks().flatten()))
+            for shard, row_group in manifest.row_groups():
+                table = self.shards.read(shard, names, row_group)
+                yield table
+                bar.update(len(flat_values(table["input_ids"])))
 
     def _by_label(self, call: Call, label: str) -> Expression:
         """Standardise over the documents of each label. A document with several sequences counts once."""

@@ -42,13 +42,12 @@ def token_weights(sets: SomeSets, weights: SomeWeights = "uniform", *, seed: int
 
 
 def _iterate(shards: ZippedSets, weighting: Weighting, seed: int) -> Iterator[np.ndarray]:
-    for number, shard in enumerate(shards.first.manifest.shards):
-        for row_group in range(shard.row_groups):
-            table = shards.read(number, weighting.columns, row_group)
-            weights = weighting.weigh(table, np.random.default_rng([seed, number, row_group]))
-            ends = np.cumsum(list_lengths(table["input_ids"]))
-            for of_sequence in np.split(weights, ends[:-1]):
-                yield of_sequence.copy()  # a view would keep all sequences in memory
+    for shard, row_group in shards.first.manifest.row_groups():
+        table = shards.read(shard, weighting.columns, row_group)
+        weights = weighting.weigh(table, np.random.default_rng([seed, shard, row_group]))
+        ends = np.cumsum(list_lengths(table["input_ids"]))
+        for of_sequence in np.split(weights, ends[:-1]):
+            yield of_sequence.copy()  # a view would keep all sequences in memory
 
 
 def choose_weights(weights: SomeWeights) -> WeightsConfig:

@@ -38,18 +38,17 @@ def extremes(shard_set: ShardSet, column: str, count: int) -> tuple[list[ScoredT
     lowest: list[ScoredToken] = []
     total = shard_set.manifest.tokens
     with ProgressBar(total=total, unit="tokens", unit_scale=True, desc=column, leave=False) as progress:
-        for number, shard in enumerate(shard_set.manifest.shards):
-            for group in range(shard.row_groups):
-                table = shard_set.read(number, ["document_id", "start", "input_ids", column], group)
-                scores = flat_values(table[column]).astype(np.float32)
-                scored = np.flatnonzero(np.isfinite(scores))
-                ascending = scored[np.argsort(scores[scored], kind="stable")]
-                descending = scored[np.argsort(-scores[scored], kind="stable")]
-                lowest += [token_at(table, column, int(index)) for index in ascending[:count]]
-                highest += [token_at(table, column, int(index)) for index in descending[:count]]
-                lowest = sorted(lowest, key=lambda token: token.score)[:count]
-                highest = sorted(highest, key=lambda token: -token.score)[:count]
-                progress.update(len(scores))
+        for shard, group in shard_set.manifest.row_groups():
+            table = shard_set.read(shard, ["document_id", "start", "input_ids", column], group)
+            scores = flat_values(table[column])
+            scored = np.flatnonzero(np.isfinite(scores))
+            ascending = scored[np.argsort(scores[scored], kind="stable")]
+            descending = scored[np.argsort(-scores[scored], kind="stable")]
+            lowest += [token_at(table, column, int(index)) for index in ascending[:count]]
+            highest += [token_at(table, column, int(index)) for index in descending[:count]]
+            lowest = sorted(lowest, key=lambda token: token.score)[:count]
+            highest = sorted(highest, key=lambda token: -token.score)[:count]
+            progress.update(len(scores))
     return highest, lowest
 
 
