@@ -1,0 +1,115 @@
+"""Score files that other tools wrote: finding and opening Parquet and JSON Lines."""
+
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage.compression import data_suffix
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
+from weighted_mtp.scoring.imports.json_lines import COMPRESSED, parse_lines, read_lines
+from weighted_mtp.scoring.imports.sources import BATCH_ROWS, KEYS, Kind, RowBatch, ScoreSource, damage_reported
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+JSON_TYPES: dict[Kind, pa.DataType] = {"score": pa.list_(pa.float64()), "number": pa.float64(), "label": pa.string()}
+KNOWN = f".parquet, {', '.join(JSON_SUFFIXES)}; JSON Lines also with {', '.join(COMPRESSED)}"
+
+
+def find_score_files(names: Sequence[str]) -> list[Location]:
+    """Files of scores in reading order: each name is a file, a directory, or a glob. A file counts once.
+
+    Raises:
+        UserError: a name matches no Parquet or JSON Lines file.
+    """
+    found: dict[str, Location] = {}
+    for name in names:
+        path = locate(name)
+        kind = kind_of(path)
+        if kind == "file":
+            files = [path]
+        elif kind == "directory":
+            inside = [PurePosixPath(file) for file in sorted(walk_files(path))]
+            visible = [file for file in inside if not any(part.startswith((".", "_")) for part in file.parts)]
+            files = [path / file.as_posix() for file in visible if is_parquet(file) or is_json(file)]
+        elif isinstance(path, Path):
+            files = [locate(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+        else:
+            files = [locate(path.fs.unstrip_protocol(match)) for match in sorted(path.fs.glob(path.path))]
+        if not files:
+            raise UserError(f"--scores {name}: no Parquet or JSON Lines file ({KNOWN}); check the path")
+        found |= {str(file): file for file in files}
+    for file in found.values():
+        if not (is_parquet(file) or is_json(file)):
+            raise UserError(f"{file}: is no Parquet or JSON Lines file by its name ({KNOWN}); convert it")
+    return list(found.values())
+
+
+def is_parquet(path: PurePath | Location) -> bool:
+    """Whether a file is Parquet by its name."""
+    return path.suffix.lower() == ".parquet"
+
+
+def is_json(path: PurePath | Location) -> bool:
+    """Whether a file is JSON Lines by its name, perhaps compressed."""
+    return data_suffix(path) in JSON_SUFFIXES and path.suffix.lower() in (*JSON_SUFFIXES, *COMPRESSED)
+
+
+@dataclass(frozen=True)
+class ScoreFile(ScoreSource):
+    """A file of score rows."""
+
+    path: Location
+
+
+def open_score_file(path: Location) -> ScoreFile:
+    """Read names and types of the columns of a file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with damage_reported(str(path)):
+        if is_parquet(path):
+            with path.open("rb") as source:
+                schema = pq.read_schema(source)
+        else:
+            lines = next(read_lines(path), None)
+            if lines is None:
+                raise ValueError("it has no rows")
+            schema = parse_lines(lines).schema
+        if len(set(schema.names)) < len(schema.names):
+            raise ValueError("two columns have the same name")
+    types = dict(zip(schema.names, schema.types, strict=True))
+    return (ParquetFile if is_parquet(path) else JsonFile)(str(path), types, path)
+
+
+class ParquetFile(ScoreFile):
+    """A Parquet file."""
+
+    def batches(self, kinds: Mapping[str, Kind]) -> Iterator[RowBatch]:
+        """Batches of at most `BATCH_ROWS` rows."""
+        names = [name for name in (*KEYS, *kinds) if name in self.types]
+        first = 0
+        with damage_reported(self.name), self.path.open("rb") as source, pq.ParquetFile(source) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=names):
+                yield RowBatch(np.arange(first, first + batch.num_rows), pa.Table.from_batches([batch]))
+                first += batch.num_rows
+
+
+class JsonFile(ScoreFile):
+    """A file of JSON Lines. Its row numbers are line numbers."""
+
+    def batches(self, kinds: Mapping[str, Kind]) -> Iterator[RowBatch]:
+        """Batches of about `BATCH_BYTES` bytes of JSON."""
+        id_type = pa.int64() if pa.types.is_integer(self.types["document_id"]) else pa.string()
+        types = {"document_id": id_type, "start": pa.int64()} | {name: JSON_TYPES[kind] for name, kind in kinds.items()}
+        schema = pa.schema([(name, type_) for name, type_ in types.items() if name in self.types])
+        complete = set(self.types) == set(schema.names)
+        with damage_reported(self.name):
+            for lines in read_lines(self.path):
+                yield RowBatch(lines.numbers, parse_lines(lines, schema, "error" if complete else "ignore"))
