@@ -16,8 +16,8 @@ COMPRESSED = (".gz", ".bz2", ".zst")
 """Not `.xz`: its decoder takes as much memory as the file asks for."""
 BATCH_BYTES = 1 << 23
 """Bytes of JSON Lines parsed at once; the column types are those of the first such part."""
-MOST_LINE_BYTES = 1 << 28
-"""Longest line. A small compressed file can hold one that does not fit into memory."""
+MOST_LINE_BYTES = 1 << 26
+"""Longest line. Parsing takes up to 14 times its size, and a small compressed file can hold one of any length."""
 
 
 class Lines(NamedTuple):
