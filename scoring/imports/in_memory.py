@@ -106,8 +106,8 @@ def open_rows(rows: Any, columns: Sequence[str]) -> RowsInMemory:
         return ArrowRows(NAME, dict(zip(names, reader.schema.types, strict=True)), reader)
     if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
         raise UserError(
-            f"{NAME}: is a {type(rows).__name__}; give a table of pyarrow, polars, pandas or DuckDB, or an iterable "
-            "of dicts with 'document_id' and scores"
+            f"{NAME}: is of type {type(rows).__name__}; give a table of pyarrow, polars, pandas or DuckDB, or an "
+            "iterable of dicts with 'document_id' and scores"
         )
     checked = check_rows(rows)
     head = list(islice(checked, BATCH_ROWS))
@@ -128,7 +128,7 @@ def check_rows(rows: Iterable[Any]) -> Iterator[Row]:
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise UserError(
-                f"{NAME}[{number}]: is a {type(row).__name__}; give a dict with 'document_id' and scores for each row"
+                f"{NAME}[{number}]: is of type {type(row).__name__}; give a dict with 'document_id' and scores"
             )
         yield row
 
@@ -152,19 +152,22 @@ def type_of_value(place: str, name: Any, value: Any) -> pa.DataType:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return pa.float64()
     raise UserError(
-        f"{place}: '{name}' is a {type(value).__name__}, not a list of numbers, a number or a string; convert it, "
-        "or choose other columns"
+        f"{place}: '{name}' is of type {type(value).__name__}, not a list of numbers, a number or a string; "
+        "convert it, or choose other columns"
     )
 
 
 def plain(value: Any) -> Any:
-    """A value as a NumPy array if it is an array or a tensor of any library, else as a Python value."""
+    """A value as a NumPy array if it is an array or a tensor of any library, else as a Python value.
+
+    Masked entries of an array become NaN.
+    """
     if hasattr(value, "detach"):  # a tensor of torch: on any device, and also of a dtype that NumPy lacks
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
     if not hasattr(value, "__array__"):
         return value
-    array = np.asarray(value)
+    array = np.ma.filled(value.astype(np.float64), np.nan) if np.ma.isMaskedArray(value) else np.asarray(value)
     return array if array.ndim else array.item()
 
 
@@ -175,9 +178,9 @@ def to_list(value: Any) -> np.ndarray:
         ValueError: it is no list or array of numbers with one dimension; what it is.
     """
     if isinstance(value, list | tuple):
-        return np.array([math.nan if entry is None else to_number(entry, "has") for entry in value], np.float64)
+        return np.array([math.nan if entry is None else to_number(entry, "has a value") for entry in value], np.float64)
     if not isinstance(value, np.ndarray):
-        raise ValueError(f"is a {type(value).__name__}, not a list of numbers")
+        raise ValueError(f"is of type {type(value).__name__}, not a list of numbers")
     if value.ndim != 1:
         raise ValueError(f"has {value.ndim} dimensions, not 1")
     if value.dtype.kind not in "iuf":
@@ -185,14 +188,14 @@ def to_list(value: Any) -> np.ndarray:
     return value.astype(np.float64)
 
 
-def to_number(value: Any, verb: str = "is") -> float:
+def to_number(value: Any, what: str = "is") -> float:
     """A number; infinite if it is too large for a float.
 
     Raises:
         ValueError: it is none; what it is.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{verb} a {type(value).__name__}, not a number")
+        raise ValueError(f"{what} of type {type(value).__name__}, not a number")
     try:
         return float(value)
     except OverflowError:
@@ -206,7 +209,7 @@ def to_text(value: Any) -> str:
         ValueError: it is none, or it has no form in UTF-8.
     """
     if not isinstance(value, str):
-        raise ValueError(f"is a {type(value).__name__}, not a string")
+        raise ValueError(f"is of type {type(value).__name__}, not a string")
     value.encode()
     return value
 
@@ -227,7 +230,7 @@ def to_start(value: Any) -> int:
         ValueError: it is no integer, or too large or negative.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"is a {type(value).__name__}, not an integer")
+        raise ValueError(f"is of type {type(value).__name__}, not an integer")
     if not 0 <= value < 1 << 63:
         raise ValueError("is no index of a token")
     return value

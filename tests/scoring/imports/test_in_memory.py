@@ -201,6 +201,12 @@ def test_values_of_any_precision_are_rounded_once(source: ShardSet, tmp_path: Pa
     assert found[5:9].tolist() == [1, 2, 3, 4]
 
 
+def test_masked_entries_have_no_score(source: ShardSet, tmp_path: Path) -> None:
+    rows = [{"document_id": "doc-1", "x": np.ma.array([7, 2], mask=[True, False])}]
+    found = values_of(add_columns(source, tmp_path / "output", rows), "x")
+    np.testing.assert_array_equal(found[3:5], [NAN, 2])
+
+
 def test_a_column_computed_from_the_sequences_weights_them(source: ShardSet, tmp_path: Path) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         for sequence in source.sequences(columns=["loss_a"]):
@@ -250,31 +256,31 @@ def one(value: object, **more: object) -> list[dict[str, Any]]:
         (one([1, math.inf]), r"^rows\[1\]: 'x' has a value that is infinite or beyond float16"),
         (one([1, 10**400]), r"^rows\[1\]: 'x' has a value that is infinite or beyond float16"),
         (one(np.array([1, 65520.0])), r"^rows\[1\]: 'x' has a value that is infinite or beyond float16"),
-        (one([1, "a"]), r"^rows\[1\]: 'x' has a str, not a number; correct it"),
-        (one([1, True]), r"^rows\[1\]: 'x' has a bool, not a number"),
-        (one([[1], [2]]), r"^rows\[1\]: 'x' has a list, not a number"),
-        (one([1, 1j]), r"^rows\[1\]: 'x' has a complex, not a number"),
+        (one([1, "a"]), r"^rows\[1\]: 'x' has a value of type str, not a number; correct it"),
+        (one([1, True]), r"^rows\[1\]: 'x' has a value of type bool, not a number"),
+        (one([[1], [2]]), r"^rows\[1\]: 'x' has a value of type list, not a number"),
+        (one([1, 1j]), r"^rows\[1\]: 'x' has a value of type complex, not a number"),
         (one(np.array([True, False])), r"^rows\[1\]: 'x' is an array of bool, not of numbers"),
         (one(np.array([1, None])), r"^rows\[1\]: 'x' is an array of object, not of numbers"),
         (one(np.zeros((2, 1))), r"^rows\[1\]: 'x' has 2 dimensions, not 1"),
         (one(torch.zeros(1, 2)), r"^rows\[1\]: 'x' has 2 dimensions, not 1"),
-        (one("text"), r"^rows\[1\]: 'x' is a str, not a list of numbers"),
-        (one(1), r"^rows\[1\]: 'x' is a int, not a list of numbers"),
-        (one([1, 2], start=0.0), r"^rows\[1\]: 'start' is a float, not an integer"),
-        (one([1, 2], start=True), r"^rows\[1\]: 'start' is a bool, not an integer"),
+        (one("text"), r"^rows\[1\]: 'x' is of type str, not a list of numbers"),
+        (one(1), r"^rows\[1\]: 'x' is of type int, not a list of numbers"),
+        (one([1, 2], start=0.0), r"^rows\[1\]: 'start' is of type float, not an integer"),
+        (one([1, 2], start=True), r"^rows\[1\]: 'start' is of type bool, not an integer"),
         (one([1, 2], start=1 << 70), r"^rows\[1\]: 'start' is no index of a token"),
         (one([1, 2], start=1), r"^rows\[1\] \(document 'doc-1'\): no sequence of .* starts at token 1"),
-        (one([1, 2], document_id=1.5), r"^rows\[1\]: 'document_id' is a float, not a string"),
+        (one([1, 2], document_id=1.5), r"^rows\[1\]: 'document_id' is of type float, not a string"),
         (one([1, 2], document_id="\ud800"), r"^rows\[1\]: 'document_id' 'utf-8' codec can't encode"),
         (one([1, 2], document_id=None), r"^rows\[1\]: has no document_id; add it"),
         (one([1, 2], document_id="doc-9"), r"^rows\[1\] \(document 'doc-9'\): no such document in .*of this corpus"),
         (one([1, 2], document_id=7), r"^rows\[1\] \(document '7'\): no such document"),
         (one([1, 2], y=[1, 2, 3]), r"^rows\[1\] \(document 'doc-1'\): 'y' is not as long as the other lists"),
         (one([1, 2]) * 2, r"^rows\[2\] \(document 'doc-0'\): an earlier row"),
-        (one([1, 2], y=True), r"^rows\[1\]: 'y' is a bool, not a list of numbers, a number or a string; convert"),
+        (one([1, 2], y=True), r"^rows\[1\]: 'y' is of type bool, not a list of numbers, a number or a string; convert"),
         (one([1, 2], **{"a b": 1}), "^rows: 'a b' cannot be a column name; rename it, or choose other columns"),
         ([{"document_id": "doc-0", 5: [1, 2, 3]}], r"^rows\[0\]: has a field '5', which is no string"),
-        ([{"document_id": "doc-0", "x": [1, 2, 3]}, ("doc-1", [1, 2])], r"^rows\[1\]: is a tuple; give a dict"),
+        ([{"document_id": "doc-0", "x": [1, 2, 3]}, ("doc-1", [1, 2])], r"^rows\[1\]: is of type tuple; give a dict"),
         ([{"document_id": "doc-0", "loss_a": [1, 2, 3]}], "already has a column 'loss_a'; rename yours, or choose"),
         ([{"document_id": "doc-0", "x": None}], "^rows: column 'x' is no value in its first rows"),
         ([{"document_id": "doc-0", "x": 1}], "^rows: 'x' has no value for 3 documents of .*first: 'doc-1'"),
@@ -283,10 +289,10 @@ def one(value: object, **more: object) -> list[dict[str, Any]]:
         ([{"x": [1, 2, 3]}], "^rows: has no column 'document_id'; add it"),
         ([{"document_id": "doc-0"}], "^rows: has no column besides"),
         ([], "^rows: has no column besides"),
-        ([[1, 2]], r"^rows\[0\]: is a list; give a dict"),
-        ({"document_id": ["doc-0"], "x": [[1, 2, 3]]}, "^rows: is a dict; give a table of pyarrow"),
-        ("rows.jsonl", "^rows: is a str; give a table"),
-        (pl.LazyFrame({"document_id": ["doc-0"]}), "^rows: is a LazyFrame; give a table"),
+        ([[1, 2]], r"^rows\[0\]: is of type list; give a dict"),
+        ({"document_id": ["doc-0"], "x": [[1, 2, 3]]}, "^rows: is of type dict; give a table of pyarrow"),
+        ("rows.jsonl", "^rows: is of type str; give a table"),
+        (pl.LazyFrame({"document_id": ["doc-0"]}), "^rows: is of type LazyFrame; give a table"),
         (pl.Series([1]), "^rows: cannot be read"),
         (pa.table({"document_id": ["doc-0"], "x": [True]}), "^rows: column 'x' holds 'bool', not a list of numbers"),
         (pa.table({"document_id": ["doc-0"], "x": [[math.inf, 0, 0]]}), r"^rows\[0\]: 'x' has a value that is inf"),
