@@ -137,7 +137,8 @@ def weigh_row_groups(
     shards: ZippedSets, weighting: Weighting, groups: list[RowGroup], config: WeightsReportConfig
 ) -> tuple[WeightStatistics, list[Excerpt]]:
     """Compute weight statistics, treating each row group as a batch, and excerpts from some row groups."""
-    statistics = WeightStatistics(shards.first.manifest)
+    label_columns = [name for name, kind in shards.sequence_columns.items() if kind == "label"]
+    statistics = WeightStatistics(shards.first.manifest, label_columns)
     columns = list(dict.fromkeys([*weighting.columns, *statistics.by_label]))
     batch_weighting = BatchWeighting.make(config.weights, config.live_column)
     excerpts: list[Excerpt] = []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weighted_mtp.schemas.errors import UserError
     from weighted_mtp.schemas.shard_set.shard_set import ShardSet
     from weighted_mtp.scoring.corpus.prepare import prepare
+    from weighted_mtp.scoring.imports.run import add_columns
     from weighted_mtp.scoring.job.run import score
     from weighted_mtp.training.data.packed_rows import packed_rows
     from weighted_mtp.training.loss.multi_head import (
@@ -44,6 +45,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "WeightsConfig",
+    "add_columns",
     "evaluate",
     "load_run",
     "multi_head_cross_entropy",
@@ -68,6 +70,7 @@ if not TYPE_CHECKING:
         "TrainConfig": "schemas.configs",
         "UserError": "schemas.errors",
         "WeightsConfig": "schemas.configs",
+        "add_columns": "scoring.imports.run",
         "evaluate": "training.run.evaluate",
         "load_run": "training.run.load",
         "multi_head_cross_entropy": "training.loss.multi_head",

@@ -3,7 +3,7 @@
 The first token of a sequence is not a target and is not counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -29,19 +29,19 @@ def positions(lengths: np.ndarray) -> np.ndarray:
 class WeightStatistics:
     """Accumulates weights by row group. Keeps the weight of each target, at 4 bytes each."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, labels: Iterable[str] = ()) -> None:
         """Start empty.
 
         Args:
-            manifest: manifest of the set, with vocabulary size, longest sequence length and label columns.
+            manifest: manifest of the set, with vocabulary size and longest sequence length.
+            labels: label columns.
         """
         self.positions = manifest.longest.bit_length()
         """Number of position groups; group k starts at position `2**k` of a sequence."""
         empty = np.zeros(0, dtype=np.int64)
         self.by_id = Totals.from_weights(empty, empty, manifest.tokenizer.vocab_size)
         self.by_position = Totals.from_weights(empty, empty, self.positions)
-        kinds = manifest.corpus.sequence_columns
-        self.by_label = {name: LabelTotals() for name, kind in kinds.items() if kind == "label"}
+        self.by_label = {name: LabelTotals() for name in labels}
         self.scored = self.sequences = self.silent = self.tokens = 0
         self._weights: list[np.ndarray] = [np.zeros(0, dtype=np.float32)]
 

@@ -131,7 +131,17 @@ class Imported(ManifestRecord):
         return f"imported, {self.column} of {first.name!r} (SHA-256 {first.sha256[:12]}){others}"
 
 
-Origin = Condition | Contrast | Imported
+class ImportedValues(ManifestRecord):
+    """A column of values that a program gave in memory: SHA-256 of the column as little-endian float16."""
+
+    values_sha256: Sha256
+
+    def describe(self) -> str:
+        """The origin in one line."""
+        return f"imported from memory (SHA-256 of the values {self.values_sha256[:12]})"
+
+
+Origin = Condition | Contrast | Imported | ImportedValues
 """Where the values of a score column come from."""
 
 

@@ -8,12 +8,19 @@ from weighted_mtp.schemas.storage.locations import Location
 
 STATISTICS = ("mean", "std", "1 %", "50 %", "99 %")
 """Headings of `statistics_cells`."""
+SMALLEST_DECIMAL = 0.0005
+"""Smallest number that does not round to 0.000."""
 
 
 def statistics_cells(statistics: ColumnStatistics) -> list[str]:
     """Mean, standard deviation and quantiles of a column, as in `STATISTICS`; `-` without any score."""
     numbers = [statistics.mean, statistics.std, *(statistics.quantiles.get(share) for share in ("0.01", "0.5", "0.99"))]
-    return ["-" if number is None else f"{number:.3f}" for number in numbers]
+    return ["-" if number is None else score_text(number) for number in numbers]
+
+
+def score_text(number: float) -> str:
+    """A score with three decimals, or three significant digits if the decimals would all be 0."""
+    return f"{number:.3f}" if number == 0 or abs(number) >= SMALLEST_DECIMAL else f"{number:.3g}"
 
 
 def describe_line(path: Location, manifest: Manifest) -> str:

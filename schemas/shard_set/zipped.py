@@ -1,7 +1,8 @@
-"""Several shard sets of one corpus, read as one set with all their score columns.
+"""Several shard sets of one corpus, read as one set with all their columns.
 
 Two checks ensure that the sets have the same rows: opening compares tokenizer and shards in the manifests, and reading
-a row group compares the token ids.
+compares the sets that are read: the token ids of a row group, or `document_id` and `start` of a whole shard, and the
+values of sequence columns that several of these sets hold.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Manifest, same_origin
+from weighted_mtp.schemas.shard_set.manifest import TOKEN_COLUMNS, Manifest, SequenceKind, same_origin
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.locations import Location
@@ -22,6 +23,7 @@ SomeSets = ShardSet | Location | str | Sequence[ShardSet | Location | str]
 """One shard set or several with the same rows, open or by path."""
 
 REMEDY = "give sets that were scored from the same token shards"
+RENAME = "import one of them under another name"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class ZippedSets:
     def first(self) -> ShardSet:
         """The first set. All sets share its tokenizer, shards, row groups and token ids."""
         return self.sets[0]
+
+    @property
+    def sequence_columns(self) -> dict[str, SequenceKind]:
+        """Sequence columns of all sets, and their kinds."""
+        kinds: dict[str, SequenceKind] = {}
+        for shards in self.sets:
+            kinds |= shards.manifest.corpus.sequence_columns
+        return kinds
 
     @property
     def digest(self) -> str:
@@ -118,29 +128,40 @@ class ZippedSets:
         Reads only the first set and the sets that hold the columns.
 
         Raises:
-            UserError: no set has a column, a shard is damaged, or two sets differ in token ids.
+            UserError: no set has a column, a shard is damaged, or two sets differ in token ids or in a column.
         """
-        table: pa.Table | None = None
-        for holder, held in self._holders(columns):
-            part = holder.read(shard, ["input_ids", *held], row_group)
-            if table is None:
-                table = part
-                continue
-            if not part["input_ids"].equals(table["input_ids"]):
-                first, other = (shards.file(shard).path for shards in (self.first, holder))
-                raise UserError(f"{other}: input_ids differ from {first} (row group {row_group}); {REMEDY}")
-            for name in held:
-                table = table.append_column(name, part[name])
-        assert table is not None
-        return table
+        return self._join(shard, ["input_ids"], columns, row_group)
 
     def read_sequences(self, shard: int, columns: Sequence[str]) -> pa.Table:
-        """Read sequence columns, or `document_id` and `start`, of a whole shard.
+        """Read sequence columns, and any of `TOKEN_COLUMNS`, of a whole shard.
+
+        Reads only the first set and the sets that hold the columns.
 
         Raises:
-            UserError: no set has a column, or a shard is damaged.
+            UserError: no set has a column, a shard is damaged, or two sets differ in `document_id`, `start` or in a
+                column.
         """
-        return self.first.read(shard, list(columns))
+        tokens = [name for name in columns if name in TOKEN_COLUMNS]
+        others = [name for name in columns if name not in TOKEN_COLUMNS]
+        keys = tokens if len(self._holders(others)) == 1 else list(dict.fromkeys(["document_id", "start", *tokens]))
+        return self._join(shard, keys, others).select(list(columns))
+
+    def _join(self, shard: int, keys: Sequence[str], columns: Sequence[str], row_group: int | None = None) -> pa.Table:
+        """Read columns where they lie, and the `keys`, in which all sets that are read must agree."""
+        (first, held), *others = self._holders(columns)
+        table = first.read(shard, [*keys, *held], row_group)
+        for holder, held in others:
+            again = [name for name in columns if name in holder.manifest.corpus.sequence_columns and name not in held]
+            part = holder.read(shard, [*keys, *held, *again], row_group)
+            for name in (*keys, *again):
+                if not part[name].equals(table[name]):
+                    earlier, remedy = (first, REMEDY) if name in keys else (self.holder(name), RENAME)
+                    here, there = (shards.file(shard).path for shards in (earlier, holder))
+                    group = "" if row_group is None else f" (row group {row_group})"
+                    raise UserError(f"{there}: column '{name}' differs from {here}{group}; {remedy}")
+            for name in held:
+                table = table.append_column(name, part[name])
+        return table
 
     def _holders(self, columns: Iterable[str]) -> list[tuple[ShardSet, list[str]]]:
         """The first set and all sets that hold a column, each with its columns."""
@@ -157,13 +178,11 @@ def check_same_corpus(one: ShardSet, other: ShardSet) -> None:
 
 
 def corpus_difference(one: Manifest, other: Manifest) -> str | None:
-    """The first difference of `other` from `one` in tokenizer, sequence columns or shard sizes, or None."""
+    """The first difference of `other` from `one` in tokenizer or shard sizes, or None."""
     if one.tokenizer.fingerprint != other.tokenizer.fingerprint:
         return f"another tokenizer: {other.tokenizer.name}, not {one.tokenizer.name}"
     if len(one.shards) != len(other.shards):
         return f"{len(other.shards)} shards instead of {len(one.shards)}"
-    if one.corpus.sequence_columns != other.corpus.sequence_columns:
-        return f"sequence columns {other.corpus.describe_columns()} instead of {one.corpus.describe_columns()}"
     for a, b in zip(one.shards, other.shards, strict=True):
         for quantity in ("rows", "tokens", "row_groups"):
             if getattr(a, quantity) != getattr(b, quantity):
@@ -173,10 +192,20 @@ def corpus_difference(one: Manifest, other: Manifest) -> str | None:
 
 
 def check_columns(one: ShardSet, other: ShardSet) -> None:
-    """Raise UserError if two columns of the same name have different origins.
+    """Raise UserError if two columns of the same name have different kinds, or are scores of different origins.
 
-    A contrast names two columns of its own set, so comparing all columns also compares these.
+    A contrast names two columns of its own set, so comparing all columns also compares these. The values of sequence
+    columns are compared when they are read.
     """
+    here, there = (
+        dict.fromkeys(shards.manifest.columns, "score") | shards.manifest.corpus.sequence_columns
+        for shards in (one, other)
+    )
+    for name, kind in here.items():
+        if there.get(name, kind) != kind:
+            raise UserError(
+                f"{one.path} and {other.path}: both have a column '{name}', a {kind} and a {there[name]}; {RENAME}"
+            )
     for name, column in one.manifest.columns.items():
         if name in other.manifest.columns and not same_origin(column.origin, other.manifest.columns[name].origin):
             raise UserError(

@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.compression import data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch
-from weighted_mtp.scoring.corpus.source_files import CorpusFile, HubSplit, Source, data_suffix
+from weighted_mtp.scoring.corpus.source_files import CorpusFile, HubSplit, Source
 
 SampleBy = Literal["document", "paragraph", "line"]
 BATCH_ROWS = 1024
@@ -82,19 +83,6 @@ def read_rows(source: Source, fields: Fields, sample_by: SampleBy) -> Iterator[t
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pa.ArrowException, DatasetsError) as error:
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
-
-
-def openable(path: Location) -> Any:
-    """Argument for pyarrow and lzma: a local file name, or an open remote file, which they close."""
-    return str(path) if isinstance(path, Path) else path.open("rb")
-
-
-def open_stream(path: Location) -> io.BufferedReader | lzma.LZMAFile:
-    """Open a file for buffered binary reading and decompress it according to its name."""
-    if path.suffix.lower() == ".xz":
-        return lzma.open(openable(path))
-    compression = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix.lower())
-    return io.BufferedReader(pa.input_stream(openable(path), compression=compression), 1 << 20)
 
 
 def read_json(path: Location) -> Iterator[tuple[int, Row]]:

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from datasets import DatasetBuilder, load_dataset_builder
@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetsError
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
@@ -26,7 +27,6 @@ FORMATS: dict[str, Format] = {
     ".tsv": "csv",
     ".arrow": "arrow",
 }
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DATASETS_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 """Files written by `datasets` beside its data."""
 
@@ -149,12 +149,6 @@ def corpus_files(root: Location, files: dict[str, int], given: Format | Literal[
 def format_of(name: str) -> Format | None:
     """The format that a file name indicates, compressed or not; None if unknown."""
     return FORMATS.get(data_suffix(PurePosixPath(name)))
-
-
-def data_suffix(path: PurePath | Location) -> str:
-    """The suffix of a file name in lower case, without the compression: `.jsonl` for `a.JSONL.gz`."""
-    name = PurePath(path.name.lower())
-    return (name.with_suffix("") if name.suffix in COMPRESSIONS else name).suffix
 
 
 def looks_like_path(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which row of the score files belongs to which sequence of a shard set.
+"""Which score row belongs to which sequence of a shard set.
 
 A row belongs to the sequence with its `document_id` and `start`. A row for the whole document, with a list as long as
 the document or no lists at all, belongs to all sequences of the document.
@@ -12,7 +12,8 @@ import polars as pl
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import list_lengths
-from weighted_mtp.scoring.imports.score_files import ScoreRows, quoted
+from weighted_mtp.scoring.imports.score_rows import ScoreRows
+from weighted_mtp.scoring.imports.sources import quoted
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Matches:
     Attributes:
         rows: row, or -1 if the sequence has none, int64 [sequences].
         offsets: index of the sequence's first token in the row's lists, int64 [sequences].
+        lengths: tokens of each sequence, int64 [sequences].
         documents: `document_id` of each sequence.
     """
 
     rows: np.ndarray
     offsets: np.ndarray
+    lengths: np.ndarray
     documents: pl.Series
 
     @property
@@ -89,7 +92,7 @@ def match_rows(source: ShardSet, rows: ScoreRows) -> Matches:
     found, offsets = np.full(len(sequences), -1), np.zeros(len(sequences), np.int64)
     found[pairs["sequence"].to_numpy()] = pairs["index"].to_numpy()
     offsets[pairs["sequence"].to_numpy()] = pairs["offset"].to_numpy()
-    return Matches(found, offsets, sequences["document_id"])
+    return Matches(found, offsets, sequences["length"].to_numpy(), sequences["document_id"])
 
 
 def match_sequences(source: ShardSet, rows: ScoreRows, exact: pl.DataFrame, sequences: pl.DataFrame) -> pl.DataFrame:

@@ -1,49 +1,44 @@
-"""Importing as a function: a shard set and score files to a shard set with more columns.
+"""Importing as functions: a shard set and scores to a shard set with more columns.
 
 The same call continues a stopped run and leaves a finished one unchanged.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-import polars as pl
-import pyarrow as pa
+from typing import Any
 
 from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Imported, ImportedFile, SequenceKind
+from weighted_mtp.schemas.shard_set.manifest import Imported, ImportedFile, ImportedValues, Origin
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished
-from weighted_mtp.schemas.shard_set.shards import list_column, list_lengths
 from weighted_mtp.schemas.storage.claims import claim_output
 from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files, sha256_file
-from weighted_mtp.schemas.storage.locations import Location, remove_tree, resolve
+from weighted_mtp.schemas.storage.locations import Location, locate, remove_tree, resolve
 from weighted_mtp.schemas.storage.locks import exclusive
-from weighted_mtp.scoring.imports.matching import Matches, match_rows
-from weighted_mtp.scoring.imports.score_files import (
-    Kind,
-    Lists,
-    ScoreRows,
-    choose_columns,
-    find_score_files,
-    read_scores,
-    read_types,
-)
+from weighted_mtp.scoring.imports.in_memory import open_rows
+from weighted_mtp.scoring.imports.matching import match_rows
+from weighted_mtp.scoring.imports.new_columns import NewColumns
+from weighted_mtp.scoring.imports.score_files import find_score_files, open_score_file
+from weighted_mtp.scoring.imports.score_rows import read_rows
+from weighted_mtp.scoring.imports.sources import Kind, ScoreSource, choose_columns
 from weighted_mtp.scoring.job.finish import earlier_rejects, finish
 from weighted_mtp.scoring.job.units import ScoredShard, clear_attempts, commit, find_done, new_attempt, write_unit
 
 
 @dataclass(frozen=True)
 class ImportProgress:
-    """State of an import: tokens in finished shards, and sequences of the set without a row in the files."""
+    """State of an import: tokens in finished shards, and sequences of the set without a row of scores."""
 
     tokens: int
     missing: int
 
 
-def import_scores(config: ImportConfig, report: Callable[[ImportProgress], None] = lambda progress: None) -> ShardSet:
+Report = Callable[[ImportProgress], None]
+
+
+def import_scores(config: ImportConfig, report: Report = lambda progress: None) -> ShardSet:
     """Add the columns of score files to a shard set.
 
     Args:
@@ -54,15 +49,9 @@ def import_scores(config: ImportConfig, report: Callable[[ImportProgress], None]
         UserError: the input, the score files or the output are unsuitable.
         OSError: a file cannot be read or written.
     """
-    if resolve(config.input) == resolve(config.output):
-        raise UserError(
-            f"--output {config.output}: is also the --input; choose another, which will hold its columns, too"
-        )
-    source = ShardSet.open(config.input)
-    source.value_counts(), earlier_rejects(source)  # both are needed at the end: fail now if they are damaged
-    files = [read_types(path) for path in find_score_files(config.scores)]
-    kinds = choose_columns(files, config.columns)
-    check_new(kinds, source)
+    source = open_source(config.input, config.output)
+    files = [open_score_file(path) for path in find_score_files(config.scores)]
+    kinds = choose_new(files, config.columns, source)
     digests = tuple(ImportedFile(name=file.path.name, sha256=sha256_file(file.path)) for file in files)
     request = json.dumps(
         {
@@ -75,119 +64,120 @@ def import_scores(config: ImportConfig, report: Callable[[ImportProgress], None]
     with exclusive(config.output):
         if finished := find_finished(config.output, request):
             return finished
-        rows = read_scores(files, kinds, source.manifest.tokens)
-        columns = NewColumns(kinds, rows, match_rows(source, rows))
-        columns.check_documents(source)
-        if not claim_output(config.output, request):
-            remove_tree(config.output / TOKENIZER)  # left by an earlier claim without finished work
-        clear_attempts(config.output)
-        copy_files(source.tokenizer_path, config.output / TOKENIZER)
-        add_columns(source, config.output, columns, report)
-        origins = {name: Imported(files=digests, column=name) for name in rows.lists}
-        return finish(config.output, source, origins, request, columns.sequence_columns)
-
-
-def check_new(names: Mapping[str, Kind], source: ShardSet) -> None:
-    """Raise UserError if the set already has one of these columns."""
-    held = {*source.manifest.columns, *source.manifest.corpus.sequence_columns}
-    if taken := [name for name in names if name in held]:
-        raise UserError(
-            f"--input {source.path}: already has a column '{taken[0]}'; rename it in the score files, "
-            "or omit it in --columns"
-        )
-
-
-@dataclass(frozen=True)
-class NewColumns:
-    """The columns of score files, and the row of each sequence of a set."""
-
-    kinds: Mapping[str, Kind]
-    rows: ScoreRows
-    matches: Matches
-
-    @property
-    def sequence_columns(self) -> dict[str, SequenceKind]:
-        """Kinds of the columns with one value for each sequence."""
-        return {name: kind for name, kind in self.kinds.items() if kind != "score"}
-
-    def check_documents(self, source: ShardSet) -> None:
-        """Check the columns with one value for each document.
-
-        Raises:
-            UserError: a document has no value, or different ones.
-        """
-        if not self.sequence_columns:
-            return
-        for name in self.sequence_columns:
-            values = self.rows.numbers[name] if name in self.rows.numbers else self.rows.labels[name]
-            series = pl.Series(values)
-            value = series.fill_nan(None) if series.dtype.is_float() else series
-            found = value.gather(pl.Series(self.matches.rows).replace(-1, None))
-            documents = pl.DataFrame({"document": self.matches.documents, "value": found})
-            if missing := documents.filter(found.is_null())["document"].unique(maintain_order=True).to_list():
-                raise UserError(
-                    f"{self.rows.files[0]}: '{name}' has no value for {len(missing):,} documents of {source.path} "
-                    f"(first: {missing[0]!r:.80}); every document needs one"
-                )
-            differ = documents.group_by("document", maintain_order=True).agg(pl.col("value").n_unique())
-            for document in differ.filter(pl.col("value") > 1)["document"].head(1):
-                raise UserError(
-                    f"{self.rows.files[0]}: '{name}' differs between rows of document {document!r:.80}; "
-                    "give one value for each document"
-                )
-
-    def append(self, table: pa.Table, first: int) -> pa.Table:
-        """Append the columns to a shard whose first sequence is number `first` of the set."""
-        end = first + table.num_rows
-        rows, offsets = self.matches.rows[first:end], self.matches.offsets[first:end]
-        lengths = list_lengths(table["input_ids"])
-        at = 1 + sum(
-            not pa.types.is_list(field.type) for field in table.schema
-        )  # before them, only input_ids is a list
-        for name, kind in self.kinds.items():
-            if kind == "score":
-                scores = gather(self.rows.lists[name], rows, offsets, lengths)
-                table = table.append_column(name, list_column(scores, lengths))
-            else:
-                values = (
-                    pa.array(self.rows.numbers[name][rows])
-                    if kind == "number"
-                    else self.rows.labels[name].take(pa.array(rows))
-                )
-                table = table.add_column(at, name, values)
-                at += 1
-        return table
-
-
-def gather(lists: Lists, rows: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Scores of sequences.
-
-    Args:
-        lists: lists of all rows.
-        rows: row of each sequence, or -1, int64 [sequences].
-        offsets: index of each sequence's first token in its list, int64 [sequences].
-        lengths: tokens of each sequence, int64 [sequences].
-
-    Returns:
-        float16 [tokens of all sequences], NaN where a sequence has no list.
-    """
-    has_list = (rows >= 0) & (lists.lengths[rows] >= 0)
-    starts = lists.first[rows] + offsets - (np.cumsum(lengths) - lengths)
-    known = np.repeat(has_list, lengths)
-    index = np.repeat(starts, lengths) + np.arange(lengths.sum())
-    scores = np.full(len(index), np.nan, np.float16)
-    scores[known] = lists.values[index[known]]
-    return scores
+        columns = read_columns(source, files, kinds)
+        origins = {name: Imported(files=digests, column=name) for name in columns.score_columns}
+        return write_set(columns, config.output, origins, request, report)
 
 
 def add_columns(
-    source: ShardSet, output: Location, columns: NewColumns, report: Callable[[ImportProgress], None]
-) -> None:
-    """Write the shards of a set, with more columns, that are not yet done into the claimed directory `output`.
+    input: ShardSet | Location | str,
+    output: Location | str,
+    rows: Any,
+    columns: Sequence[str] | str = (),
+    *,
+    report: Report = lambda progress: None,
+) -> ShardSet:
+    """Add columns of rows in memory to a shard set: scores of tokens, and numbers and labels of documents.
+
+    A row has a `document_id`, optionally a `start`, and a value for each column: a list of T numbers for a sequence or
+    a document of T tokens, or one number or string. None and NaN mean that a score is missing, and so does a missing
+    row. The rows are read once, before anything is written, also if the output is complete. Scores are held as float16.
+
+    Args:
+        input: shard set, whose columns are kept.
+        output: directory of the new set. The same call with equal values continues a stopped one, and returns a
+            finished set.
+        rows: a table with `__arrow_c_stream__` (pyarrow, polars, pandas, DuckDB), or an iterable of mappings from names
+            to values, for instance a generator over `ShardSet.sequences`. Lists may be NumPy arrays or torch tensors.
+        columns: columns to add; none means all.
+        report: receives the progress at the start and after each shard; nothing if the output is already complete.
+
+    Returns:
+        The set in `output`.
+
+    Raises:
+        UserError: the input, the rows or the output are unsuitable. `rows[n]` in the message counts from 0.
+        OSError: a file cannot be read or written.
+    """
+    output = locate(output)
+    source = open_source(input, output)
+    wanted = [columns] if isinstance(columns, str) else columns
+    opened = open_rows(rows, wanted)
+    added = read_columns(source, [opened], choose_new([opened], wanted, source))
+    digests = added.digests()
+    request = json.dumps(
+        {"command": "import", "input": source.manifest.digest, "values": digests, "columns": dict(added.kinds)}
+    )
+    with exclusive(output):
+        if finished := find_finished(output, request):
+            return finished
+        origins = {name: ImportedValues(values_sha256=digests[name]) for name in added.score_columns}
+        return write_set(added, output, origins, request, report)
+
+
+def open_source(source: ShardSet | Location | str, output: Location) -> ShardSet:
+    """Open the set to add columns to, and check that an import can finish.
+
+    Raises:
+        UserError: it is damaged, or it is the output.
+    """
+    opened = source if isinstance(source, ShardSet) else ShardSet.open(source)
+    if resolve(opened.path) == resolve(output):
+        raise UserError(f"--output {output}: is also the --input; choose another, which will hold its columns, too")
+    opened.value_counts(), earlier_rejects(opened)  # both are needed at the end: fail now if they are damaged
+    return opened
+
+
+def choose_new(sources: Sequence[ScoreSource], wanted: Sequence[str], source: ShardSet) -> dict[str, Kind]:
+    """The columns to import and their kinds.
+
+    Raises:
+        UserError: a column cannot be used, or the set already has it.
+    """
+    kinds = choose_columns(sources, wanted)
+    held = {*source.manifest.columns, *source.manifest.corpus.sequence_columns}
+    for name in kinds:
+        if name in held:
+            raise UserError(f"{source.path}: already has a column '{name}'; rename yours, or choose other columns")
+    return kinds
+
+
+def read_columns(source: ShardSet, sources: Sequence[ScoreSource], kinds: Mapping[str, Kind]) -> NewColumns:
+    """Read all rows, and find and check the values of each sequence of the set.
+
+    Raises:
+        UserError: a row cannot be read or belongs to no sequence, or a document lacks a value.
+    """
+    rows = read_rows(sources, kinds, source.manifest.tokens)
+    columns = NewColumns(source, kinds, rows, match_rows(source, rows))
+    columns.check_documents()
+    return columns
+
+
+def write_set(
+    columns: NewColumns, output: Location, origins: Mapping[str, Origin], request: str, report: Report
+) -> ShardSet:
+    """Write the set with the columns into the locked directory `output`.
+
+    Raises:
+        UserError: the output holds something else, or a shard is damaged.
+    """
+    source = columns.source
+    if not claim_output(output, request):
+        remove_tree(output / TOKENIZER)  # left by an earlier claim without finished work
+    clear_attempts(output)
+    copy_files(source.tokenizer_path, output / TOKENIZER)
+    write_shards(columns, output, report)
+    return finish(output, source, origins, request, columns.sequence_columns)
+
+
+def write_shards(columns: NewColumns, output: Location, report: Report) -> None:
+    """Write the shards with the columns that are not yet done into the claimed directory `output`.
 
     Raises:
         UserError: a shard is damaged.
     """
+    source = columns.source
     done = find_done(output, source.manifest.shards)
     progress = ImportProgress(0, columns.matches.missing)
     report(progress)
@@ -200,7 +190,7 @@ def add_columns(
             table = columns.append(table, first)
             scored = ScoredShard(table, rejects=[], score_seconds=time.monotonic() - read)
             attempt = new_attempt(entry.name)
-            write_unit(output, attempt, scored, tuple(columns.rows.lists), read - started)
+            write_unit(output, attempt, scored, columns.score_columns, read - started)
             commit(output, attempt)
         first += entry.rows
         progress = replace(progress, tokens=progress.tokens + entry.tokens)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+
 pytestmark = pytest.mark.integration
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -49,10 +51,15 @@ def test_the_examples_run_in_order(capfd: pytest.CaptureFixture[str]) -> None:
     for line, source in examples():
         exec(compile("\n" * line + source, str(PAGE), "exec"), variables)
         printed.append(capfd.readouterr())
-    assert len(printed) == 10
+    assert len(printed) == 12
     assert printed[0] == ("", ""), "prepare and score show nothing"
     assert re.match(r"ShardSet\('scored', [\d,]+ tokens in 40 sequences, columns: ", printed[1].out)
-    assert re.match(r"(59|60|61)% of the targets have weight\n", printed[2].out)
-    assert printed[8].out.count("nats per target") == 2
-    assert "evaluate:" in printed[9].err
-    assert "tokens: not a shard set" in printed[9].out
+    assert float(printed[2].out) > 0
+    sized = variables["sized"]
+    assert isinstance(sized, ShardSet)
+    assert sized.manifest.corpus.sequence_columns == {"size": "number", "group": "label"}
+    assert {sequence.columns["group"] for sequence in sized.sequences(["group"])} == {"long", "short"}
+    assert re.match(r"(59|60|61)% of the targets have weight\n", printed[4].out)
+    assert printed[10].out.count("nats per target") == 2
+    assert "evaluate:" in printed[11].err
+    assert "tokens: not a shard set" in printed[11].out

@@ -1,15 +1,20 @@
 """`wmtp import` from the command line to the commands that use its columns."""
 
+import gzip
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
+from weighted_mtp.scoring.imports.run import add_columns
+from weighted_mtp.training.weighting.token_weights import token_weights
 
 NAN = math.nan
 
@@ -57,3 +62,50 @@ def test_mistakes_are_one_line(source: ShardSet, tmp_path: Path, capsys: pytest.
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"wmtp import: error: {file}: row 1 (document 'doc-0'): 'skipped' is not as long")
+
+
+@pytest.fixture
+def _own_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_own_accelerator")
+def test_columns_of_two_sets_weight_tokens_as_those_of_one(
+    make_shard_set: Callable[..., ShardSet],
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Losses lie in one set, numbers and labels of documents in another, which was imported from a compressed file."""
+    rng = np.random.default_rng(0)
+    sequences = rng.integers(0, 250, (12, 8)).tolist()
+    losses = [[NAN, *rng.random(7)] for _ in sequences]
+    tokens = make_shard_set(sequences, name="tokens", rows_per_shard=5)
+    scored = make_shard_set(sequences, {"loss_reference": losses}, "scored", rows_per_shard=5)
+    rows = [{"document_id": f"doc-{n}", "quality": float(n * n), "group": "abc"[n % 3]} for n in range(12)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    more, both = tmp_path / "more", tmp_path / "both"
+    command = ["import", "--input", str(tokens.path), "--scores", str(tmp_path / "a.jsonl.gz"), "--output", str(more)]
+    assert main(command) == 0
+    add_columns(scored, both, rows)
+    formula = "sigmoid(standardise(quality, by=group)) * loss_reference"
+    expected = list(token_weights(both, {"formula": formula}))
+    assert len(np.unique(np.concatenate(expected))) == 12 * 7 + 1
+
+    weights, runs = ["--weights.formula", formula], {}
+    for sets in ([scored.path, more], [more, scored.path], [both]):
+        np.testing.assert_equal(list(token_weights(sets, {"formula": formula})), expected)
+        given, output = ",".join(map(str, sets)), tmp_path / f"run-{len(runs)}"
+        capsys.readouterr()
+        assert main(["weights", given, *weights]) == 0
+        report = capsys.readouterr().out
+        command = ["train", "--input", given, "--model", str(make_model()), "--output", str(output), *weights]
+        assert main([*command, "--max_steps", "2", "--batch_size", "2", "--sequence_length", "16"]) == 0
+        loss = json.loads((output / "summary.json").read_text())["loss"]
+        runs[given] = loss, report[report.index("formula") :].replace("─", "").split()
+    first, *others = runs.values()
+    assert others == [first, first]
+    table = report[report.index("┃ group ") :].splitlines()
+    assert sorted(line.split()[1] for line in table[2:5]) == ["a", "b", "c"], "the weights by label"

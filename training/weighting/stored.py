@@ -9,7 +9,7 @@ import pyarrow as pa
 from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
-from weighted_mtp.schemas.shard_set.manifest import Condition, Imported
+from weighted_mtp.schemas.shard_set.manifest import Condition, Imported, ImportedValues
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -191,7 +191,7 @@ def _check_sign(node: Node, shards: ZippedSets) -> None:
         match column and column.origin:
             case Condition():
                 return POSITIVE
-            case Imported():
+            case Imported() | ImportedValues():
                 return POSITIVE if shards.value_counts(name).distinct()[0][0] >= 0 else UNBOUNDED
         return UNBOUNDED
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.errors import UserError
@@ -13,6 +14,7 @@ from weighted_mtp.schemas.shard_set.manifest import (
     Contrast,
     Imported,
     ImportedFile,
+    ImportedValues,
     ScoreColumn,
     Timings,
     read_manifest,
@@ -123,8 +125,20 @@ def test_an_imported_column_names_its_files_on_one_line() -> None:
     assert imported("a", "b", "c").describe().endswith(" and 2 other files")
 
 
+def test_a_column_of_values_is_the_same_as_another_with_their_digest() -> None:
+    one, other = (ImportedValues(values_sha256=letter * 64) for letter in "ab")
+    assert same_origin(one, one.model_copy())
+    assert not same_origin(one, other)
+    assert not same_origin(one, imported("a"))
+    assert one.describe() == f"imported from memory (SHA-256 of the values {'a' * 12})"
+    for forged in ("A" * 64, "a" * 63, "a" * 64 + "\n", ""):
+        with pytest.raises(ValidationError):
+            ImportedValues(values_sha256=forged)
+
+
 def test_each_kind_of_origin_is_read_back_as_itself(scored: ShardSet) -> None:
     column = scored.manifest.columns["loss_reference"]
-    for origin in (column.origin, Contrast(minuend="a", subtrahend="b"), imported("a")):
+    values = ImportedValues(values_sha256="a" * 64)
+    for origin in (column.origin, Contrast(minuend="a", subtrahend="b"), imported("a"), values):
         written = column.model_copy(update={"origin": origin}).model_dump_json()
         assert ScoreColumn.model_validate_json(written).origin == origin

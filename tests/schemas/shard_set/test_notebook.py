@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from weighted_mtp.schemas.shard_set.notebook import describe_html
+import pytest
+
+from weighted_mtp.schemas.shard_set.notebook import describe_html, score_text
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 LOSSES = [[float("nan"), 1.0, 3.0], [float("nan"), 2.0]]
@@ -32,3 +34,26 @@ def test_the_page_has_origins_and_statistics_and_escapes_them(make_shard_set: Ca
     assert "<td>&lt;b&gt;m, full context" in describe_html(
         shards.path, shards.manifest.model_copy(update={"columns": {"loss_a": foreign}})
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.0, "0.000"),
+        (2.0, "2.000"),
+        (-12.34567, "-12.346"),
+        (0.0012, "0.001"),
+        (0.0005, "0.001"),
+        (0.00049, "0.00049"),
+        (-0.0001234, "-0.000123"),
+        (5.96e-8, "5.96e-08"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_small_scores_keep_three_digits(number: float, text: str) -> None:
+    assert score_text(number) == text
+
+
+def test_statistics_of_tiny_scores_are_not_zero(make_shard_set: Callable[..., ShardSet]) -> None:
+    shards = make_shard_set([[1, 2, 3]], {"loss_a": [[float("nan"), 2**-20, 3 * 2**-20]]})
+    assert "<td>1.91e-06</td><td>9.54e-07</td>" in shards._repr_html_()

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Contrast
+from weighted_mtp.schemas.shard_set.manifest import Contrast, ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.shard_set.shards import write_shard
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import DATA
 
@@ -29,6 +31,10 @@ def b(make_shard_set: MakeShardSet) -> ShardSet:
 
 def with_manifest(shards: ShardSet, **changes: object) -> ShardSet:
     return replace(shards, manifest=shards.manifest.model_copy(update=changes))
+
+
+def with_shards(shards: ShardSet, entries: list[ShardEntry]) -> ShardSet:
+    return replace(shards, manifest=shards.manifest.model_copy(update={"shards": entries}))
 
 
 def with_origin(shards: ShardSet, name: str, **changes: object) -> ShardSet:
@@ -66,7 +72,7 @@ def test_other_ids_or_lengths_are_refused_by_file(
     shard = next(i for i in (0, 1) if sequences[2 * i : 2 * i + 2] != SEQUENCES[2 * i : 2 * i + 2])
     assert zipped.read(1 - shard, ["loss_b"], 0).num_rows
     first, second = (shards.file(shard).path for shards in (a, other))
-    with pytest.raises(UserError, match=rf"{second}: input_ids differ from {first} \(row group 0"):
+    with pytest.raises(UserError, match=rf"{second}: column 'input_ids' differs from {first} \(row group 0"):
         zipped.read(shard, ["loss_b"], 0)
 
 
@@ -102,10 +108,73 @@ def test_another_tokenizer_is_refused(a: ShardSet, b: ShardSet) -> None:
         ZippedSets((a, with_manifest(b, tokenizer=tokenizer)))
 
 
-def test_other_sequence_columns_are_refused(a: ShardSet, make_shard_set: MakeShardSet) -> None:
-    other = make_shard_set(SEQUENCES, name="other", sequence_columns={"reward": [0.0, 1.0, 0.5]})
-    with pytest.raises(UserError, match=r"\(sequence columns reward \(number\) instead of none\)"):
-        ZippedSets((a, other))
+REWARDS, GROUPS = [0.0, 1.0, 0.5], ["x", "y", "x"]
+
+
+def test_sequence_columns_are_read_where_they_lie(a: ShardSet, make_shard_set: MakeShardSet) -> None:
+    columns = {"reward": REWARDS, "group": GROUPS}
+    more = make_shard_set(SEQUENCES, name="more", sequence_columns=columns)
+    last = make_shard_set(SEQUENCES, {"loss_b": SECOND}, "last", sequence_columns={"size": [3.0, 2.0, 4.0], **columns})
+    zipped = ZippedSets((a, more, last))
+    assert zipped.sequence_columns == {"reward": "number", "group": "label", "size": "number"}
+    assert zipped.kind("group") == "label"
+    assert zipped.holder("reward").path == more.path
+    table = zipped.read_sequences(0, ["start", "group", "size", "reward"])
+    assert table.to_pydict() == {"start": [0, 0], "group": ["x", "y"], "size": [3, 2], "reward": [0, 1]}
+    assert zipped.read_sequences(1, ["input_ids", "reward"]).to_pydict() == {
+        "input_ids": SEQUENCES[2:],
+        "reward": [0.5],
+    }
+    assert zipped.read(1, ["loss_b", "group", "loss_a"], 0).to_pydict() == {
+        "input_ids": SEQUENCES[2:], "loss_a": FIRST[2:], "group": ["x"], "loss_b": SECOND[2:]
+    }  # fmt: skip
+
+
+def test_other_values_of_a_sequence_column_are_refused_where_both_sets_are_read(
+    a: ShardSet, make_shard_set: MakeShardSet
+) -> None:
+    one = make_shard_set(SEQUENCES, name="one", sequence_columns={"reward": REWARDS})
+    columns = {"reward": [0.0, 1.0, 2.0], "group": GROUPS}
+    other = make_shard_set(SEQUENCES, {"loss_b": SECOND}, "other", sequence_columns=columns)
+    zipped = ZippedSets((a, one, other))
+    assert zipped.read_sequences(1, ["reward"]).to_pydict() == {"reward": [0.5]}
+    first, second = (shards.file(1).path for shards in (one, other))
+    message = f"{second}: column 'reward' differs from {first}{{}}; import one of them under another name"
+    for names in (["reward", "group"], ["group", "reward"]):
+        assert zipped.read_sequences(0, names).num_rows == 2
+        with pytest.raises(UserError) as caught:
+            zipped.read_sequences(1, names)
+        assert str(caught.value) == message.format("")
+    with pytest.raises(UserError) as caught:
+        zipped.read(1, ["reward", "loss_b"], 0)
+    assert str(caught.value) == message.format(" (row group 0)")
+
+
+@pytest.mark.parametrize(("column", "values"), [("document_id", ["doc-0", "doc-2"]), ("start", [0, 1])])
+def test_other_documents_are_refused_when_sequence_columns_are_read(
+    column: str, values: list, a: ShardSet, make_shard_set: MakeShardSet
+) -> None:
+    other = make_shard_set(SEQUENCES, name="other", sequence_columns={"group": GROUPS})
+    table = other.read(0)
+    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    entry = write_shard(other.file(0).path, table)
+    zipped = ZippedSets((a, with_shards(other, [entry, other.manifest.shards[1]])))
+    assert zipped.read_sequences(1, ["group"]).to_pydict() == {"group": ["x"]}
+    with pytest.raises(UserError, match=f"other.*: column '{column}' differs from .*; give sets that were scored from"):
+        zipped.read_sequences(0, ["group"])
+
+
+def test_columns_of_other_kinds_are_refused(a: ShardSet, make_shard_set: MakeShardSet) -> None:
+    number, label = (
+        make_shard_set(SEQUENCES, name=name, sequence_columns={"reward": values})
+        for name, values in (("number", REWARDS), ("label", GROUPS))
+    )
+    with pytest.raises(UserError, match="both have a column 'reward', a number and a label; import one of them"):
+        ZippedSets((a, number, label))
+    taken = make_shard_set(SEQUENCES, name="taken", sequence_columns={"loss_a": GROUPS})
+    for sets, kinds in (((a, taken), "a score and a label"), ((taken, a), "a label and a score")):
+        with pytest.raises(UserError, match=f"both have a column 'loss_a', {kinds}; import"):
+            ZippedSets(sets)
 
 
 def test_a_third_set_is_checked_too(a: ShardSet, b: ShardSet, make_shard_set: MakeShardSet) -> None:

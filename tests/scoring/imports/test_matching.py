@@ -1,4 +1,4 @@
-"""Rows of score files and the sequences that they belong to."""
+"""Score rows and the sequences that they belong to."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,16 @@ from upath import UPath
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.scoring.imports.matching import list_sequences, match_rows
-from weighted_mtp.scoring.imports.score_files import Lists, ScoreRows
+from weighted_mtp.scoring.imports.score_files import JsonFile
+from weighted_mtp.scoring.imports.score_rows import Lists, ScoreRows
 
 
 def score_rows(documents: list[str], lengths: list[int]) -> ScoreRows:
-    keys = {"document_id": documents, "start": [None] * len(documents), "file": 0, "row": range(len(documents))}
+    keys = {"document_id": documents, "start": [None] * len(documents), "source": 0, "row": range(len(documents))}
     counts = np.array(lengths)
     lists = Lists(np.zeros(counts.sum(), np.float16), np.cumsum(counts) - counts, counts)
-    frame = pl.DataFrame(keys, schema_overrides={"start": pl.Int64, "file": pl.Int64})
-    return ScoreRows([UPath("a.jsonl")], frame, {"mine": lists}, {}, {})
+    frame = pl.DataFrame(keys, schema_overrides={"start": pl.Int64, "source": pl.Int64})
+    return ScoreRows([JsonFile("a.jsonl", {}, UPath("a.jsonl"))], frame, {"mine": lists}, {}, {})
 
 
 def test_sequences_are_those_of_the_shards_in_order(make_shard_set: Callable[..., ShardSet]) -> None:
@@ -31,6 +32,7 @@ def test_rows_in_any_order_and_missing_ones(make_shard_set: Callable[..., ShardS
     matches = match_rows(source, score_rows(["doc-2", "doc-1"], [3, 1]))
     assert matches.rows.tolist() == [-1, 1, 0]
     assert matches.offsets.tolist() == [0, 0, 0]
+    assert matches.lengths.tolist() == [2, 1, 3]
     assert matches.missing == 1
     with pytest.raises(UserError, match=r"a\.jsonl: row 2 \(document 'doc-1'\): has a list of 2"):
         match_rows(source, score_rows(["doc-2", "doc-1"], [3, 2]))

@@ -216,6 +216,6 @@ def test_other_ids_end_the_stream(scored_set: Callable[..., ShardSet], make_shar
     zipped = ZippedSets((shards, other))
     loader = RowLoader(zipped, make_weighting(WeightsConfig(preset="sparse", column="loss_b"), zipped), 64)
     with pytest.raises(
-        UserError, match=r"other/data/shard-0000\d-of-00002.parquet: input_ids differ from .*/scored/data/"
+        UserError, match=r"other/data/shard-0000\d-of-00002.parquet: column 'input_ids' differs from .*/scored/data/"
     ):
         next(loader.batches(1))
