@@ -6,7 +6,7 @@
     .venv/bin/python benchmarks/training.py --model qwen2.5-0.5b --rounds 20 [--compile] [--attention NAME]
 
 The fourth command is for a GPU, which is used if available. It also runs Hugging Face's Trainer with Liger's kernels,
-and prints memory and model FLOP utilisation. `pip install -e .[bench]` installs TRL, `pip install liger-kernel` Liger;
+and prints memory and model FLOP utilisation. `pip install -e .[dev]` installs TRL, `pip install liger-kernel` Liger;
 missing packages are skipped.
 
 Each step is complete: batch, forward and backward pass, clipping, AdamW. Ours use `TrainingLoop`. Rows come from a
@@ -396,7 +396,7 @@ def mean_flops(model: MTPModel, job: Job, weights: WeightsConfig) -> float:
     """Mean FLOPs per step, over the first steps."""
     rows = job_rows(job, weights)
     ids, positions, values = (torch.from_numpy(array) for array in rows[:3])
-    offsets = [int(prediction) if prediction.isdigit() else 1 for prediction in model.config.predictions]
+    offsets = [int(prediction) if prediction.isdigit() else 1 for prediction in model.heads_config.predictions]
     selected = torch.tensor([float(len(select_targets(ids, positions, values, o).rows)) for o in offsets])
     pairs = float(rows.position_ids.sum(dtype="int64") + rows.tokens.sum())
     return StepFlops(model)(float(rows.tokens.sum()), pairs, selected) * job.arguments.rows / len(rows.tokens)

@@ -53,7 +53,7 @@ def evaluate_model(
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
-    predictions = unwrapped.config.predictions
+    predictions = unwrapped.heads_config.predictions
     totals = HeadSums.zeros(len(predictions), accelerator.device, torch.float64)
     was_training = model.training
     model.eval()

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+IGNORED = -100
+"""Label of a token that is not a target, as in torch and transformers."""
+
 
 class Rows(NamedTuple):
     """B packed rows of L tokens.

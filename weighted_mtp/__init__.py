@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weighted_mtp.scoring.corpus.prepare import prepare
     from weighted_mtp.scoring.imports.run import add_columns
     from weighted_mtp.scoring.job.run import score
+    from weighted_mtp.training.data.collate import collate_rows
     from weighted_mtp.training.data.packed_rows import packed_rows
     from weighted_mtp.training.loss.multi_head import (
         HeadGroup,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
         weighted_linear_cross_entropy,
     )
     from weighted_mtp.training.loss.shifted_targets import select_targets
+    from weighted_mtp.training.model.mtp_model import load_model
+    from weighted_mtp.training.model.weighted_loss import add_weighted_loss, weighted_loss
     from weighted_mtp.training.run.evaluate import evaluate
     from weighted_mtp.training.run.load import load_run
     from weighted_mtp.training.run.train import train
@@ -46,7 +49,10 @@ __all__ = [
     "UserError",
     "WeightsConfig",
     "add_columns",
+    "add_weighted_loss",
+    "collate_rows",
     "evaluate",
+    "load_model",
     "load_run",
     "multi_head_cross_entropy",
     "packed_rows",
@@ -56,6 +62,7 @@ __all__ = [
     "token_weights",
     "train",
     "weighted_linear_cross_entropy",
+    "weighted_loss",
 ]
 
 if not TYPE_CHECKING:
@@ -71,7 +78,10 @@ if not TYPE_CHECKING:
         "UserError": "schemas.errors",
         "WeightsConfig": "schemas.configs",
         "add_columns": "scoring.imports.run",
+        "add_weighted_loss": "training.model.weighted_loss",
+        "collate_rows": "training.data.collate",
         "evaluate": "training.run.evaluate",
+        "load_model": "training.model.mtp_model",
         "load_run": "training.run.load",
         "multi_head_cross_entropy": "training.loss.multi_head",
         "packed_rows": "training.data.packed_rows",
@@ -81,6 +91,7 @@ if not TYPE_CHECKING:
         "token_weights": "training.weighting.token_weights",
         "train": "training.run.train",
         "weighted_linear_cross_entropy": "training.loss.multi_head",
+        "weighted_loss": "training.model.weighted_loss",
     }
 
     def __getattr__(name: str) -> object:

@@ -1,6 +1,7 @@
 """Comparison of runs and streams by metrics, parameters and rows."""
 
 import json
+import socket
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,13 @@ from weighted_mtp.training.rows import Rows
 
 LENGTHS = [40, 90, 7, 120, 33, 64, 1, 80, 55, 100, 12, 70] * 3
 """Sequence lengths of most training runs."""
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def logged(config: TrainConfig) -> list[dict[str, Any]]:

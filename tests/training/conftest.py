@@ -1,7 +1,6 @@
 """A small scored shard set and tiny models of several architectures."""
 
 import math
-import socket
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comparing import LENGTHS
+from comparing import LENGTHS, free_port
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -71,9 +70,7 @@ def launch(start_process: Callable[..., BaseProcess], tmp_path: Path) -> Callabl
     """
 
     def run(config: TrainConfig, processes: int, stop_at: int | None = None, **variables: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         failures = [tmp_path / f"failure-{rank}" for rank in range(processes)]
         ranks = [

@@ -11,39 +11,41 @@ from torch.utils.data import IterableDataset, get_worker_info
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.zipped import SomeSets, ZippedSets
 from weighted_mtp.training.data.loader import LoaderState, RowLoader
-from weighted_mtp.training.rows import Rows
+from weighted_mtp.training.rows import IGNORED, Rows
 from weighted_mtp.training.weighting import make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting
 from weighted_mtp.training.weighting.token_weights import SomeWeights, choose_weights
 
-IGNORED = -100
-"""Label of a token that is not a target, as in torch and transformers."""
-
 
 class PackedRows(IterableDataset[dict[str, Tensor]]):
-    """An endless, resumable stream of batches; see `packed_rows`.
+    """An endless, resumable stream of batches or single rows; see `packed_rows`.
 
-    Iterating continues after the last batch received, also with a new iterator. A thread prepares rows ahead, so that a
-    DataLoader needs no workers: `DataLoader(rows, batch_size=None)`.
+    A stream of batches continues after the last batch received, also with a new iterator. Every iterator over single
+    rows starts at the first row, or at the position loaded with `load_state_dict`: a `DataLoader` that skips the rows
+    of finished steps expects this. A thread prepares rows ahead, so that a DataLoader needs no workers.
     """
 
-    def __init__(self, loader: RowLoader, weighting: BatchWeighting, batch_size: int) -> None:
+    def __init__(self, loader: RowLoader, weighting: BatchWeighting, batch_size: int | None) -> None:
         self.loader = loader
         self.weighting = weighting
         self.batch_size = batch_size
         self.batches = 0
+        self.start = loader.state
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise UserError("packed_rows: every worker of a DataLoader would give the same rows; use num_workers=0")
-        for rows in self.loader.batches(self.batch_size):
+        if self.batch_size is None:
+            self.loader.state = self.start
+        for rows in self.loader.batches(self.batch_size or 1):
             rng = np.random.default_rng([self.loader.seed, self.batches])  # as in training
             self.batches += 1
-            yield to_tensors(self.weighting.weigh_rows(rows, 1.0, rng))
+            batch = to_tensors(self.weighting.weigh_rows(rows, 1.0, rng))
+            yield batch if self.batch_size else {name: values[0] for name, values in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch received, as plain values."""
+        """Position after the last batch or row received, as plain values."""
         return {"rows": self.loader.state.model_dump(), "batches": self.batches, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -54,7 +56,7 @@ class PackedRows(IterableDataset[dict[str, Tensor]]):
         """
         if changed := [name for name, value in self._order().items() if state["order"][name] != value]:
             raise UserError(f"packed_rows: the state was saved with another {' and '.join(changed)}; use the same")
-        self.loader.state = LoaderState.model_validate(state["rows"])
+        self.start = self.loader.state = LoaderState.model_validate(state["rows"])
         self.batches = state["batches"]
 
     def _order(self) -> dict[str, Any]:
@@ -64,11 +66,16 @@ class PackedRows(IterableDataset[dict[str, Tensor]]):
 
 
 def packed_rows(
-    sets: SomeSets, *, weights: SomeWeights = "uniform", sequence_length: int, batch_size: int, seed: int = 0
+    sets: SomeSets,
+    *,
+    weights: SomeWeights = "uniform",
+    sequence_length: int,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> PackedRows:
-    """Endless stream of training batches: the rows of `wmtp train`, in the same order.
+    """Endless stream of training batches or rows: the rows of `wmtp train`, in the same order.
 
-    Each batch is a dict of tensors (B, L):
+    Each batch is a dict of tensors (B, L), and each row one of tensors (L,):
 
     * `input_ids`, int64, 0 in padding;
     * `position_ids`, int64, restarting at 0 in every document; each padding token is a document of its own;
@@ -80,19 +87,22 @@ def packed_rows(
         sets: a shard set, or several with the same rows.
         weights: the scheme. Functions by batch take each batch for one optimizer step.
         sequence_length: L, tokens per row, at least 2. Longer sequences are cut into several documents.
-        batch_size: B, rows per batch.
+        batch_size: B, rows per batch; None for single rows, which a DataLoader or `Trainer` batches.
         seed: seed of the order and of random controls.
 
     Raises:
         UserError: the sets cannot be opened, lack a column or have nothing to predict, a size is too small, or the
-            weights need a model or a run.
+            weights need a model, a run or, for single rows, a batch.
     """
     config = choose_weights(weights)
-    if sequence_length < 2 or batch_size < 1:
+    if sequence_length < 2 or (batch_size is not None and batch_size < 1):
         raise UserError("packed_rows: give a sequence_length of at least 2 and a batch_size of at least 1")
+    weighting = BatchWeighting.make(config)
+    if batch_size is None and weighting.formula is not None:
+        raise UserError(f"packed_rows: '{config.text}' ranks tokens within a batch; give batch_size, or use by=corpus")
     shards = ZippedSets.of(sets)
     loader = RowLoader(shards, make_weighting(config, shards), sequence_length, seed=seed)
-    return PackedRows(loader, BatchWeighting.make(config), batch_size)
+    return PackedRows(loader, weighting, batch_size)
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:

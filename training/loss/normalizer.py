@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from weighted_mtp.training.loss.shifted_targets import valid_targets
+from weighted_mtp.training.rows import IGNORED
 
 
 class StepNormalizer(NamedTuple):
@@ -31,3 +32,16 @@ def count_targets(position_ids: Tensor, weights: Tensor, offset: int, *, scored:
     weights = weights[:, offset:]
     sizes = weights.isfinite().all(-1).to(weights.dtype) if scored else weights.abs()
     return valid.sum(), (sizes * valid).sum()
+
+
+def mean_if_labelled(total: Tensor, labels: Tensor | None, targets: Tensor | int | None) -> Tensor:
+    """A summed loss as models of transformers return it: a mean if there are labels.
+
+    Args:
+        total: scalar, sum over the targets of a batch.
+        labels: (B, T), -100 for tokens that are no targets; without labels the result is `total`.
+        targets: the number of targets to divide by; by default that of the labels.
+    """
+    if labels is None:
+        return total
+    return total / ((labels != IGNORED).sum().clamp(min=1) if targets is None else targets)

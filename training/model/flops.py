@@ -47,7 +47,7 @@ class StepFlops:
         self.row = 2.0 * (3 if unembedding.requires_grad else 2) * unembedding.numel()
         self.head_row = heads.row
         self.order_row = 0.0 if model.top is None else 2.0 * (3 if learning else 2) * model.top.weight.numel()
-        self.offsets = len(model.config.offsets)
+        self.offsets = len(model.heads_config.offsets)
 
     def __call__(self, tokens: float, pairs: float, selected: Tensor) -> float:
         """FLOPs of a batch of rows.

@@ -18,6 +18,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import local_copy, locate
 from weighted_mtp.training.loss.multi_head import HeadGroup, HeadLosses, HeadTargets, multi_head_cross_entropy
+from weighted_mtp.training.loss.normalizer import mean_if_labelled
 from weighted_mtp.training.loss.objectives import Objective
 from weighted_mtp.training.loss.shifted_targets import select_targets
 from weighted_mtp.training.loss.token_order import TokenOrder, make_order_head
@@ -45,17 +46,37 @@ TOP = "top."
 class MTPModel(nn.Module):
     """A trunk (`AutoModelForCausalLM`) and one extra head for every offset after the first.
 
-    `top` is the second unembedding for token order prediction, or None.
+    Its state dict has tied parameters once, as safetensors and the checkpoints of `Trainer` require.
+
+    Attributes:
+        trunk: the Hugging Face model.
+        heads: the extra heads.
+        heads_config: their settings.
+        top: the second unembedding for token order prediction, or None.
     """
 
     trunk: Any  # a PreTrainedModel; nn.Module's own __getattr__ would hide its methods from the type checker
+
+    accepts_loss_kwargs = True
+    """Makes `Trainer` give `num_items_in_batch` to `forward`."""
 
     def __init__(self, trunk: nn.Module, heads: Heads, config: HeadsConfig, top: nn.Linear | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.heads = heads
         self.top = top
-        self.config = config
+        self.heads_config = config
+        self.register_state_dict_post_hook(_drop_tied)
+        self.register_load_state_dict_pre_hook(_restore_tied)
+
+    @property
+    def config(self) -> Any:
+        """The trunk's Hugging Face config, which `Trainer` and its trackers read."""
+        return self.trunk.config
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Recompute the activations of the trunk's layers in the backward pass, as `Trainer` asks for."""
+        self.trunk.gradient_checkpointing_enable(**settings)
 
     def forward(
         self,
@@ -65,8 +86,12 @@ class MTPModel(nn.Module):
         coefficients: Tensor | None = None,
         live: LiveWeighting | None = None,
         objective: Objective | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> tuple[Tensor, HeadSums]:
         """Weighted loss of all heads over packed rows.
+
+        With `labels` it follows transformers: the loss is a mean. Everything in a batch of `packed_rows` can be given.
 
         Args:
             input_ids: (B, T) int64.
@@ -76,20 +101,23 @@ class MTPModel(nn.Module):
             coefficients: (C,) factor of each offset's loss and of token order prediction; from the config by default.
             live: computes weights from current losses and the components.
             objective: the loss of a target; by default its negative log-likelihood.
+            labels: (B, T) int64, -100 for tokens that are no targets. The loss is then divided by the number of the
+                others; the weights alone decide what is learnt.
+            num_items_in_batch: number of targets of the optimizer step, to divide by instead.
 
         Returns:
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
-            the sums (P,) for the config's `predictions`, without gradients. Token order prediction adds its loss with
-            the weights of offset 1.
+            the sums (P,) for the `predictions` of the heads' config, without gradients and never divided. Token order
+            prediction adds its loss with the weights of offset 1.
         """
         # Before the trunk: the number of selected targets sets tensor shapes, so a GPU must synchronise here.
         targets = [
             select_targets(input_ids, position_ids, weights, offset, scored=live is not None)
-            for offset in self.config.offsets
+            for offset in self.heads_config.offsets
         ]
         trunk = self._run_trunk(input_ids, position_ids)
         if coefficients is None:
-            coefficients = torch.tensor(self.config.loss_coefficients, device=input_ids.device)
+            coefficients = torch.tensor(self.heads_config.loss_coefficients, device=input_ids.device)
         offsets = len(targets)
         unembedding = self.trunk.get_output_embeddings()
         result = multi_head_cross_entropy(
@@ -115,9 +143,9 @@ class MTPModel(nn.Module):
             )
             total = total + order.total
             sums.append(HeadSums.of_rows(*order[1:]))
-        if self.config.dmtd.cycle > 1:
+        if self.heads_config.dmtd.cycle > 1:
             sums += self._phase_sums(by_head[0], position_ids.flatten()[targets[0].rows])
-        return total, HeadSums.stack(sums)
+        return mean_if_labelled(total, labels, num_items_in_batch), HeadSums.stack(sums)
 
     def _predict_order(
         self,
@@ -135,14 +163,14 @@ class MTPModel(nn.Module):
             [HeadTargets(rows, rows + 1, weights)],
             top.weight,
             coefficient,
-            objective=TokenOrder(input_ids, trunk.position_ids, self.config.top_window),
+            objective=TokenOrder(input_ids, trunk.position_ids, self.heads_config.top_window),
         )
 
     def _phase_sums(self, losses: HeadLosses, positions: Tensor) -> list[HeadSums]:
         """Sums of each phase of the decoding cycle, from the losses and positions (R,) of offset 1."""
-        phases = positions % self.config.dmtd.cycle
+        phases = positions % self.heads_config.dmtd.cycle
         _, objective_losses, token_losses, correct, weights = losses
-        masks = [phases == phase for phase in range(self.config.dmtd.cycle)]
+        masks = [phases == phase for phase in range(self.heads_config.dmtd.cycle)]
         return [HeadSums.of_rows(objective_losses, token_losses, correct, weights * mask) for mask in masks]
 
     def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkOutput:
@@ -152,8 +180,8 @@ class MTPModel(nn.Module):
             if self.heads.reads:
                 layers, final_norm = decoder_parts(self.trunk)
                 last, norm = (stack.enter_context(recorded_call(module)) for module in (layers[-1], final_norm))
-            if self.config.dmtd.cycle > 1:
-                stack.enter_context(decoding_cycle(self.trunk, self.config.dmtd, position_ids))
+            if self.heads_config.dmtd.cycle > 1:
+                stack.enter_context(decoding_cycle(self.trunk, self.heads_config.dmtd, position_ids))
             output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         inputs = [output.last_hidden_state]
         for name in self.heads.reads:
@@ -163,13 +191,14 @@ class MTPModel(nn.Module):
                 inputs.append((last if name == "last_layer_input" else norm).hidden_states)
         return TrunkOutput(tuple(inputs), position_ids, last)
 
-    def save(self, directory: Path, state: dict[str, Tensor] | None = None) -> None:
+    def save(self, directory: Path | str, state: dict[str, Tensor] | None = None) -> None:
         """Write the trunk, with adapters merged, to `model/` as a Hugging Face checkpoint, and the heads to `heads/`.
 
         Args:
             directory: target directory.
             state: the whole state dict; required if this module holds only a shard.
         """
+        directory = Path(directory)
         state = self.state_dict() if state is None else state
         trunk = _under("trunk.", state)
         heads = _under("heads.", state) | {name: value for name, value in state.items() if name.startswith(TOP)}
@@ -177,12 +206,32 @@ class MTPModel(nn.Module):
             self.trunk.save_pretrained(directory / "model", state_dict=merge_adapters(self.trunk, trunk))
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
-        write_text(directory / "heads" / HEADS_CONFIG, self.config.model_dump_json(indent=2) + "\n")
+        write_text(directory / "heads" / HEADS_CONFIG, self.heads_config.model_dump_json(indent=2) + "\n")
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Entries of a state dict whose names start with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """The first name of each parameter that has several, by its other names."""
+    first: dict[nn.Parameter, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first[value] for name, value in named if first.setdefault(value, name) != name}
+
+
+def _drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Remove the other names of tied parameters from a state dict."""
+    for name in _tied_names(module):
+        del state[prefix + name]
+
+
+def _restore_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Add the other names of tied parameters to a state dict that is being loaded."""
+    for name, first in _tied_names(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 def _own_hidden_states(inputs: Any, rows: Any) -> list[Tensor]:
@@ -237,13 +286,21 @@ def _structure(config: HeadsConfig) -> tuple[str, ...]:
     return config.kind, config.block, f"offsets {list(config.offsets)}", *order, *(split,) * (dmtd.cycle > 1)
 
 
-def load_model(name: str) -> MTPModel:
-    """Load a training run with its heads, or a Hugging Face causal language model, in float32.
+def load_model(name: str, heads: HeadsConfig | None = None) -> MTPModel:
+    """Load a Hugging Face causal language model with new heads, or a training run with its own, in float32.
+
+    Args:
+        name: directory, address in an object store, or Hugging Face id; or the directory of a run or of
+            `MTPModel.save`, whose heads are loaded.
+        heads: the heads; by default those that are saved, or none. New ones start from torch's random state.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or was
+            saved with other heads; or the heads need the number of steps of a run.
     """
-    return build_model(name, None, from_scratch=False)
+    if heads is not None and heads.warmup_ratio:
+        raise UserError("heads: warmup_ratio needs the number of steps of a run; leave it out, or use train()")
+    return build_model(name, heads, from_scratch=False)
 
 
 def saved_heads(name: str) -> HeadsConfig | None:

@@ -99,7 +99,7 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
             f"--model {name}: has only {size} embeddings, but the tokenizer of {shards.path} has {needed} ids; "
             "use a model made for this tokenizer"
         )
-    if (furthest := model.config.offsets[-1]) >= sequence_length:
+    if (furthest := model.heads_config.offsets[-1]) >= sequence_length:
         raise UserError(f"--sequence_length {sequence_length}: too short for a head {furthest} tokens ahead")
     positions = getattr(model.trunk.config, "max_position_embeddings", None)
     longest = min(sequence_length, shards.manifest.longest)

@@ -78,6 +78,27 @@ def test_the_first_token_of_a_document_and_padding_are_no_targets(scored_set: Ca
     assert batch["weights"].tolist() == [[0, 1, 1, 1, 1, 0, 1, 0, 0, 0]]
 
 
+def test_single_rows_are_those_of_batches_and_every_iterator_starts_over(rows: Callable[..., PackedRows]) -> None:
+    whole = [{name: values[row] for name, values in batch.items()} for batch in islice(rows(), 4) for row in range(3)]
+    stream = rows(batch_size=None)
+    assert_same(list(islice(stream, 12)), whole)
+    assert_same(list(islice(stream, 2)), whole[:2])
+    batches = DataLoader(stream, batch_size=3)
+    assert_same(list(islice(batches, 4)), list(islice(rows(), 4)))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 40])
+def test_single_rows_start_at_a_loaded_position(consumed: int, rows: Callable[..., PackedRows]) -> None:
+    first, second = rows(batch_size=None), rows(batch_size=None)
+    whole = list(islice(rows(batch_size=None), consumed + 5))
+    list(islice(first, consumed))
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    for _ in range(2):
+        assert_same(list(islice(second, 5)), whole[consumed:])
+
+
 @pytest.mark.parametrize("consumed", [0, 1, 9, 40])
 @pytest.mark.parametrize("weights", ["rho1-static", BY_BATCH], ids=["stored", "by batch"])
 def test_resumed_equals_uninterrupted(weights: object, consumed: int, rows: Callable[..., PackedRows]) -> None:
@@ -133,6 +154,7 @@ def test_a_data_loader_gives_the_same_batches(rows: Callable[..., PackedRows]) -
         ({"weights": {"preset": "dense", "warmup_ratio": 0.5}}, "warmup_ratio needs the number of steps"),
         ({"sequence_length": 1}, "a sequence_length of at least 2"),
         ({"batch_size": 0}, "a batch_size of at least 1"),
+        ({"batch_size": None, "weights": BY_BATCH}, "ranks tokens within a batch; give batch_size, or use by=corpus"),
         ({"weights": {"column": "loss_b", "preset": "dense"}}, "no column 'loss_b'"),
     ],
 )

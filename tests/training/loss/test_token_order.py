@@ -268,7 +268,7 @@ def test_a_run_learns_the_order_and_is_found_again(config: Callable[..., TrainCo
     assert found["plain_loss_top"] == pytest.approx(lines[-1]["plain_loss_top"], abs=0.15)
     with pytest.raises(UserError, match=r"offsets \[1, 2\], token order prediction\); repeat its --heads"):
         build_model(str(run.output), HeadsConfig(offsets=(1, 2)), from_scratch=False)
-    assert load_model(str(run.output)).config.top_window == 16
+    assert load_model(str(run.output)).heads_config.top_window == 16
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(

@@ -35,7 +35,7 @@ def model_with(path: Path, cycle: int = 3, encoding: int = 1, decoding: int = 1,
 def plain_losses(model: MTPModel, ids: Tensor) -> Tensor:
     """Next-token losses (T - 1,) of one document: the layers one after the other, then full logits."""
     layers, norm = decoder_parts(model.trunk)
-    dmtd = model.config.dmtd
+    dmtd = model.heads_config.dmtd
     with ExitStack() as stack:
         calls = [stack.enter_context(recorded_call(layer)) for layer in layers]
         model.trunk.get_decoder()(input_ids=ids[None], use_cache=False)
@@ -123,7 +123,7 @@ def test_the_trunk_is_as_it_was_after_a_pass(model_dir: Callable[..., Path]) -> 
 def test_phases_are_reported_by_position_in_the_document(model_dir: Callable[..., Path]) -> None:
     model = model_with(model_dir())
     sums = model(IDS, POSITIONS, torch.ones(POSITIONS.shape))[1]
-    assert model.config.predictions == ("1", "phase_0", "phase_1", "phase_2")
+    assert model.heads_config.predictions == ("1", "phase_0", "phase_1", "phase_2")
     by_phase: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for row, start, end in DOCUMENTS:
         for t, loss in enumerate(plain_losses(model, IDS[row, start:end]).tolist()):
@@ -147,7 +147,7 @@ def test_with_token_order_prediction_both_read_the_same_hidden_states(model_dir:
     heads = HeadsConfig(offsets=(1,), dmtd=dmtd, top_coefficient=1.0, top_window=1)
     model = build_model(str(model_dir()), heads, from_scratch=False)
     loss, sums = model(IDS, POSITIONS, WEIGHTS)
-    assert model.config.predictions == ("1", "top", "phase_0", "phase_1")
+    assert model.heads_config.predictions == ("1", "top", "phase_0", "phase_1")
     for values in sums:
         torch.testing.assert_close(values[1], values[0])  # a window of 1 and a copy of the unembedding
     torch.testing.assert_close(loss.detach(), 2 * sums.weighted_loss[0])
@@ -205,7 +205,7 @@ def test_a_run_learns_with_fixed_embeddings_and_is_found_again(config: Callable[
     for head in found:
         assert head.loss == pytest.approx(summary[f"eval_loss_{head.prediction}"], rel=1e-5)
     assert found[1].targets + found[2].targets == found[0].targets
-    assert load_model(str(run.output)).config == run.heads
+    assert load_model(str(run.output)).heads_config == run.heads
     with pytest.raises(UserError, match=r"dmtd cycle 2 with 0 encoding, 1 decoding layers.*repeat its --heads"):
         build_model(str(run.output), HeadsConfig(offsets=(1,)), from_scratch=False)
 

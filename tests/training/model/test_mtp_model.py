@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from weighted_mtp.schemas.configs import HeadsConfig
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.normalizer import count_targets
 from weighted_mtp.training.model.mtp_model import MTPModel, build_model, load_model
 from weighted_mtp.training.model.trunk import decoder_parts, recorded_call
@@ -37,7 +39,7 @@ def randomise(model: MTPModel) -> None:
 def plain_loss(model: MTPModel, ids: Tensor, weights: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     """Weighted MTP loss written down directly: every document alone, full logits, one target at a time."""
     total = torch.zeros(())
-    offsets = model.config.offsets
+    offsets = model.heads_config.offsets
     for row, start, end in DOCUMENTS:
         x, w = ids[row, start:end], weights[row, start:end]
         layers, norm = decoder_parts(model.trunk)
@@ -47,7 +49,7 @@ def plain_loss(model: MTPModel, ids: Tensor, weights: Tensor, coefficients: tupl
         for i, (k, c) in enumerate(zip(offsets, coefficients, strict=True)):
             if i == 0:
                 hidden = trunk
-            elif model.config.kind == "sequential":
+            elif model.heads_config.kind == "sequential":
                 module = model.heads[i - 1]
                 ahead = torch.zeros(1, len(x), 32)
                 for t in range(1, len(x) - offsets[i - 1]):
@@ -55,7 +57,7 @@ def plain_loss(model: MTPModel, ids: Tensor, weights: Tensor, coefficients: tupl
                 pair = torch.cat([module.hidden_layernorm(state), module.token_layernorm(ahead)], -1)
                 state = last.run(module.mtp_block, pair @ module.input_proj.weight.T)
                 hidden = module.final_layernorm(state)
-            elif model.config.block == "decoder":
+            elif model.heads_config.block == "decoder":
                 hidden = norm(last.run(model.heads[i - 1], last.hidden_states))
             else:
                 hidden = model.heads[i - 1](trunk)
@@ -148,3 +150,33 @@ def test_saved_model_is_a_hugging_face_checkpoint_with_heads_beside_it(
     torch.testing.assert_close(loaded(ids, positions, weights)[1], model(ids, positions, weights)[1], rtol=0, atol=0)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     torch.testing.assert_close(alone(ids).logits, model.trunk(ids).logits, rtol=0, atol=0)
+
+
+def test_with_labels_the_loss_is_a_mean(model_dir: Callable[..., Path]) -> None:
+    model = load_model(str(model_dir()), HeadsConfig(offsets=(1, 2)))
+    ids, positions, weights = batch()
+    total, sums = model(ids, positions, weights)
+    labels = ids.masked_fill(positions == 0, -100)
+    mean, of_labelled = model(input_ids=ids, position_ids=positions, weights=weights, labels=labels)
+    assert mean.item() == pytest.approx(total.item() / 18)
+    assert of_labelled.weighted_loss.tolist() == sums.weighted_loss.tolist()
+    of_step, _ = model(ids, positions, weights, labels=labels, num_items_in_batch=torch.tensor(36))
+    assert of_step.item() == pytest.approx(total.item() / 36)
+
+
+def test_the_state_has_tied_parameters_once_and_loads(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    path = str(model_dir("qwen2-tied"))
+    model, other = (load_model(path, HeadsConfig(offsets=(1, 2))) for _ in range(2))
+    randomise(model)
+    with torch.no_grad():
+        model.trunk.get_input_embeddings().weight += 1
+    assert "trunk.lm_head.weight" not in model.state_dict()
+    save_file(model.state_dict(), tmp_path / "state.safetensors")  # refuses tensors that share memory
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert other.trunk.lm_head.weight is other.trunk.get_input_embeddings().weight
+    torch.testing.assert_close(other(*batch())[0], model(*batch())[0], rtol=0, atol=0)
+
+
+def test_new_heads_that_need_a_run_are_refused(model_dir: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="heads: warmup_ratio needs the number of steps of a run"):
+        load_model(str(model_dir()), HeadsConfig(offsets=(1, 2), warmup_ratio=0.1))

@@ -22,7 +22,7 @@ def test_the_model_has_the_parameters_and_heads_of_the_run(config: Callable[...,
     train(run)
     model = load_run(run.output)
     assert not model.training
-    assert model.config.offsets == (1, 3)
+    assert model.heads_config.offsets == (1, 3)
     own = model.trunk.state_dict() | model.heads.state_dict()
     for name, values in trained(run).items():
         torch.testing.assert_close(own[name], values, rtol=0, atol=0)

@@ -44,7 +44,7 @@ def plain_live_loss(model: MTPModel, scores: Tensor, scheme: LiveWeighting) -> T
     total = torch.zeros(())
     hidden = model.trunk.get_decoder()(input_ids=IDS, position_ids=POSITIONS, use_cache=False).last_hidden_state
     documents = (POSITIONS == 0).cumsum(1) + 100 * torch.arange(2)[:, None]
-    for i, (k, c) in enumerate(zip(model.config.offsets, model.config.loss_coefficients, strict=True)):
+    for i, (k, c) in enumerate(zip(model.heads_config.offsets, model.heads_config.loss_coefficients, strict=True)):
         states = hidden if i == 0 else model.heads[i - 1](hidden)
         log_probabilities = model.trunk.get_output_embeddings()(states).log_softmax(-1)
         places = [
