@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.pretrained import check_complete, quiet_transformers
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.storage.locations import (
@@ -132,24 +133,25 @@ def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
 
 
 def check_weights(directory: Path, name: str) -> int:
-    """Check that the checkpoint has every weight of its architecture, by name; return the number of parameters.
+    """Check that the checkpoint has every weight of its architecture, in its shape; return the number of parameters.
 
     Engines fill missing weights with random numbers or uninitialised memory. Quantised checkpoints are not checked
     and return 0, because listing their weights requires the quantisation packages.
 
     Raises:
-        UserError: a weight is missing, or the files cannot be read.
+        UserError: a weight is missing or has another shape, or the files cannot be read.
     """
     if getattr(AutoConfig.from_pretrained(directory), "quantization_config", None):
         return 0
-    logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:  # libraries raise various exceptions for damaged files
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
+    check_complete(name, report, model.config)
     return model.num_parameters()
 
 

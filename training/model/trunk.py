@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_flash_attn_2_available
 
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.pretrained import load_causal_lm, settle_attention
 from weighted_mtp.schemas.storage.locations import local_name
 
 LAYER_NAMES = ("layers", "h")
@@ -47,18 +48,21 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
     Args:
         name: directory, address in an object store, or Hugging Face id.
         from_scratch: start from random weights.
-        attention: an attention implementation of transformers; None for the default.
+        attention: an attention implementation of transformers; None for the default, or `eager` where that leaves out
+            a part of the model.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, lacks weights, or has a part that `attention` leaves out.
     """
     source = local_name(name)
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     try:
-        if from_scratch:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **settings)
-        with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(source, **settings)
+        if not from_scratch:
+            return load_causal_lm(name, source, dtype=torch.float32, attention=attention)
+        trunk = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(source), dtype=torch.float32, attn_implementation=attention
+        )
+        settle_attention(name, trunk, attention)
+        return trunk
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         hint = "give the directory or id of a causal language model"
         if isinstance(error, ImportError):
@@ -66,18 +70,6 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
         elif not from_scratch and (Path(source) / "config.json").exists():
             hint += ", or start from its config with 'wmtp train --from_scratch true'"
         raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch off the progress bars of transformers, such as "Loading weights", which appear in every process."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def choose_attention(wanted: str, device: torch.device) -> str | None:
