@@ -1,7 +1,8 @@
-"""Loading pretrained causal language models for both stages: complete, and computed as their authors mean it.
+"""Loading pretrained causal language models and tokenizers for both stages.
 
-Two things go wrong without a word in transformers. Parameters that a checkpoint lacks get random values. An attention
-kernel ignores arguments that it does not know: `sdpa` leaves out the soft-cap of Gemma 2.
+No code of a checkpoint ever runs: transformers would ask on the terminal whether it may. Models are complete, and
+computed as their authors mean it, which transformers does not ensure. Parameters that a checkpoint lacks get random
+values. An attention kernel ignores arguments that it does not know: `sdpa` leaves out the soft-cap of Gemma 2.
 """
 
 import copy
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.locations import is_missing_directory
 
 PROBE_TOKENS = 16
 PROBED_LAYERS = 2
@@ -26,6 +28,41 @@ NATIVE_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_la
 """Config entries with the number of multi-token-prediction layers of a checkpoint."""
 SHARPENING = 1000.0
 """Factor on the attention scores of a probe, without which small weights would hide a soft-cap."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why transformers cannot load something, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is never run"
+    return first_line(error)
+
+
+def load_config(source: str | Path) -> Any:
+    """The config of a checkpoint, from a local directory or by its Hugging Face id.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none, it is damaged, or it needs code of its own.
+    """
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local directory or by its Hugging Face id.
+
+    Args:
+        source: directory or id.
+        problem: beginning of the error message.
+        remedy: end of the error message.
+
+    Raises:
+        UserError: the tokenizer is missing, is damaged, or needs code of its own.
+    """
+    if is_missing_directory(source):
+        raise UserError(f"{problem} (no such directory); check the path")
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
+        raise UserError(f"{problem} ({reason_of(error)}); {remedy}") from error
 
 
 def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -43,7 +80,12 @@ def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attenti
     """
     with quiet_transformers():
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     check_complete(name, report, model.config)
     settle_attention(name, model, attention)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import load_causal_lm, settle_attention
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, reason_of, settle_attention
 from weighted_mtp.schemas.storage.locations import local_name
 
 LAYER_NAMES = ("layers", "h")
@@ -59,7 +59,7 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
         if not from_scratch:
             return load_causal_lm(name, source, dtype=torch.float32, attention=attention)
         trunk = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(source), dtype=torch.float32, attn_implementation=attention
+            load_config(source), dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
         settle_attention(name, trunk, attention)
         return trunk
@@ -69,7 +69,7 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
             hint = "choose another --attention"
         elif not from_scratch and (Path(source) / "config.json").exists():
             hint += ", or start from its config with 'wmtp train --from_scratch true'"
-        raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
+        raise UserError(f"{name}: cannot load the model ({reason_of(error)}); {hint}") from error
 
 
 def choose_attention(wanted: str, device: torch.device) -> str | None:
@@ -152,7 +152,9 @@ def check_trunk(trunk: Any, name: str) -> None:
     if attention in ON_GPU_ONLY:
         config = copy.deepcopy(trunk.config)
         shorten_config(config, min(2, config.num_hidden_layers))
-        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).cuda()
+        trunk = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+        ).cuda()
     tolerance = 1e-3 if trunk.dtype == torch.float32 else 5e-2
     training = trunk.training
     trunk.eval()
