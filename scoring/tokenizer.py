@@ -1,35 +1,17 @@
-"""Load and save Hugging Face tokenizers, and describe them in a manifest."""
+"""The tokenizer of a shard set: load, save, describe in the manifest."""
 
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import copy_files
-from weighted_mtp.schemas.storage.locations import Location, is_missing_directory, local_copy
-
-
-def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local directory or by its Hugging Face id.
-
-    Args:
-        source: directory or id.
-        problem: beginning of the error message.
-        remedy: end of the error message.
-
-    Raises:
-        UserError: the tokenizer is missing, is damaged, or needs custom code.
-    """
-    if is_missing_directory(source):
-        raise UserError(f"{problem} (no such directory); check the path")
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
-        raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
+from weighted_mtp.schemas.storage.locations import Location, local_copy
 
 
 def load_corpus_tokenizer(shards: ShardSet) -> PreTrainedTokenizerBase:

@@ -49,7 +49,8 @@ def evaluate_model(
 ) -> list[HeadLoss]:
     """Unweighted losses of every prediction over a held-out set; each valid target counts once.
 
-    All processes share the work. Evaluation stops after `max_tokens` tokens. `progress` makes the bar of tokens.
+    All processes share the work. Evaluation stops at the row that reaches `max_tokens` tokens, so that the result does
+    not depend on the batch size. `progress` makes the bar of tokens.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
     loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
@@ -84,13 +85,16 @@ def evaluate_model(
 
 
 def _limited(batches: Iterator[Rows], max_tokens: int | None) -> Iterator[Rows]:
-    """Yield batches until they have `max_tokens` tokens."""
+    """Yield as many rows as have `max_tokens` tokens together, whatever the size of the batches."""
     seen = 0
     for rows in batches:
-        if max_tokens is not None and seen >= max_tokens:
+        before = seen + np.cumsum(rows.tokens) - rows.tokens
+        wanted = len(before) if max_tokens is None else int(np.searchsorted(before, max_tokens))
+        if wanted:
+            yield rows.take(slice(wanted))
+        if wanted < len(before):
             return
         seen += int(rows.tokens.sum())
-        yield rows
 
 
 def _distributed(batches: Iterator[Rows], processes: int, index: int) -> Iterator[tuple[Rows, int]]:

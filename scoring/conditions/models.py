@@ -6,10 +6,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.pretrained import check_complete, load_config, load_tokenizer, quiet_transformers, reason_of
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.storage.locations import (
@@ -22,7 +23,6 @@ from weighted_mtp.schemas.storage.locations import (
 )
 from weighted_mtp.schemas.storage.training_run import trained_model
 from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
-from weighted_mtp.scoring.tokenizer import load_tokenizer
 
 CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
 
@@ -76,7 +76,7 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     source = download(name, flag) if from_hub else resolve(location)
     directory = local_copy(source)
     fingerprint = model_fingerprint(directory, source)
-    config = load_config(directory, f"{flag} {name}")
+    config = check_config(directory, f"{flag} {name}")
     check_tokenizer(directory, f"{flag} {name}", tokenizer)
     parameters = check_weights(directory, f"{flag} {name}")
     text_config = config.get_text_config()
@@ -110,12 +110,12 @@ def download(name: str, flag: str) -> Path:
         ) from error
 
 
-def load_config(directory: Path, name: str) -> Any:
+def check_config(directory: Path, name: str) -> Any:
     """Config of a checkpoint; raise UserError unless it is a causal language model."""
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = load_config(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: config.json cannot be read ({first_line(error)}); restore the checkpoint") from error
+        raise UserError(f"{name}: config.json cannot be read ({reason_of(error)}); restore the checkpoint") from error
     if not is_causal_lm(config):
         raise UserError(f"{name}: {architectures(config)[0]} is not a causal language model; use another model")
     return config
@@ -132,24 +132,29 @@ def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
 
 
 def check_weights(directory: Path, name: str) -> int:
-    """Check that the checkpoint has every weight of its architecture, by name; return the number of parameters.
+    """Check that the checkpoint has every weight of its architecture, in its shape; return the number of parameters.
 
     Engines fill missing weights with random numbers or uninitialised memory. Quantised checkpoints are not checked
     and return 0, because listing their weights requires the quantisation packages.
 
     Raises:
-        UserError: a weight is missing, or the files cannot be read.
+        UserError: a weight is missing or has another shape, or the files cannot be read.
     """
-    if getattr(AutoConfig.from_pretrained(directory), "quantization_config", None):
+    if getattr(load_config(directory), "quantization_config", None):
         return 0
-    logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, device_map="meta", output_loading_info=True)
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                device_map="meta",
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:  # libraries raise various exceptions for damaged files
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
+    check_complete(name, report, model.config)
     return model.num_parameters()
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished, finish_shard_set
@@ -27,7 +28,7 @@ from weighted_mtp.scoring.corpus.source_files import Source, find_sources
 from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, choose_added_tokens
 from weighted_mtp.scoring.corpus.tokenization import BatchEncoder
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, write_shards
-from weighted_mtp.scoring.tokenizer import describe_tokenizer, load_tokenizer, save_tokenizer
+from weighted_mtp.scoring.tokenizer import describe_tokenizer, save_tokenizer
 
 Report = Callable[[CorpusCounts], None]
 

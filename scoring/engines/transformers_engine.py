@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from weighted_mtp.schemas.pretrained import load_causal_lm
 from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
@@ -29,12 +29,11 @@ class TransformersEngine:
     def __init__(self, model: Path, config: EngineConfig) -> None:
         """Load the checkpoint."""
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
         torch.set_num_threads(config.threads)
         self.batch_tokens = config.batch_tokens
         self.computed_tokens = 0
         self.device = torch.device("cuda" if config.on_gpu else "cpu")
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        loaded = load_causal_lm(str(model), model, dtype=getattr(torch, config.dtype))
         self.model = loaded.to(self.device).eval().requires_grad_(False)
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:

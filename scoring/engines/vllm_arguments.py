@@ -6,9 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.pretrained import load_config
 from weighted_mtp.scoring.engines.architectures import is_recurrent
 from weighted_mtp.scoring.engines.base import EngineConfig
 from weighted_mtp.scoring.engines.choice import engine_version
@@ -97,7 +96,7 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
         # Two batches, the longest sequence, one block per sequence and one for vLLM always suffice. A larger cache does
         # not help sequences that are read once, takes memory from other engines, and is slow to allocate on a CPU.
         tokens = 2 * batch_tokens + config.max_length + (sequences + 1) * block_tokens
-        states = RECURRENT_STATE_BYTES if is_recurrent(AutoConfig.from_pretrained(model)) else 0
+        states = RECURRENT_STATE_BYTES if is_recurrent(load_config(model)) else 0
         arguments["kv_cache_memory_bytes"] = states + tokens * cache_token_bytes(arguments)
         if config.on_gpu:
             arguments["gpu_memory_utilization"] = 0.01  # vLLM only compares it with the free memory at the start
@@ -111,7 +110,7 @@ def head_overrides(model: Path, config: EngineConfig) -> dict[str, str]:
     """
     if config.method == "pooler":
         return {"head_dtype": "model"}  # the scorer has its own float32 head
-    quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
+    quantised = getattr(load_config(model), "quantization_config", None)
     return {} if quantised else {"head_dtype": "float32"}
 
 

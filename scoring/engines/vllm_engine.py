@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
+from weighted_mtp.schemas.pretrained import load_config
 from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.scoring.engines.architectures import architectures
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
@@ -41,7 +41,7 @@ class VllmEngine:
         from vllm import EngineArgs, LLMEngine
 
         if config.method == "pooler":
-            os.environ[SCORE_TOKENS] = ",".join(architectures(AutoConfig.from_pretrained(model)))
+            os.environ[SCORE_TOKENS] = ",".join(architectures(load_config(model)))
             register()  # vLLM calls plugins only once per process; this may not be its first engine
             self.make_params, self.read = pooling_params, pooled_scores
         else:

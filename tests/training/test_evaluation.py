@@ -70,6 +70,15 @@ def test_batches_until_there_are_enough_tokens() -> None:
     assert [batch.tokens.item() for batch in _limited(iter(batches), 3)] == [3]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 6, 7])
+def test_the_limit_does_not_depend_on_the_batch_size(batch: int) -> None:
+    every = [rows(tokens) for tokens in (4, 3, 4, 2, 4, 1)]
+    batches = [Rows.concatenate(every[first : first + batch]) for first in range(0, 6, batch)]
+    for limit, count in ((1, 1), (4, 1), (5, 2), (12, 4), (18, 6), (99, 6)):
+        found = [tokens for part in _limited(iter(batches), limit) for tokens in part.tokens]
+        assert found == [4, 3, 4, 2, 4, 1][:count]
+
+
 def test_processes_share_the_batches_and_a_short_round_is_filled_without_weight() -> None:
     batches = [rows(3), rows(2), rows(4)]
     first, second = (list(_distributed(iter(batches), 2, index)) for index in (0, 1))

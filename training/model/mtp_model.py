@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.pretrained import quiet_transformers
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import local_copy, locate
 from weighted_mtp.training.loss.multi_head import HeadGroup, HeadLosses, HeadTargets, multi_head_cross_entropy
@@ -31,7 +32,6 @@ from weighted_mtp.training.model.trunk import (
     check_trunk,
     decoder_parts,
     load_trunk,
-    no_progress_bars,
     recorded_call,
     softcap,
 )
@@ -202,7 +202,7 @@ class MTPModel(nn.Module):
         state = self.state_dict() if state is None else state
         trunk = _under("trunk.", state)
         heads = _under("heads.", state) | {name: value for name, value in state.items() if name.startswith(TOP)}
-        with no_progress_bars():
+        with quiet_transformers():
             self.trunk.save_pretrained(directory / "model", state_dict=merge_adapters(self.trunk, trunk))
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, reason_of, settle_attention
 from weighted_mtp.schemas.storage.locations import local_name
 
 LAYER_NAMES = ("layers", "h")
@@ -47,37 +48,28 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
     Args:
         name: directory, address in an object store, or Hugging Face id.
         from_scratch: start from random weights.
-        attention: an attention implementation of transformers; None for the default.
+        attention: an attention implementation of transformers; None for the default, or `eager` where that leaves out
+            a part of the model.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, lacks weights, or has a part that `attention` leaves out.
     """
     source = local_name(name)
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     try:
-        if from_scratch:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **settings)
-        with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(source, **settings)
+        if not from_scratch:
+            return load_causal_lm(name, source, dtype=torch.float32, attention=attention)
+        trunk = AutoModelForCausalLM.from_config(
+            load_config(source), dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+        settle_attention(name, trunk, attention)
+        return trunk
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         hint = "give the directory or id of a causal language model"
         if isinstance(error, ImportError):
             hint = "choose another --attention"
         elif not from_scratch and (Path(source) / "config.json").exists():
             hint += ", or start from its config with 'wmtp train --from_scratch true'"
-        raise UserError(f"{name}: cannot load the model ({first_line(error)}); {hint}") from error
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch off the progress bars of transformers, such as "Loading weights", which appear in every process."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+        raise UserError(f"{name}: cannot load the model ({reason_of(error)}); {hint}") from error
 
 
 def choose_attention(wanted: str, device: torch.device) -> str | None:
@@ -160,7 +152,9 @@ def check_trunk(trunk: Any, name: str) -> None:
     if attention in ON_GPU_ONLY:
         config = copy.deepcopy(trunk.config)
         shorten_config(config, min(2, config.num_hidden_layers))
-        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).cuda()
+        trunk = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+        ).cuda()
     tolerance = 1e-3 if trunk.dtype == torch.float32 else 5e-2
     training = trunk.training
     trunk.eval()

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
-from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.configs import TrainConfig
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
-from weighted_mtp.schemas.storage.locations import Location, is_missing_directory, local_name, locate
+from weighted_mtp.schemas.storage.locations import Location, local_name, locate
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.training.model.mtp_model import MTPModel
 
@@ -46,13 +46,8 @@ def check_tokenizer(model: str, shards: ShardSet) -> None:
     is_directory = Path(source).is_dir()
     if is_directory and not any(Path(source).glob("tokenizer*.json")):
         return
-    if is_missing_directory(source):
-        raise UserError(f"--model {model}: no such directory; check the path")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers and tokenizers raise plain Exception for damaged files
-        remedy = "restore it" if is_directory else "check the name, or use a directory"
-        raise UserError(f"--model {model}: its tokenizer cannot be loaded ({first_line(error)}); {remedy}") from error
+    remedy = "restore it" if is_directory else "check the name, or use a directory"
+    tokenizer = load_tokenizer(source, f"--model {model}: its tokenizer cannot be loaded", remedy)
     expected = shards.manifest.tokenizer
     if not expected.matches(tokenizer):
         raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.pretrained import NATIVE_HEADS, native_heads
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import copy_files, fsync, fsync_tree
@@ -116,6 +117,11 @@ def build(
     set_seed(config.seed)
     attention = choose_attention(config.attention, accelerator.device)
     mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
+    if native := native_heads(mtp_model.trunk.config):
+        raise UserError(
+            f"--model {config.model}: announces {native} multi-token-prediction layers of its own, which training "
+            f"would not save; set {' and '.join(NATIVE_HEADS)} to 0 in a copy of its config.json to train without them"
+        )
     for data in filter(None, (inputs.shards, *inputs.mixed, inputs.held_out)):
         check_model(mtp_model, config.model, data.first, inputs.sequence_length)
     select_trainable(mtp_model.trunk, config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from plain_gradients import plain_gradient
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
@@ -27,12 +27,17 @@ def sequences() -> list[np.ndarray]:
 
 
 def test_logits_are_the_models_own(tmp_path, sequences, loop_losses):
-    """Gemma 2 caps its logits after the output layer; a loss from hidden states and weights alone would miss that."""
+    """Gemma 2 caps its logits after the output layer; a loss from hidden states and weights alone would miss that.
+
+    It also caps its attention scores, which `sdpa` leaves out.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
-    config = Gemma2Config(**sizes, **heads, final_logit_softcapping=2.0, initializer_range=0.5)
-    model = Gemma2ForCausalLM(config).eval()
+    config = Gemma2Config(
+        **sizes, **heads, final_logit_softcapping=2.0, initializer_range=0.5, attn_logit_softcapping=5.0
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(tmp_path)
     [[losses]] = engine(tmp_path).score([Request(sequences[0])])
     np.testing.assert_allclose(losses, loop_losses(model, sequences[0]), rtol=0, atol=TOLERANCE)

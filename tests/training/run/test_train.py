@@ -158,6 +158,15 @@ def test_a_mixed_set_may_be_zipped(config: Callable[..., TrainConfig], add_colum
     assert metrics(runs[0]) == metrics(runs[1])
 
 
+def test_native_heads_are_not_lost_without_a_word(config: Callable[..., TrainConfig]) -> None:
+    """No model with such layers is needed: the config announces them."""
+    run = config("run")
+    file = Path(run.model) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
+    with pytest.raises(UserError, match="announces 1 multi-token-prediction layers of its own"):
+        train(run)
+
+
 def test_a_run_that_learnt_nothing_is_no_success(
     config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
 ) -> None:

@@ -1,0 +1,209 @@
+"""Loading pretrained causal language models and tokenizers for both stages.
+
+No code of a checkpoint ever runs: transformers would ask on the terminal whether it may. Models are complete, and
+computed as their authors mean it, which transformers does not ensure. Parameters that a checkpoint lacks get random
+values. An attention kernel ignores arguments that it does not know: `sdpa` leaves out the soft-cap of Gemma 2.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.locations import is_missing_directory
+
+PROBE_TOKENS = 16
+PROBED_LAYERS = 2
+"""Attention layers that are compared; models with two kinds of layers alternate them."""
+LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+NATIVE_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Config entries with the number of multi-token-prediction layers of a checkpoint."""
+SHARPENING = 1000.0
+"""Factor on the attention scores of a probe, without which small weights would hide a soft-cap."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why transformers cannot load something, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is never run"
+    return first_line(error)
+
+
+def load_config(source: str | Path) -> Any:
+    """The config of a checkpoint, from a local directory or by its Hugging Face id.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none, it is damaged, or it needs code of its own.
+    """
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local directory or by its Hugging Face id.
+
+    Args:
+        source: directory or id.
+        problem: beginning of the error message.
+        remedy: end of the error message.
+
+    Raises:
+        UserError: the tokenizer is missing, is damaged, or needs code of its own.
+    """
+    if is_missing_directory(source):
+        raise UserError(f"{problem} (no such directory); check the path")
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
+        raise UserError(f"{problem} ({reason_of(error)}); {remedy}") from error
+
+
+def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """Load all weights of a causal language model, with an attention kernel that computes all of its attention.
+
+    Args:
+        name: the model in messages, with its flag.
+        source: local directory or Hugging Face id.
+        dtype: dtype of the parameters.
+        attention: an attention implementation of transformers. None is the default of transformers, or `eager` if the
+            default leaves out a part of the model.
+
+    Raises:
+        UserError: the model cannot be loaded, lacks weights, or `attention` leaves out a part of it.
+    """
+    with quiet_transformers():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    check_complete(name, report, model.config)
+    settle_attention(name, model, attention)
+    return model
+
+
+def check_complete(name: str, report: Mapping[str, Any], config: Any) -> None:
+    """Compare a checkpoint with its config, by the loading report of transformers.
+
+    Raises:
+        UserError: a parameter is missing or has another shape, or there are more layers than the config says.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
+    for parameter, found, expected in sorted(report["mismatched_keys"])[:1]:
+        raise UserError(
+            f"{name}: {parameter} has shape {tuple(found)} in the checkpoint and {tuple(expected)} by its config.json; "
+            "restore the checkpoint"
+        )
+    layers = config.get_text_config().num_hidden_layers + native_heads(config)
+    for parameter in sorted(report["unexpected_keys"]):
+        if (found := LAYER.search(parameter)) and int(found[1]) >= layers:
+            raise UserError(
+                f"{name}: has {parameter}, but its config.json says that it has {layers} layers; restore the checkpoint"
+            )
+
+
+def native_heads(config: Any) -> int:
+    """Number of multi-token-prediction layers that a config announces. transformers does not load them."""
+    return max(int(getattr(config.get_text_config(), name, None) or 0) for name in NATIVE_HEADS)
+
+
+def settle_attention(name: str, model: Any, wanted: str | None) -> None:
+    """Switch a model to eager attention if its own leaves out a part, unless that was `wanted`.
+
+    Raises:
+        UserError: the wanted implementation leaves out a part of the model.
+    """
+    if not drops_part(model):
+        return
+    if wanted is not None:
+        raise UserError(
+            f"{name}: {type(model).__name__} has a part, such as a soft-cap, that {wanted} attention leaves out; "
+            "use eager attention"
+        )
+    model.set_attn_implementation("eager")
+
+
+@torch.no_grad()
+def drops_part(model: Any) -> bool:
+    """Whether `sdpa` attention leaves out a part of a model's attention, such as a soft-cap.
+
+    Compares the first attention layers with their eager form in float32, on sharpened scores. The other kernels of
+    transformers know soft-caps and sinks.
+    """
+    layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), float)]
+    if model.config._attn_implementation != "sdpa" or not layers:
+        return False
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with recorded_calls(layers[:PROBED_LAYERS]) as calls:
+        model(input_ids=ids, use_cache=False)
+    return any(not same_attention(layer, *call) for layer, call in calls.items())
+
+
+@contextmanager
+def recorded_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any]]]:
+    """Record the arguments of calls of the modules."""
+    calls: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = args, kwargs
+
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def same_attention(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention layer and its eager form give the same for the arguments of a call."""
+    sharp: Any = copy.deepcopy(layer).float()
+    sharp.scaling *= SHARPENING
+    args, kwargs = as_float32(args), as_float32(kwargs)
+    own = sharp(*args, **kwargs)[0]
+    sharp.config._attn_implementation = "eager"
+    eager = sharp(*args, **kwargs | {"attention_mask": additive_mask(kwargs.get("attention_mask"), own)})[0]
+    return torch.allclose(own, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max()))
+
+
+def additive_mask(mask: Tensor | None, like: Tensor) -> Tensor:
+    """A mask for eager attention: the given one (1, 1, T, T), bool or additive, or a causal one; float32."""
+    if mask is None:
+        mask = torch.ones(PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=like.device).tril()[None, None]
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return mask.float()
+
+
+def as_float32(value: Any) -> Any:
+    """Nested tuples, lists and dicts with their floating point tensors in float32."""
+    if isinstance(value, dict):
+        return {name: as_float32(entry) for name, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(as_float32, value))
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off the progress bars and warnings of transformers, which every process would show."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
