@@ -85,7 +85,14 @@ def train(config: TrainConfig, progress: MakeBar = hidden_bar) -> dict[str, Any]
                 return finished | {"already_complete": True}
             training = build(accelerator, inputs, run, shard=shard, progress=progress)
             fit(accelerator, inputs, run, training)
-            return save(accelerator, inputs, run, training)
+            summary = save(accelerator, inputs, run, training)
+            del training
+            # Frees DDP's reducer before the process group. As the last owner of the group, it would wait for the
+            # threads of gloo without releasing the interpreter that they need.
+            accelerator.free_memory()
+            accelerator.wait_for_everyone()  # a process that exits early breaks the process group
+            accelerator.end_training()
+            return summary
 
 
 def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
@@ -221,8 +228,6 @@ def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, trainin
         if evaluation:
             run.log({"step": loop.step} | evaluation)
         run.finish(summary)
-    accelerator.wait_for_everyone()  # a process that exits early breaks the process group
-    accelerator.end_training()
     return summary
 
 
