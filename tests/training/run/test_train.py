@@ -1,6 +1,7 @@
 """Whole training runs, with several sets and mixtures."""
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,13 @@ def test_training_learns_and_reports(config: Callable[..., TrainConfig]) -> None
 
 
 def test_training_shows_nothing_unless_asked_to(
-    config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    config: Callable[..., TrainConfig],
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Columns are read in a pass over the corpus, a set is evaluated, and a stopped run continues."""
+    monkeypatch.setattr(logging.getLogger("weighted_mtp"), "handlers", [])  # those of commands in this process
     bars: list[dict[str, Any]] = []
 
     def make_bar(**settings: Any) -> tqdm:
