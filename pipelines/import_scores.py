@@ -2,8 +2,8 @@
 
 from rich.table import Table
 
+from weighted_mtp.pipelines.reports.column_sizes import size_cells
 from weighted_mtp.pipelines.reports.console import new_console
-from weighted_mtp.pipelines.reports.shard_set_report import size_cells
 from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells

@@ -6,12 +6,12 @@ from pathlib import PurePosixPath
 
 from weighted_mtp.pipelines.reports.catalogue import Entry, catalogue, read_entry, unfinished_set
 from weighted_mtp.pipelines.reports.run_entry import read_run
-from weighted_mtp.pipelines.reports.tokens.token_text import printable
 from weighted_mtp.schemas.configs import ListConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, PROGRESS, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location, walk_files
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, SETTINGS
+from weighted_mtp.schemas.text import printable
 
 
 def run(config: ListConfig) -> None:

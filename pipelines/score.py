@@ -9,6 +9,7 @@ from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.text import printable
 from weighted_mtp.scoring.job.report import Progress, Report
 from weighted_mtp.scoring.job.run import dry_run, score
 
@@ -48,7 +49,7 @@ class ScoreDisplay(Report):
 
     def warning(self, message: str) -> None:
         """Print a warning."""
-        print(f"wmtp score: warning: {message}", file=sys.stderr)
+        print(f"wmtp score: warning: {printable(message)}", file=sys.stderr)
 
     def already_complete(self, shards: ShardSet) -> None:
         """Print the size and columns of the finished set."""

@@ -10,6 +10,7 @@ from weighted_mtp.pipelines.cli.store_errors import describe_store_error, is_sto
 from weighted_mtp.pipelines.cli.usage import one_line
 from weighted_mtp.schemas.configs import Config
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.text import printable
 
 QUIET_ENVIRONMENT = {
     "ACCELERATE_LOG_LEVEL": "ERROR",
@@ -66,7 +67,7 @@ class MessageLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message."""
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def show_messages() -> None:

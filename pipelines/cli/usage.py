@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from yaml import MarkedYAMLError
 
 from weighted_mtp.schemas.configs import Config
+from weighted_mtp.schemas.text import printable
 
 POSITIONALS = {"set": None, "directories": "+"}
 """Settings passed without a flag, and their `nargs` in argparse."""
@@ -123,5 +124,5 @@ def flag(key: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks."""
-    return " ".join(text.split())
+    """`text` without line breaks and control characters."""
+    return printable(" ".join(text.split()))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import polars as pl
 from rich.table import Table
 
+from weighted_mtp.pipelines.reports.column_sizes import size_cells
 from weighted_mtp.pipelines.reports.console import new_console
-from weighted_mtp.pipelines.reports.shard_set_report import size_cells
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location

@@ -7,11 +7,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from weighted_mtp.pipelines.reports.column_sizes import size_cells
 from weighted_mtp.pipelines.reports.tokens.extreme_tokens import extremes, extremes_table
-from weighted_mtp.pipelines.reports.tokens.token_text import decode, printable
+from weighted_mtp.pipelines.reports.tokens.token_text import decode
 from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
-from weighted_mtp.schemas.shard_set.shard_set import SAMPLED_FOOTERS, ShardSet
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.text import printable
 from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
 SEQUENCE_TOKENS = 32
@@ -86,12 +88,6 @@ def columns_table(shard_set: ShardSet) -> Table:
         cells = sizes[name], f"{column.statistics.missing:,}", *statistics_cells(column.statistics)
         table.add_row(name, Text(column.origin.describe()), *cells)
     return table
-
-
-def size_cells(shard_set: ShardSet) -> dict[str, str]:
-    """Compressed bytes per token of each column; `~` marks an estimate from some of the shards."""
-    estimated = "~" * (len(shard_set.manifest.shards) > SAMPLED_FOOTERS)
-    return {name: f"{estimated}{size:.2f}" for name, size in shard_set.bytes_per_token().items()}
 
 
 def sequences_table(shard_set: ShardSet, samples: int, tokenizer: Any) -> Table:

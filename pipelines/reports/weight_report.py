@@ -11,10 +11,10 @@ from rich.text import Text
 from weighted_mtp.pipelines.reports.label_totals import LabelTotals
 from weighted_mtp.pipelines.reports.tokens.marked_text import LEGEND, Excerpt, marked
 from weighted_mtp.pipelines.reports.tokens.token_classes import CLASSES, classify, token_texts
-from weighted_mtp.pipelines.reports.tokens.token_text import printable
 from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, position_names
 from weighted_mtp.pipelines.reports.weight_totals import Totals
 from weighted_mtp.schemas.shard_set.manifest import Manifest
+from weighted_mtp.schemas.text import printable
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 BAR = 40

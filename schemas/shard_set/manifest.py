@@ -228,6 +228,8 @@ class ShardEntry:
 
 SHARD_ENTRY = TypeAdapter(ShardEntry)
 SHARD_ENTRIES = TypeAdapter(list[ShardEntry])
+MOST_MANIFEST_BYTES = 1 << 28
+"""Largest manifest that is read; a shard takes about 400 bytes."""
 SHARDS_AT_ONCE = 1000
 """Shards converted to JSON at once; converting all of them would take several times the memory of the manifest."""
 
@@ -347,7 +349,7 @@ def read_manifest(directory: Location) -> Manifest:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise UserError(f"{directory}: no such shard set; check the path or write it with 'wmtp prepare'")
-    if not path.exists():
+    if not path.is_file():
         if not (directory / PROGRESS).exists():
             raise UserError(f"{directory}: not a shard set ({MANIFEST} is missing); check the path")
         raise UserError(
@@ -355,6 +357,8 @@ def read_manifest(directory: Location) -> Manifest:
             "rerun the 'wmtp prepare' or 'wmtp score' command that writes it"
         )
     try:
+        if path.stat().st_size > MOST_MANIFEST_BYTES:
+            raise ValueError(f"larger than {MOST_MANIFEST_BYTES:,} bytes")
         content: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
@@ -369,9 +373,10 @@ def read_manifest(directory: Location) -> Manifest:
         manifest = Manifest.model_validate(content)
         if manifest.columns and manifest.statistics_sha256 is None:
             raise ValueError("it has columns but no statistics")
+        same = digest == manifest.digest
     except (ValueError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: not a valid manifest ({reason}); restore the file or rewrite the set") from error
-    if digest != manifest.digest:
+    if not same:
         raise UserError(f"{path}: was changed after it was written; restore the original or rewrite the set")
     return manifest

@@ -33,7 +33,7 @@ def describe_html(path: Location, manifest: Manifest) -> str:
     """Path and size of a set, and a table of its columns with origins and statistics, as HTML."""
     rows = [html_row("th", "column", "origin", "missing", *STATISTICS)]
     for name, kind in manifest.corpus.sequence_columns.items():
-        rows.append(html_row("td", name, f"the corpus, a {kind} for each document"))
+        rows.append(html_row("td", name, f"a {kind} for each document"))
     for name, column in manifest.columns.items():
         cells = f"{column.statistics.missing:,}", *statistics_cells(column.statistics)
         rows.append(html_row("td", name, column.origin.describe(), *cells))

@@ -126,9 +126,8 @@ class ShardSet:
         for shard in sample:
             metadata = self.file(shard).read_footer()
             for group in range(metadata.num_row_groups):
-                for index in range(metadata.num_columns):
-                    chunk = metadata.row_group(group).column(index)
-                    sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+                for index, name in enumerate(sizes):  # each field has one column in the file
+                    sizes[name] += metadata.row_group(group).column(index).total_compressed_size
         tokens = sum(self.manifest.shards[shard].tokens for shard in sample)
         return {name: size / max(1, tokens) for name, size in sizes.items()}
 
@@ -156,7 +155,9 @@ class ShardSet:
                 counts = from_table(reader.read_all())
         except FileNotFoundError as error:
             raise UserError(f"{file}: is missing; {RESTORE}") from error
-        except (pa.ArrowException, LookupError, ValueError) as error:
+        except (pa.ArrowException, LookupError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and (error.errno is not None or error.__cause__):  # of the system or a store
+                raise
             raise UserError(f"{file}: is damaged ({first_line(error)}); {RESTORE}") from error
         for name, column in self.manifest.columns.items():
             if name not in counts or counts[name].statistics() != column.statistics:
@@ -169,7 +170,7 @@ def find_link_outside(path: Location) -> str | None:
     if not isinstance(path, Path):
         return None
     root = path.resolve()
-    for directory in (path, path / DATA, path / TOKENIZER):
+    for directory in filter(Path.is_dir, (path, path / DATA, path / TOKENIZER)):
         with os.scandir(directory) as entries:
             for entry in entries:
                 if entry.is_symlink() and root not in Path(entry.path).resolve().parents:

@@ -216,7 +216,7 @@ class ShardFile:
         """
         with self._damage_reported(), _open(self.path) as file, self._parquet(file) as parquet:
             table = parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
-        self._check(table)
+        self.check(table)
         return table
 
     def read_hashed(self) -> pa.Table:
@@ -231,7 +231,7 @@ class ShardFile:
                 raise self._fault("content differs from the manifest")
             with self._parquet(pa.BufferReader(content)) as parquet:
                 table = parquet.read()
-        self._check(table)
+        self.check(table)
         return table
 
     def read_footer(self) -> pq.FileMetaData:
@@ -263,8 +263,8 @@ class ShardFile:
             raise self._fault("the numbers of rows, row groups and tokens differ from the manifest")
         return metadata
 
-    def _check(self, table: pa.Table) -> None:
-        """Check lengths, token ids and numbers of a table read from this file, which may lack columns.
+    def check(self, table: pa.Table) -> None:
+        """Check lengths, token ids, numbers and strings of a table read from this file, which may lack columns.
 
         Raises:
             UserError: a list is not as long as `input_ids`, too long or empty, or a value is out of range.
@@ -285,6 +285,11 @@ class ShardFile:
                     raise self._fault(f"'{name}' is not as long as input_ids in every row")
             elif pa.types.is_float32(column.type) and not np.isfinite(column.to_numpy()).all():
                 raise self._fault(f"'{name}' is not finite in every row")
+            elif pa.types.is_string(column.type):
+                try:
+                    column.validate(full=True)
+                except pa.ArrowInvalid as error:
+                    raise self._fault(f"'{name}' has a row that is not UTF-8") from error
         if "start" in columns and columns["start"].to_numpy().min() < 0:
             raise self._fault("'start' is negative in a row")
 
@@ -297,7 +302,7 @@ class ShardFile:
             yield
         except FileNotFoundError as error:
             raise UserError(f"{self.path}: shard is missing; {RESTORE}") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             if isinstance(error, PermissionError) or error.__cause__:  # an error of the store: the shard may be intact
                 raise
             raise UserError(f"{self.path}: shard is damaged ({first_line(error)}); {RESTORE}") from error

@@ -33,11 +33,13 @@ from weighted_mtp.schemas.shard_set.shard_set import (
     ShardSet,
     check_tokenizer,
     find_finished,
+    find_link_outside,
     finish_shard_set,
 )
 from weighted_mtp.schemas.shard_set.shards import (
     RESTORE,
     SCORE_TYPE,
+    ShardReader,
     flat_values,
     list_column,
     list_lengths,
@@ -68,6 +70,8 @@ def upgrade(source: Location, output: Location, report: Callable[[ShardEntry], N
         UserError: not a set of format 3, a damaged one, or an output that holds something else.
     """
     content = read_old_manifest(source)
+    if fault := find_link_outside(source):
+        raise UserError(f"{fault}; {RESTORE}")
     request = json.dumps({"command": "upgrade", "input": content["digest"]})
     with exclusive(output):
         if finished := find_finished(output, request):
@@ -84,6 +88,8 @@ def read_old_manifest(source: Location) -> dict[str, Any]:
     """
     path = source / MANIFEST
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         content = json.loads(path.read_text())
         if content["format_version"] != OLD_FORMAT_VERSION:
             raise UserError(f"{source}: has format version {content['format_version']}; there is nothing to upgrade")
@@ -114,7 +120,7 @@ def write_upgraded(
             (FILE_NAME.validate_python(shard["name"]), str(shard["sha256"]), int(shard["rejects"]))
             for shard in content["shards"]
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source / MANIFEST}: not a valid manifest ({first_line(error)}); restore the file") from error
     copy_files(source / TOKENIZER, output / TOKENIZER)
     (output / DATA).mkdir(exist_ok=True)
@@ -132,23 +138,29 @@ def write_upgraded(
             index = table.schema.get_field_index(column)
             lists = list_column(values, list_lengths(table[column]))
             table = table.set_column(index, pa.field(column, SCORE_TYPE, nullable=False), lists.cast(SCORE_TYPE))
-        entries.append(replace(write_shard(output / DATA / name, table), rejects=rejects))
+        entry = write_shard(output / DATA / name, table)
+        ShardReader(source, schema, tokenizer.vocab_size).file(entry).check(table)
+        entries.append(replace(entry, rejects=rejects))
         report(entries[-1])
     if (source / REJECTS).exists():
         with atomic_write(output / REJECTS) as file:
             file.write((source / REJECTS).read_bytes())
-    manifest = Manifest(
-        corpus=corpus,
-        tokenizer=tokenizer,
-        columns={
-            name: ScoreColumn(origin=column.origin, statistics=counts[name].statistics())
-            for name, column in columns.items()
-        },
-        shards=entries,
-        derived_from=content["digest"],
-        timings=timings,
-        request=request,
-    )
+    scored = {
+        name: ScoreColumn(origin=column.origin, statistics=counts[name].statistics())
+        for name, column in columns.items()
+    }
+    try:
+        manifest = Manifest(
+            corpus=corpus,
+            tokenizer=tokenizer,
+            columns=scored,
+            shards=entries,
+            derived_from=content["digest"],
+            timings=timings,
+            request=request,
+        )
+    except ValueError as error:
+        raise UserError(f"{source / MANIFEST}: not a valid manifest ({first_line(error)}); restore the file") from error
     if fault := check_tokenizer(output, manifest):
         raise UserError(f"{fault}; {RESTORE}")
     return finish_shard_set(output, manifest, counts)

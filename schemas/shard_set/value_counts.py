@@ -88,8 +88,11 @@ def from_table(table: pa.Table) -> dict[str, ValueCounts]:
     """Inverse of `to_table`.
 
     Raises:
-        ValueError: a count is not positive, or a value is no float16 or counted twice.
+        ValueError: the table is damaged, a count is not positive, or a value is no float16 or counted twice.
     """
+    table.validate(full=True)  # Arrow trusts the offsets of strings in a file
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a value or a count is null")
     columns: dict[str, ValueCounts] = {}
     names = table["column"].combine_chunks().dictionary_encode()
     indices = names.indices.to_numpy()

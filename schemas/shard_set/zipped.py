@@ -164,11 +164,17 @@ class ZippedSets:
         return table
 
     def _holders(self, columns: Iterable[str]) -> list[tuple[ShardSet, list[str]]]:
-        """The first set and all sets that hold a column, each with its columns."""
+        """The first set and all sets to read for these columns, each with the columns to take from it.
+
+        A sequence column that several sets hold is compared in all of them.
+        """
         columns = list(columns)
-        held = [[name for name in columns if self.holder(name) is shards] for shards in self.sets]
-        pairs = zip(self.sets, held, strict=True)
-        return [(shards, names) for shards, names in pairs if names or shards is self.first]
+        holders = []
+        for shards in self.sets:
+            taken = [name for name in columns if self.holder(name) is shards]
+            if taken or shards is self.first or not shards.manifest.corpus.sequence_columns.keys().isdisjoint(columns):
+                holders.append((shards, taken))
+        return holders
 
 
 def check_same_corpus(one: ShardSet, other: ShardSet) -> None:

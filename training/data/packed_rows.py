@@ -5,16 +5,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.configs.common import Positive, RowLength, Seed
+from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.zipped import SomeSets, ZippedSets
 from weighted_mtp.training.data.loader import LoaderState, RowLoader
 from weighted_mtp.training.rows import IGNORED, Rows
 from weighted_mtp.training.weighting import make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting
 from weighted_mtp.training.weighting.token_weights import SomeWeights, choose_weights
+
+
+class PackedRowsConfig(BaseModel):
+    """Bounds of the arguments of `packed_rows`, those of `wmtp train`."""
+
+    sequence_length: RowLength
+    batch_size: Positive | None
+    seed: Seed
 
 
 class PackedRows(IterableDataset[dict[str, Tensor]]):
@@ -52,12 +62,20 @@ class PackedRows(IterableDataset[dict[str, Tensor]]):
         """Continue from a position, with the next iterator. The batch size and the weights may differ.
 
         Raises:
-            UserError: the position belongs to other sets, another sequence length or another seed.
+            UserError: the position belongs to other sets, another sequence length or another seed, or is none.
         """
-        if changed := [name for name, value in self._order().items() if state["order"][name] != value]:
+        try:
+            order, rows, batches = (
+                dict(state["order"]),
+                LoaderState.model_validate(state["rows"]),
+                int(state["batches"]),
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError("packed_rows: not a state of packed_rows; give what state_dict() returned") from error
+        if changed := [name for name, value in self._order().items() if order.get(name) != value]:
             raise UserError(f"packed_rows: the state was saved with another {' and '.join(changed)}; use the same")
-        self.start = self.loader.state = LoaderState.model_validate(state["rows"])
-        self.batches = state["batches"]
+        self.start = self.loader.state = rows
+        self.batches = batches
 
     def _order(self) -> dict[str, Any]:
         """What determines the order of the rows."""
@@ -95,8 +113,10 @@ def packed_rows(
             weights need a model, a run or, for single rows, a batch.
     """
     config = choose_weights(weights)
-    if sequence_length < 2 or (batch_size is not None and batch_size < 1):
-        raise UserError("packed_rows: give a sequence_length of at least 2 and a batch_size of at least 1")
+    try:
+        PackedRowsConfig(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    except ValidationError as error:
+        raise UserError(f"packed_rows: {first_line(error)}") from error
     weighting = BatchWeighting.make(config)
     if batch_size is None and weighting.formula is not None:
         raise UserError(f"packed_rows: '{config.text}' ranks tokens within a batch; give batch_size, or use by=corpus")

@@ -8,11 +8,12 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.tokens.token_text import decode, printable
+from weighted_mtp.pipelines.reports.tokens.token_text import decode
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.notebook import score_text
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
+from weighted_mtp.schemas.text import printable
 
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8

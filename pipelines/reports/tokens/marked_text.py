@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.tokens.token_text import decode, printable
+from weighted_mtp.pipelines.reports.tokens.token_text import decode
+from weighted_mtp.schemas.text import printable
 
 LEGEND = (
     "‹no weight, or less than half the mean of the kept tokens›  unmarked: between  «at least twice the mean»  "

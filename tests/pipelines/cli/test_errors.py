@@ -22,6 +22,7 @@ SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
             "wmtp score: error: out/shard: No space left on device; free some space and rerun the same command",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "change the permissions or choose another path"),
+        (UserError("a\x1b]0;title\x07 b\u202e"), r"wmtp score: error: a\x1b]0;title\x07 b\u202e"),
         (OSError("can't load tokenizer\n\nfor 'x'"), "wmtp score: error: can't load tokenizer for 'x'"),
     ],
 )

@@ -2,6 +2,10 @@
 
 import io
 
+import pytest
+from rich.table import Table
+from rich.text import Text
+
 from weighted_mtp.pipelines.reports.console import WIDTH, new_console
 
 
@@ -16,3 +20,16 @@ def test_reports_wrap_at_a_fixed_width_outside_terminals() -> None:
     output = io.StringIO()
     new_console(soft_wrap=False, file=output).print("word " * WIDTH)
     assert max(map(len, output.getvalue().splitlines())) <= WIDTH
+
+
+def test_foreign_text_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("a\x1b[2J", title="t\x9b31m", title_justify="left")
+    table.add_row(Text("\x1b]0;x\x07 \u202e right", style="bold"))
+    for shown in (table, "plain \x1b[31m\nnext line", Text("\x07")):
+        new_console(force_terminal=True, width=80).print(shown, style="italic")
+    printed = capsys.readouterr().out
+    assert "\x1b[2J" not in printed
+    assert "\x1b]0" not in printed
+    assert not {"\x07", "\x9b", "\u202e"} & set(printed)
+    assert "\\x1b[31m" in printed
+    assert "\x1b[3m" in printed, "styles work"

@@ -25,7 +25,7 @@ def test_the_page_has_origins_and_statistics_and_escapes_them(make_shard_set: Ca
     assert "<i>" not in page
     assert "&lt;i&gt;" in page
     assert "5 tokens in 2 sequences of 2 documents" in page
-    assert "<tr><td>reward</td><td>the corpus, a number for each document</td></tr>" in page
+    assert "<tr><td>reward</td><td>a number for each document</td></tr>" in page
     assert "<td>loss_a</td><td>m, full context, float32, transformers 5</td><td>2</td><td>2.000</td>" in page
     assert "<td>gain</td><td>loss_base - loss_reference</td>" in page
     assert page.count("<th>") == 8

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from format_3 import seal, write_format_3
 
@@ -13,7 +15,7 @@ from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.upgrade import upgrade
 from weighted_mtp.schemas.shard_set.verification import verify
-from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER
+from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, sha256_file
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 9.25, 70]]
@@ -100,3 +102,43 @@ def test_damaged_sets_are_refused(
         upgrade(old, tmp_path / "new")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("link", [REJECTS, f"{TOKENIZER}/notes.txt"])
+def test_files_outside_of_the_set_are_not_copied(link: str, old: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (old / link).unlink(missing_ok=True)
+    (old / link).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link out of the shard set"):
+        upgrade(old, tmp_path / "new")
+    assert not (tmp_path / "new").exists() or not any(
+        "secret" in path.read_text(errors="ignore") for path in (tmp_path / "new").rglob("*") if path.is_file()
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([[1, 2, 3], []], "of a length that the manifest excludes"), ([[1], [-4]], "outside the")]
+)
+def test_rows_that_no_reader_accepts_are_not_upgraded(
+    rows: list[list[int]], message: str, old: Path, tmp_path: Path
+) -> None:
+    content = json.loads((old / MANIFEST).read_text())
+    file = old / content["shards"][0]["name"]
+    table = pq.ParquetFile(file).read()
+    for name in ("input_ids", *content["columns"]):
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, table.schema.field(name), pa.array(rows).cast(table.schema.field(name).type))
+    pq.write_table(table, file)
+    content["shards"][0]["sha256"] = sha256_file(file)
+    with pytest.raises(UserError, match=message):
+        upgrade(seal(old, content), tmp_path / "new")
+
+
+def test_impossible_numbers_of_an_old_manifest_are_refused(old: Path, tmp_path: Path) -> None:
+    content = json.loads((old / MANIFEST).read_text())
+    for edit in ({"rejects": float("inf")}, {"name": content["shards"][1]["name"], "sha256": "0"}):
+        shards = [content["shards"][0] | edit, content["shards"][1]]
+        with pytest.raises(UserError):
+            upgrade(seal(old, content | {"shards": shards}), tmp_path / "new")
+    with pytest.raises(UserError, match="not a valid manifest"):
+        upgrade(seal(old, content | {"corpus": content["corpus"] | {"max_length": 1}}), tmp_path / "new")

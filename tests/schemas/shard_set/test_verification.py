@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,66 @@ def test_a_set_behind_a_link_is_read(forged: Path, tmp_path: Path) -> None:
 def test_verify_compares_all_scores(forged: Path, values: list[list[float]], fault: str) -> None:
     rewrite_shard(forged, column("loss", values, elements(pa.float32())))
     assert [found for found in verified(forged) if fault in found] == verified(forged) != []
+
+
+def test_offsets_of_statistics_beyond_the_file_are_refused(forged: Path) -> None:
+    """Arrow reads strings where the offsets point to, unless it is told to validate them."""
+    file = forged / STATISTICS
+    with pa.ipc.open_file(file) as reader:
+        table = reader.read_all().combine_chunks()
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    content = file.read_bytes()
+    offsets = np.arange(0, 4 * len(table) + 1, 4, np.int32)  # of the column name "loss"
+    at = content.index(offsets.tobytes()) + 4
+    file.write_bytes(content[:at] + np.int32(1 << 30).tobytes() + content[at + 4 :])
+    rewrite_manifest(forged, lambda m: m.update(statistics_sha256=sha256_file(file)))
+    assert_refused(forged)
+
+
+def test_a_damaged_footer_of_statistics_is_refused(forged: Path) -> None:
+    file = forged / STATISTICS
+    content = bytearray(file.read_bytes())
+    content[-60:-20] = bytes(40)
+    file.write_bytes(content)
+    rewrite_manifest(forged, lambda m: m.update(statistics_sha256=sha256_file(file)))
+    assert_refused(forged)
+
+
+@pytest.mark.parametrize("column", ["document_id", "group"])
+def test_strings_that_are_not_utf8_are_refused(forged: Path, column: str) -> None:
+    def spoil(table: pa.Table) -> pa.Table:
+        values = [b"a", b"\xff\xfe", b"a"]
+        offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+        spoilt = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(b"".join(values)))
+        index = table.schema.get_field_index(column)
+        return table.set_column(index, table.schema.field(column), spoilt)
+
+    rewrite_shard(forged, spoil)
+    assert verified(forged) == [f"{forged / DATA / SHARD}: '{column}' has a row that is not UTF-8"]
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(ShardSet.open(forged).sequences())
+
+
+def test_a_manifest_that_is_no_file_is_not_read(forged: Path) -> None:
+    (forged / MANIFEST).unlink()
+    os.mkfifo(forged / MANIFEST)
+    assert_refused(forged)
+    (forged / MANIFEST).unlink()
+    (forged / MANIFEST).symlink_to("/dev/zero")
+    assert_refused(forged)
+
+
+def test_a_huge_manifest_is_not_read(forged: Path) -> None:
+    with open(forged / MANIFEST, "wb") as file:
+        file.truncate(1 << 40)
+    assert_refused(forged)
+
+
+def test_a_manifest_nested_too_deep_is_refused(forged: Path) -> None:
+    """Deep enough for pydantic's limit in the digest, not for that of the JSON parser."""
+    nested: Json = {}
+    for _ in range(600):
+        nested = {"a": nested}
+    rewrite_manifest(forged, lambda m: m["columns"]["loss"]["origin"].update(engine_args=nested))
+    assert_refused(forged)

@@ -152,8 +152,10 @@ def test_a_data_loader_gives_the_same_batches(rows: Callable[..., PackedRows]) -
     [
         ({"weights": "rho1"}, "depends on the loss of the model in training"),
         ({"weights": {"preset": "dense", "warmup_ratio": 0.5}}, "warmup_ratio needs the number of steps"),
-        ({"sequence_length": 1}, "a sequence_length of at least 2"),
-        ({"batch_size": 0}, "a batch_size of at least 1"),
+        ({"sequence_length": 1}, "sequence_length: Input should be greater than or equal to 2"),
+        ({"sequence_length": 10**9}, "sequence_length: Input should be less than or equal to 16777216"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than 0"),
         ({"batch_size": None, "weights": BY_BATCH}, "ranks tokens within a batch; give batch_size, or use by=corpus"),
         ({"weights": {"column": "loss_b", "preset": "dense"}}, "no column 'loss_b'"),
     ],
@@ -182,3 +184,9 @@ def test_a_shifted_loss_is_that_of_the_trainer(rows: Callable[..., PackedRows], 
     torch.testing.assert_close(own, total)
     for name, parameter in model.trunk.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("state", [{}, None, {"order": {}, "rows": {"epoch": "x"}, "batches": 0}, {"order": 1}])
+def test_what_is_no_state_is_refused(state: object, rows: Callable[..., PackedRows]) -> None:
+    with pytest.raises(UserError, match="not a state of packed_rows"):
+        rows().load_state_dict(state)

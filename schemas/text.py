@@ -1,0 +1,15 @@
+"""Foreign text on its way to a terminal, a page, a log or an error."""
+
+
+def printable(text: str, kept: str = "") -> str:
+    """`text` with control characters escaped, such as line breaks, terminal escapes and bidirectional overrides.
+
+    Args:
+        text: any text.
+        kept: control characters to keep.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in text
+    )
