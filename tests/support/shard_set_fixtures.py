@@ -40,6 +40,7 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         parent: Location = tmp_path,
         sequence_columns: dict[str, list[float] | list[str]] | None = None,
         document_starts: list[int] | None = None,
+        document_ids: list[str] | None = None,
     ) -> ShardSet:
         path = parent / name
         copy_files(tokenizer_dir, path / TOKENIZER)
@@ -51,14 +52,14 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         counts = {column: ValueCounts() for column in scores}
         carried = {column: pa.array(values) for column, values in (sequence_columns or {}).items()}
         first_tokens = document_starts or [0] * len(sequences)
-        documents = np.cumsum([start == 0 for start in first_tokens]) - 1
+        documents = document_ids or [f"doc-{row}" for row in range(len(sequences))]
         starts = range(0, len(sequences), rows_per_shard)
         shards = []
         for index, start in enumerate(starts):
             rows = range(start, min(start + rows_per_shard, len(sequences)))
             lengths = np.array([len(sequences[row]) for row in rows])
             arrays = {
-                "document_id": pa.array([f"doc-{documents[row]}" for row in rows]),
+                "document_id": pa.array([documents[row] for row in rows]),
                 "start": pa.array([first_tokens[row] for row in rows], pa.int64()),
                 "input_ids": list_column(np.concatenate([np.array(sequences[r], np.int32) for r in rows]), lengths),
             }

@@ -52,13 +52,14 @@ def test_polars_reads_the_shards(scored: ShardSet) -> None:
     assert_same(frame.to_dict(as_series=False))
 
 
+IDS = ["doc-0", "doc-0", "doc-1"]
 MEANS = {"doc-0": (-1 + 0 + 3.5) / 3, "doc-1": (0 + 0.25 + 0.125) / 3}
 """Of `EXCESS`, where the first document has two sequences."""
 
 
 @pytest.fixture
 def in_parts(make_shard_set: Callable[..., ShardSet]) -> ShardSet:
-    return make_shard_set(SEQUENCES, {"excess_loss": EXCESS}, "parts", document_starts=[0, 3, 0])
+    return make_shard_set(SEQUENCES, {"excess_loss": EXCESS}, "parts", document_starts=[0, 3, 0], document_ids=IDS)
 
 
 def test_the_mean_by_document_in_polars(in_parts: ShardSet) -> None:

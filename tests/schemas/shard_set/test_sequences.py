@@ -28,7 +28,7 @@ def scored(make_shard_set: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPa
 def test_every_sequence_comes_once_with_the_columns_asked_for(scored: ShardSet) -> None:
     assert [shard.row_groups for shard in scored.manifest.shards] == [2, 1]
     found = list(scored.sequences(columns=["group", "loss_reference", "reward"]))
-    assert [sequence.document_id for sequence in found] == ["doc-0", "doc-0", "doc-1"]
+    assert [sequence.document_id for sequence in found] == ["doc-0", "doc-1", "doc-2"]
     assert [sequence.start for sequence in found] == [0, 7, 0]
     assert [sequence.input_ids.tolist() for sequence in found] == SEQUENCES
     assert [sequence.columns["reward"] for sequence in found] == [0.5, -1.0, 2.0]
