@@ -47,6 +47,8 @@ def check_identifier(name: str) -> None:
     """Raise ValueError unless `name` can be a column name, or part of one."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"'{name}' is not a valid column name; use letters, digits and underscores")
+    if len(name) > MOST_NAME:
+        raise ValueError(f"'{name[:20]}...' is too long for a column name; use at most {MOST_NAME} characters")
 
 
 def is_reserved(name: str) -> bool:
@@ -67,6 +69,8 @@ RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
+MOST_NAME = 200
+"""Longest name given for a column, or for part of one. Names in the manifest have at most 255 characters."""
 RESERVED = ("document_id", "start", "input_ids", "live", "corpus", "batch", "sequence")
 """Reserved column names: columns of every shard, and keywords of formulas."""
 

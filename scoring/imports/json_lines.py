@@ -1,6 +1,7 @@
 """Reading JSON Lines in parts of bounded size, also from compressed files."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,11 @@ BATCH_BYTES = 1 << 23
 """Bytes of JSON Lines parsed at once; the column types are those of the first such part."""
 MOST_LINE_BYTES = 1 << 26
 """Longest line. Parsing takes up to 14 times its size, and a small compressed file can hold one of any length."""
+MOST_BLANK_BYTES = 1 << 23
+"""Bytes of blank lines by which they may exceed the other lines before them."""
+MOST_DEPTH = 256
+"""Deepest nesting of lists and objects. Arrow's parser recurses and would overflow the stack."""
+NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 
 
 class Lines(NamedTuple):
@@ -31,19 +37,24 @@ def read_lines(path: Location) -> Iterator[Lines]:
     """The lines of a file in parts of about `BATCH_BYTES` bytes, decompressed according to its name.
 
     Raises:
-        ValueError: a line is longer than `MOST_LINE_BYTES`; the message names it.
+        ValueError: a line is longer than `MOST_LINE_BYTES`, or there are too many blank lines; the message names it.
     """
     numbers: list[int] = []
     content: list[bytes] = []
-    size = number = 0
+    size = number = blank = 0
     with open_stream(path) as stream:
         while line := stream.readline(MOST_LINE_BYTES + 1):
             if len(line) > MOST_LINE_BYTES:
                 raise ValueError(f"row {number + 1:,}: has more than {MOST_LINE_BYTES:,} bytes")
-            if not line.isspace():
+            if line.isspace():
+                blank += len(line)
+                if blank > MOST_BLANK_BYTES:
+                    raise ValueError(f"row {number + 1:,}: more than {MOST_BLANK_BYTES:,} bytes of blank lines")
+            else:
                 numbers.append(number)
                 content.append(line)
                 size += len(line)
+                blank = max(0, blank - len(line))
             number += 1
             if size >= BATCH_BYTES:
                 yield Lines(np.array(numbers), content)
@@ -55,23 +66,61 @@ def read_lines(path: Location) -> Iterator[Lines]:
 def parse_lines(
     lines: Lines, schema: pa.Schema | None = None, unexpected: Literal["infer", "error", "ignore"] = "infer"
 ) -> pa.Table:
-    """Parse lines as one block, so that Arrow counts rows from the first.
+    """Parse lines as one block.
 
     Raises:
         ValueError: a line is no object with values of the types; the message names the row.
     """
-    content = b"".join(lines.content)
+
+    def parse(count: int) -> pa.Table:
+        return parse_objects(lines.content[:count], schema, unexpected)
+
+    def fails(count: int) -> bool:
+        try:
+            parse(count)
+        except ValueError:
+            return True
+        return False
+
     try:
-        table = pa.json.read_json(
-            pa.BufferReader(content),
-            read_options=pa.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
-            parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected),
-        )
-    except pa.ArrowInvalid as error:
-        place = re.search(r"in row (\d+)", str(error))
-        row = f"row {lines.numbers[int(place[1])] + 1:,}" if place else f"from row {lines.numbers[0] + 1:,} on"
-        reason = re.sub(r"\.? in row \d+", "", first_line(error))
-        raise ValueError(f"{row}: {reason}") from error
-    if table.num_rows != len(lines.content):
-        raise ValueError(f"from row {lines.numbers[0] + 1:,} on: not one object in each line")
+        return parse(len(lines.content))
+    except ValueError:
+        # Arrow counts objects, not lines, and often names no row.
+        wrong = bisect_left(range(1, len(lines.content)), True, key=fails)
+        try:
+            return parse(wrong + 1)
+        except ValueError as error:
+            reason = re.sub(r"\.? in row \d+", "", first_line(error))
+            raise ValueError(f"row {lines.numbers[wrong] + 1:,}: {reason}") from error
+
+
+def parse_objects(lines: list[bytes], schema: pa.Schema | None, unexpected: str) -> pa.Table:
+    """Parse lines as one block.
+
+    Raises:
+        ValueError: a line is no object with values of the types.
+    """
+    content = b"".join(lines)
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("is not in UTF-8") from error
+    if depth(content) > MOST_DEPTH:
+        raise ValueError(f"lists and objects are nested more than {MOST_DEPTH} deep")
+    table = pa.json.read_json(
+        pa.BufferReader(content),
+        read_options=pa.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
+        parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected),
+    )
+    if table.num_rows != len(lines):
+        raise ValueError("not one object in each line")
     return table
+
+
+def depth(content: bytes) -> int:
+    """Most lists and objects inside one another in JSON. It is right up to the first error in the JSON."""
+    if b"\\" in content:
+        content = re.sub(rb"\\.", b"", content, flags=re.DOTALL)
+    marks = np.frombuffer(re.sub(rb'"[^"]*"', b"", content.translate(None, NOT_STRUCTURE)), np.uint8)
+    opening, closing = (marks == ord("[")) | (marks == ord("{")), (marks == ord("]")) | (marks == ord("}"))
+    return int(np.cumsum(opening.view(np.int8) - closing.view(np.int8), dtype=np.int32).max(initial=0))

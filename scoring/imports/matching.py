@@ -15,6 +15,9 @@ from weighted_mtp.schemas.shard_set.shards import list_lengths
 from weighted_mtp.scoring.imports.score_rows import ScoreRows
 from weighted_mtp.scoring.imports.sources import quoted
 
+MOST_START = 1 << 62
+"""Largest start of a sequence in its document, for sums in int64."""
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -42,8 +45,10 @@ def list_sequences(source: ShardSet) -> pl.DataFrame:
     """`document_id`, `start` and `length` in tokens of all sequences of a set.
 
     Raises:
-        UserError: a shard is damaged, or two sequences have the same id and start.
+        UserError: a shard is damaged, there is no sequence, two have the same id and start, or a start is impossible.
     """
+    if not source.manifest.rows:
+        raise UserError(f"{source.path}: has no sequences, so scores cannot be matched; choose another set")
     parts = []
     for shard in range(len(source.manifest.shards)):
         table = source.read(shard, ["document_id", "start", "input_ids"])
@@ -55,6 +60,12 @@ def list_sequences(source: ShardSet) -> pl.DataFrame:
         raise UserError(
             f"{source.path}: has document {quoted(twice['document_id'][0])} twice, so scores cannot be matched; "
             "prepare the corpus with distinct ids"
+        )
+    impossible = sequences.filter(~pl.col("start").is_between(0, MOST_START))
+    for document, start, _ in impossible.head(1).iter_rows():
+        raise UserError(
+            f"{source.path}: a sequence of document {quoted(document)} starts at token {start:,}, which is impossible; "
+            "prepare the corpus again"
         )
     return sequences
 

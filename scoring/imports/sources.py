@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from weighted_mtp.schemas.configs.common import check_identifier, is_reserved
+from weighted_mtp.schemas.configs.common import MOST_NAME, check_identifier, is_reserved
 from weighted_mtp.schemas.errors import UserError, first_line
 
 Kind = Literal["score", "number", "label"]
@@ -24,6 +24,8 @@ BATCH_ROWS = 256
 SHOWN = 60
 """Most characters of an id or a name in a message."""
 SHOWN_REASON = 200
+MOST_COLUMNS = 1000
+"""Most columns of one import."""
 
 
 class RowBatch(NamedTuple):
@@ -93,26 +95,40 @@ def choose_columns(sources: Sequence[ScoreSource], wanted: Sequence[str]) -> dic
         wanted: names given by the user; none means all columns except the unnamed index of pandas.
 
     Raises:
-        UserError: a column is missing in a source, or its name or type cannot be used.
+        UserError: a column is missing in a source, its name or type cannot be used, or there are too many.
     """
-    names = list(wanted) or [name for name in sources[0].types if not is_key(name)]
+    names = dict.fromkeys(wanted or (name for name in sources[0].types if not is_key(name)))
     where = sources[0].name
     if not names:
         raise UserError(f"{where}: has no column besides document_id and start; add one with scores")
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{where}: has {len(names):,} columns to add; choose at most {MOST_COLUMNS:,} with --columns")
     for name in names:
         try:
             check_identifier(name)
         except ValueError:
             raise UserError(
-                f"{where}: {quoted(name)} cannot be a column name; rename it, or choose other columns"
+                f"{where}: {quoted(name)} cannot be a column name (at most {MOST_NAME} letters, digits and "
+                "underscores); rename it, or choose other columns"
             ) from None
         if is_reserved(name):
             raise UserError(f"{where}: column '{name}' is reserved by wmtp; rename it, or choose other columns")
     for source in sources:
         source.type_of("document_id")
-        if extra := [name for name in source.types if name not in names and not is_key(name)] if not wanted else []:
-            raise UserError(f"{source.name}: has a column {quoted(extra[0])} that {where} lacks; choose the columns")
+        if not wanted:
+            check_same_columns(sources[0], source)
     return {name: kind_of_column(name, sources) for name in names}
+
+
+def check_same_columns(one: ScoreSource, other: ScoreSource) -> None:
+    """Raise UserError unless two sources have the same columns besides keys."""
+    for holder, lacking in ((one, other), (other, one)):
+        for name in holder.types:
+            if name not in lacking.types and not is_key(name):
+                raise UserError(
+                    f"{holder.name}: has a column {quoted(name)} that {lacking.name} lacks; import one file after the "
+                    "other, or choose columns that all files have"
+                )
 
 
 def is_key(name: str) -> bool:
@@ -138,8 +154,13 @@ def kind_of_column(name: str, sources: Sequence[ScoreSource]) -> Kind:
                 "string in each row; convert it, or choose other columns"
             )
         kinds.setdefault(kind, source.name)
-    if len(kinds) != 1:
-        what = " and ".join(f"a {kind} in {place}" for kind, place in kinds.items()) or "no value in its first rows"
+    if not kinds:
+        raise UserError(
+            f"{sources[0].name}: column '{name}' has no value in the first rows; move a row with one to the start, or "
+            "choose other columns"
+        )
+    if len(kinds) > 1:
+        what = " and ".join(f"a {kind} in {place}" for kind, place in kinds.items())
         raise UserError(f"{sources[0].name}: column '{name}' is {what}; convert it, or choose other columns")
     return next(iter(kinds))
 

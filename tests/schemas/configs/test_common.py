@@ -48,6 +48,12 @@ def test_what_is_no_name_of_a_column(name: str) -> None:
         check_identifier(name)
 
 
+def test_names_of_columns_are_short() -> None:
+    check_identifier("a" * 200)
+    with pytest.raises(ValueError, match=r"'a{20}\.\.\.' is too long for a column name; use at most 200 characters"):
+        check_identifier("a" * 201)
+
+
 @pytest.mark.parametrize("name", [*RESERVED, "class", "in", "None"])
 def test_reserved_names(name: str) -> None:
     assert is_reserved(name)

@@ -13,7 +13,7 @@ from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.imports import json_lines
-from weighted_mtp.scoring.imports.json_lines import read_lines
+from weighted_mtp.scoring.imports.json_lines import Lines, depth, parse_lines, read_lines
 from weighted_mtp.scoring.imports.score_files import open_score_file
 from weighted_mtp.scoring.imports.score_rows import ScoreRows, read_rows
 
@@ -87,3 +87,56 @@ def test_a_line_of_any_length_is_not_held(
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(ROWS[0] + b"\n" + line(1 << 20)))
     with pytest.raises(UserError, match=r"cannot be read \(row [23]: has more than 1,000 bytes\)"):
         read(tmp_path / "a.jsonl.gz")
+
+
+def test_blank_lines_without_end_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "MOST_BLANK_BYTES", len(ROWS[0]))
+    content = b"".join(row + b"\n" * len(row) for row in ROWS)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(content))
+    np.testing.assert_array_equal(read(tmp_path / "a.jsonl.zst").lists["x"].values, VALUES)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(content + b"\n" * 1000))
+    with pytest.raises(UserError, match=r"row \d+: more than \d+ bytes of blank lines"):
+        read(tmp_path / "a.jsonl.zst")
+
+
+TYPES = pa.schema([("document_id", pa.string()), ("start", pa.int64()), ("x", pa.list_(pa.float64()))])
+
+
+@pytest.mark.parametrize("position", [0, 4, 9])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (ROWS[0] + b"garbage", "JSON parse error: Invalid value"),
+        (ROWS[0] + ROWS[1], "not one object in each line"),
+        (b'{"document_id": "a", "x": [1],}', "JSON parse error: Missing a name for object member"),
+        (b'{"document_id": "a", "x": [1, 2', "JSON parse error: Missing a comma"),
+        (b'{"document_id": "a", "start": 1.5}', "Failed to convert JSON to int64"),
+        (b'{"document_id": "\xff", "x": [1]}', "is not in UTF-8"),
+        (b'{"document_id": "a", "x": ' + b"[" * 100_000, "lists and objects are nested more than 256 deep"),
+        (b'{"a": ' * 100_000, "lists and objects are nested more than 256 deep"),
+        (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "lists and objects are nested more than 256 deep"),
+    ],
+)
+def test_a_damaged_line_is_named(line: bytes, reason: str, position: int) -> None:
+    lines = [row + b"\n" for row in (*ROWS[:position], line, *ROWS[position:])]
+    with pytest.raises(ValueError, match=f"row {2 * position + 1}: {reason}"):
+        parse_lines(Lines(np.arange(0, 20, 2), lines), TYPES, "error")
+
+
+def test_nesting_over_several_lines() -> None:
+    with pytest.raises(ValueError, match="row 1: JSON parse error"):
+        parse_lines(Lines(np.arange(1000), [b'{"a": ' * 200 + b"\n"] * 1000))
+
+
+def test_brackets_in_texts_are_not_nested() -> None:
+    text = "[{" * 1000 + '"\\' + "[" * 1000
+    content = json.dumps({"document_id": text, "x": [1, 2], text: 'a\\"'}).encode()
+    assert depth(content) == 2
+    assert parse_lines(Lines(np.arange(2), [content + b"\n"] * 2))["document_id"].to_pylist() == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(b"", 0), (b"1", 0), (b"[][]", 1), (b'{"[": [{}, []]}', 3), (b'{"\\"[": "\\\\"}', 1)]
+)
+def test_depth(content: bytes, expected: int) -> None:
+    assert depth(content) == expected

@@ -36,3 +36,12 @@ def test_rows_in_any_order_and_missing_ones(make_shard_set: Callable[..., ShardS
     assert matches.missing == 1
     with pytest.raises(UserError, match=r"a\.jsonl: row 2 \(document 'doc-1'\): has a list of 2"):
         match_rows(source, score_rows(["doc-2", "doc-1"], [3, 2]))
+
+
+def test_a_set_without_sequences_and_one_with_impossible_starts(make_shard_set: Callable[..., ShardSet]) -> None:
+    source = make_shard_set([[1, 2], [3, 4]], document_starts=[0, (1 << 63) - 1])
+    empty = ShardSet(source.path, source.manifest.model_copy(update={"shards": []}))
+    with pytest.raises(UserError, match="has no sequences, so scores cannot be matched"):
+        match_rows(empty, score_rows(["doc-0"], [2]))
+    with pytest.raises(UserError, match=r"sequence of document 'doc-1' starts at token 9,223,372,036,854,775,807"):
+        match_rows(source, score_rows(["doc-0"], [2]))

@@ -43,9 +43,23 @@ def test_all_sources_need_the_same_columns_of_the_same_kinds() -> None:
     with pytest.raises(UserError, match="a: column 'x' is a number in a and a label in b; convert it"):
         choose_columns([source("a", x=pa.int8()), source("b", x=pa.string())], ())
     with pytest.raises(UserError, match="b: has no column 'x'; add it"):
-        choose_columns([source("a", x=pa.int8()), source("b")], ())
-    with pytest.raises(UserError, match="c: column 'x' is no value in its first rows"):
+        choose_columns([source("a", x=pa.int8()), source("b")], ("x",))
+    more, fewer = source("a", x=pa.int8(), y=pa.int8()), source("b", x=pa.int8())
+    for pair in ([more, fewer], [fewer, more]):
+        with pytest.raises(UserError, match="a: has a column 'y' that b lacks; import one file after the other"):
+            choose_columns(pair, ())
+    with pytest.raises(UserError, match="c: column 'x' has no value in the first rows; move a row with one"):
         choose_columns([nothing], ())
+
+
+def test_names_and_number_of_columns_are_bounded() -> None:
+    assert choose_columns([source("a", **{"x" * 200: pa.int8()})], ()) == {"x" * 200: "number"}
+    with pytest.raises(UserError, match=r"'xxx.*\.\.\.' cannot be a column name \(at most 200 letters"):
+        choose_columns([source("a", **{"x" * 201: pa.int8()})], ())
+    many = source("a", **{f"x{n}": pa.int8() for n in range(1001)})
+    with pytest.raises(UserError, match="a: has 1,001 columns to add; choose at most 1,000 with --columns"):
+        choose_columns([many], ())
+    assert choose_columns([many], ("x7", "x7")) == {"x7": "number"}
 
 
 def test_the_unnamed_index_of_pandas_is_no_column() -> None:
