@@ -12,9 +12,7 @@ from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 class PrepareConfig(Config):
     """Turn a corpus into token shards."""
 
-    input: Annotated[NameSetting, Field(min_length=1)] = Field(
-        description="file, directory, glob, or Hugging Face dataset id"
-    )
+    input: NameSetting = Field(description="file, directory, glob, or Hugging Face dataset id")
     tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
     output: LocationSetting = Field(description="directory of the new shard set")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(

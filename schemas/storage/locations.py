@@ -28,8 +28,9 @@ def locate(name: Any) -> UPath:
     """The location of a path or address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        ValueError: the protocol is unknown, or its package is not installed.
+        ValueError: the name is empty, the protocol is unknown, or its package is not installed.
     """
+    _check_not_empty(name)
     try:
         location = UPath(name)
     except ValueError as error:
@@ -64,7 +65,13 @@ def is_missing_directory(name: str | Path) -> bool:
     return is_path and not Path(name).is_dir()
 
 
+def _check_not_empty(name: Any) -> None:
+    if name == "":
+        raise ValueError("should not be empty")
+
+
 def _check_name(name: str) -> str:
+    _check_not_empty(name)
     if is_address(name):
         locate(name)
     return name

@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import chain, islice
 from typing import Any
 
@@ -80,8 +81,8 @@ class MappingRows(RowsInMemory):
                 )
 
     def _convert(self, number: int, name: str, value: Any, convert: Callable[[Any], Any]) -> Any:
+        value = plain_value(self.place(number), name, value)
         try:
-            value = plain(value)
             return None if value is None else convert(value)
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.place(number)}: '{name}' {first_line(error)}; correct it") from error
@@ -95,28 +96,39 @@ def open_rows(rows: Any, columns: Sequence[str]) -> RowsInMemory:
         columns: names given by the user; none means all columns.
 
     Raises:
-        UserError: `rows` is neither, or a value in its first rows cannot be imported.
+        UserError: `rows` is neither, has no rows, or a value in its first rows cannot be imported.
     """
     if hasattr(rows, "__arrow_c_stream__"):
         with damage_reported(NAME):
-            reader = pa.RecordBatchReader.from_stream(rows)
+            try:
+                reader = pa.RecordBatchReader.from_stream(rows)
+            except pa.ArrowInvalid as error:  # one column, such as a Series
+                raise wrong_type(rows) from error
             names = reader.schema.names
             if len(set(names)) < len(names):
                 raise ValueError("two columns have the same name")
         return ArrowRows(NAME, dict(zip(names, reader.schema.types, strict=True)), reader)
     if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
-        raise UserError(
-            f"{NAME}: is of type {type(rows).__name__}; give a table of pyarrow, polars, pandas or DuckDB, or an "
-            "iterable of dicts with 'document_id' and scores"
-        )
+        raise wrong_type(rows)
     checked = check_rows(rows)
     head = list(islice(checked, BATCH_ROWS))
+    if not head:
+        raise UserError(f"{NAME}: has no rows; give at least one")
     types: dict[str, pa.DataType] = {}
     for number, row in enumerate(head):
         for name, value in row.items():
             if (not columns or name in (*KEYS, *columns)) and pa.types.is_null(types.get(name, pa.null())):
-                types[name] = type_of_value(f"{NAME}[{number}]", name, plain(value))
+                place = f"{NAME}[{number}]"
+                types[name] = type_of_value(place, name, plain_value(place, name, value))
     return MappingRows(NAME, types, chain(head, checked), exact=not columns)
+
+
+def wrong_type(rows: Any) -> UserError:
+    """The error for an object that holds no rows."""
+    return UserError(
+        f"{NAME}: is of type {type(rows).__name__}; give a table of pyarrow, polars, pandas or DuckDB, or an iterable "
+        "of dicts with 'document_id' and scores"
+    )
 
 
 def check_rows(rows: Iterable[Any]) -> Iterator[Row]:
@@ -149,12 +161,26 @@ def type_of_value(place: str, name: Any, value: Any) -> pa.DataType:
         return pa.list_(pa.float64())
     if isinstance(value, str):
         return pa.string()
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool):
         return pa.float64()
     raise UserError(
         f"{place}: '{name}' is of type {type(value).__name__}, not a list of numbers, a number or a string; "
         "convert it, or choose other columns"
     )
+
+
+def plain_value(place: str, name: Any, value: Any) -> Any:
+    """`plain` of the value of a field.
+
+    Raises:
+        UserError: it is a tensor that has no form as an array, for instance sparse or without data.
+    """
+    try:
+        return plain(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{place}: {quoted(str(name))} cannot be read as an array ({quoted(first_line(error))}); convert it"
+        ) from error
 
 
 def plain(value: Any) -> Any:
@@ -177,8 +203,11 @@ def to_list(value: Any) -> np.ndarray:
     Raises:
         ValueError: it is no list or array of numbers with one dimension; what it is.
     """
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype == object:
+        value = value.tolist()
     if isinstance(value, list | tuple):
-        return np.array([math.nan if entry is None else to_number(entry, "has a value") for entry in value], np.float64)
+        entries = (entry if isinstance(entry, float) else plain(entry) for entry in value)
+        return np.array([math.nan if entry is None else to_number(entry, "has a value") for entry in entries])
     if not isinstance(value, np.ndarray):
         raise ValueError(f"is of type {type(value).__name__}, not a list of numbers")
     if value.ndim != 1:
@@ -194,7 +223,7 @@ def to_number(value: Any, what: str = "is") -> float:
     Raises:
         ValueError: it is none; what it is.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
         raise ValueError(f"{what} of type {type(value).__name__}, not a number")
     try:
         return float(value)

@@ -102,6 +102,8 @@ def add_columns(
     output = locate(output)
     source = open_source(input, output)
     wanted = [columns] if isinstance(columns, str) else columns
+    if not (isinstance(wanted, Sequence) and all(isinstance(name, str) for name in wanted)):
+        raise UserError("columns: should be a list of names")
     opened = open_rows(rows, wanted)
     added = read_columns(source, [opened], choose_new([opened], wanted, source))
     digests = added.digests()

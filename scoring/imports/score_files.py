@@ -14,7 +14,15 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
 from weighted_mtp.scoring.imports.json_lines import COMPRESSED, parse_lines, read_lines
-from weighted_mtp.scoring.imports.sources import BATCH_ROWS, KEYS, Kind, RowBatch, ScoreSource, damage_reported
+from weighted_mtp.scoring.imports.sources import (
+    BATCH_ROWS,
+    KEYS,
+    ColumnSize,
+    Kind,
+    RowBatch,
+    ScoreSource,
+    damage_reported,
+)
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 JSON_TYPES: dict[Kind, pa.DataType] = {"score": pa.list_(pa.float64()), "number": pa.float64(), "label": pa.string()}
@@ -91,11 +99,29 @@ def open_score_file(path: Location) -> ScoreFile:
 class ParquetFile(ScoreFile):
     """A Parquet file."""
 
+    def sizes(self) -> Mapping[str, ColumnSize]:
+        """Sizes of all columns, from the metadata."""
+        sizes: dict[str, ColumnSize] = {}
+        with damage_reported(self.name), self.path.open("rb") as source:
+            metadata = pq.read_metadata(source)
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for chunk in map(group.column, range(group.num_columns)):
+                    name = chunk.path_in_schema.split(".")[0]
+                    values, size = sizes.get(name, (0, 0))
+                    sizes[name] = ColumnSize(values + chunk.num_values, size + chunk.total_uncompressed_size)
+        return sizes
+
     def batches(self, kinds: Mapping[str, Kind]) -> Iterator[RowBatch]:
         """Batches of at most `BATCH_ROWS` rows."""
         names = [name for name in (*KEYS, *kinds) if name in self.types]
+        # A dictionary of long strings stays small; its values in each row would not.
+        texts = [name for name in names if name == "document_id" or kinds.get(name) == "label"]
         first = 0
-        with damage_reported(self.name), self.path.open("rb") as source, pq.ParquetFile(source) as file:
+        with (
+            damage_reported(self.name),
+            self.path.open("rb") as source,
+            pq.ParquetFile(source, read_dictionary=texts) as file,
+        ):
             for batch in file.iter_batches(BATCH_ROWS, columns=names):
                 yield RowBatch(np.arange(first, first + batch.num_rows), pa.Table.from_batches([batch]))
                 first += batch.num_rows

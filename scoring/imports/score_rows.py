@@ -20,6 +20,8 @@ EXCESS_NUMBERS = 1 << 20
 """Reading stops at this many numbers of a column, or rows, more than twice the tokens of the set."""
 TEXT_BYTES = 64
 """Most bytes of ids, or of labels of a column, for each number that a column of scores may have."""
+MOST_TEXT = 1 << 16
+"""Most bytes of an id or a label."""
 
 
 @dataclass
@@ -71,6 +73,7 @@ def read_rows(sources: Sequence[ScoreSource], kinds: Mapping[str, Kind], tokens:
     """
     collected = Collected(sources, kinds, 2 * tokens + EXCESS_NUMBERS)
     for index, source in enumerate(sources):
+        collected.check_sizes(index)
         for batch in source.batches(kinds):
             with damage_reported(source.name):
                 batch.table.validate(full=True)
@@ -89,6 +92,19 @@ class Collected:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     sizes: Counter[str] = field(default_factory=Counter)
     """Numbers of each column of scores, bytes of ids and labels, and rows under the empty name."""
+
+    def check_sizes(self, source: int) -> None:
+        """Check what the source with this index says of its sizes, before its rows are read.
+
+        Raises:
+            UserError: a column is too large.
+        """
+        sizes = self.sources[source].sizes()
+        for name in ("document_id", *self.kinds):
+            if name in sizes and (
+                sizes[name].values > 2 * self.most_numbers or sizes[name].bytes > TEXT_BYTES * self.most_numbers
+            ):
+                raise self._too_large(source, name)
 
     def add(self, source: int, batch: RowBatch) -> None:
         """Add a batch of rows of the source with this index.
@@ -174,20 +190,29 @@ class Collected:
     def _count(self, source: int, name: str, size: int, most: int) -> None:
         self.sizes[name] += size
         if self.sizes[name] > most:
-            what = f"'{name}' is much larger" if name else "has many more rows"
-            raise UserError(
-                f"{self.sources[source].name}: {what} than the set allows; check that the scores are of this corpus"
-            )
+            raise self._too_large(source, name)
+
+    def _too_large(self, source: int, name: str) -> UserError:
+        what = f"'{name}' is much larger" if name else "has many more rows"
+        return UserError(
+            f"{self.sources[source].name}: {what} than the set allows; check that the scores are of this corpus"
+        )
 
 
 def decode(column: pa.Array) -> pa.Array:
-    """A column without dictionary."""
-    if not pa.types.is_dictionary(column.type):
-        return column
-    values = column.dictionary
+    """A column without dictionary.
+
+    Raises:
+        ValueError: a string is longer than `MOST_TEXT`.
+    """
+    values = column.dictionary if pa.types.is_dictionary(column.type) else column
     if pa.types.is_string_view(values.type):
-        values = values.cast(pa.large_string())  # Arrow cannot take from views
-    return values.take(column.indices)
+        values = values.cast(pa.large_string())  # Arrow can neither measure nor take from views
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        longest = pc.max(pc.binary_length(values)).as_py() or 0
+        if longest > MOST_TEXT:
+            raise ValueError(f"an id or a label has {longest:,} bytes, more than {MOST_TEXT:,}")
+    return values.take(column.indices) if pa.types.is_dictionary(column.type) else values
 
 
 def numbers_of(column: pa.Array) -> np.ndarray:

@@ -35,6 +35,13 @@ class RowBatch(NamedTuple):
     table: pa.Table
 
 
+class ColumnSize(NamedTuple):
+    """Size of a column: its values, with one for an empty or missing list, and its bytes as encoded."""
+
+    values: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class ScoreSource(ABC):
     """A source of score rows.
@@ -60,6 +67,14 @@ class ScoreSource(ABC):
     def place(self, number: int) -> str:
         """The place of a row, for messages."""
         return f"{self.name}: row {number + 1:,}"
+
+    def sizes(self) -> Mapping[str, ColumnSize]:
+        """Sizes of columns by name, where the source knows them before its rows are read.
+
+        Raises:
+            UserError: the source is damaged.
+        """
+        return {}
 
     @abstractmethod
     def batches(self, kinds: Mapping[str, Kind]) -> Iterator[RowBatch]:

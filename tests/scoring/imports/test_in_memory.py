@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "numpy": numpy_values,
     "torch": tensor_values,
     "tuples": lists_as(tuple),
+    "decimals": lists_as(lambda values: list(map(Decimal, values))),
+    "tensors of one number": lists_as(lambda values: list(torch.tensor(values, dtype=torch.float64))),
+    "arrays of objects": lists_as(lambda values: np.array(values, object)),
     "polars series": lists_as(pl.Series),
     "without null": lambda: [{key: value for key, value in row.items() if value is not None} for row in ROWS],
 }
@@ -261,7 +265,7 @@ def one(value: object, **more: object) -> list[dict[str, Any]]:
         (one([[1], [2]]), r"^rows\[1\]: 'x' has a value of type list, not a number"),
         (one([1, 1j]), r"^rows\[1\]: 'x' has a value of type complex, not a number"),
         (one(np.array([True, False])), r"^rows\[1\]: 'x' is an array of bool, not of numbers"),
-        (one(np.array([1, None])), r"^rows\[1\]: 'x' is an array of object, not of numbers"),
+        (one(np.array(["a", None])), r"^rows\[1\]: 'x' has a value of type str, not a number"),
         (one(np.zeros((2, 1))), r"^rows\[1\]: 'x' has 2 dimensions, not 1"),
         (one(torch.zeros(1, 2)), r"^rows\[1\]: 'x' has 2 dimensions, not 1"),
         (one("text"), r"^rows\[1\]: 'x' is of type str, not a list of numbers"),
@@ -288,12 +292,15 @@ def one(value: object, **more: object) -> list[dict[str, Any]]:
         ([{"document_id": f"doc-{n}", "x": "ab"[n]} for n in (0, 1)] * 2, r"^rows\[2\] .*an earlier row"),
         ([{"x": [1, 2, 3]}], "^rows: has no column 'document_id'; add it"),
         ([{"document_id": "doc-0"}], "^rows: has no column besides"),
-        ([], "^rows: has no column besides"),
+        ([], "^rows: has no rows; give at least one"),
         ([[1, 2]], r"^rows\[0\]: is of type list; give a dict"),
         ({"document_id": ["doc-0"], "x": [[1, 2, 3]]}, "^rows: is of type dict; give a table of pyarrow"),
         ("rows.jsonl", "^rows: is of type str; give a table"),
         (pl.LazyFrame({"document_id": ["doc-0"]}), "^rows: is of type LazyFrame; give a table"),
-        (pl.Series([1]), "^rows: cannot be read"),
+        (pl.Series([1]), "^rows: is of type Series; give a table"),
+        (one(torch.ones(2).to_sparse()), r"^rows\[1\]: 'x' cannot be read as an array .*Sparse layout.*; convert it"),
+        (one(torch.ones(2, device="meta")), r"^rows\[1\]: 'x' cannot be read as an array .*no data!'\); convert it"),
+        (one([1, [2]]), r"^rows\[1\]: 'x' has a value of type list, not a number; correct it"),
         (pa.table({"document_id": ["doc-0"], "x": [True]}), "^rows: column 'x' holds 'bool', not a list of numbers"),
         (pa.table({"document_id": ["doc-0"], "x": [[math.inf, 0, 0]]}), r"^rows\[0\]: 'x' has a value that is inf"),
         (pa.table({"document_id": [None], "x": [1.0]}), r"^rows\[0\]: has no document_id"),
@@ -308,3 +315,9 @@ def test_rows_that_cannot_be_imported(source: ShardSet, tmp_path: Path, rows: ob
         add_columns(source, tmp_path / "output", rows)
     assert str(caught.value).isprintable()
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("columns", [5, [5], None])
+def test_columns_are_names(source: ShardSet, tmp_path: Path, columns: Any) -> None:
+    with pytest.raises(UserError, match=r"^columns: should be a list of names"):
+        add_columns(source, tmp_path / "output", ROWS, columns)
