@@ -209,6 +209,7 @@ def test_memory_that_runs_out_lowers_the_batch(score, log, capfd):
     )
 
 
+@pytest.mark.slow
 def test_memory_that_never_suffices_stops_the_run(score, monkeypatch):
     monkeypatch.setattr(retry_policy, "MIN_BATCH_TOKENS", 3000)
     with pytest.raises(UserError, match=r"out of memory even with 4000 tokens at once \(RuntimeError: CUDA out of"):

@@ -104,6 +104,7 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     assert not list((cache / "runs").iterdir())
 
 
+@pytest.mark.slow
 def test_a_finished_run_continues_on_another_machine(
     config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
