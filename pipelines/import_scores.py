@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from weighted_mtp.pipelines.reports.column_sizes import size_cells
-from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
@@ -51,6 +51,6 @@ def print_summary(shards: ShardSet, source: ShardSet, missing: int) -> None:
     console.print(table)
     console.print(f"{manifest.tokens:,} tokens in {manifest.rows:,} sequences, {missing:,} of them without scores")
     if new:
-        console.print(f"next: wmtp weights {shards.path} --weights.formula {new[0]}")
+        console.print(shell_command("next: wmtp weights {} --weights.formula {}", shards.path, new[0]))
     else:
-        console.print(f"next: wmtp inspect {shards.path}")
+        console.print(shell_command("next: wmtp inspect {}", shards.path))

@@ -4,7 +4,7 @@ import time
 
 from rich.table import Table
 
-from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
@@ -58,4 +58,4 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
     table.add_row("time", f"{seconds:,.1f} s, {counts.tokens / seconds:,.0f} tokens/s")
     console = new_console()
     console.print(table)
-    console.print(f"next: wmtp score --input {prepared.path} --output SCORED --reference MODEL")
+    console.print(shell_command("next: wmtp score --input {} --output SCORED --reference MODEL", prepared.path))

@@ -1,5 +1,6 @@
 """The console for output of the commands."""
 
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,3 +33,8 @@ def new_console(*, soft_wrap: bool = True, **settings: Any) -> Console:
     if not console.is_terminal:
         console.width = WIDTH
     return console
+
+
+def shell_command(template: str, *arguments: object) -> str:
+    """A command for the user to copy: `template` with its `{}` replaced by the arguments, quoted for a shell."""
+    return template.format(*(shlex.quote(str(argument)) for argument in arguments))

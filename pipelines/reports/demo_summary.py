@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.console import new_console, shell_command
 
 
 def print_results(root: Path, results: dict[str, dict[str, Any]], offsets: Sequence[int], seconds: float) -> None:
@@ -28,14 +28,15 @@ def print_results(root: Path, results: dict[str, dict[str, Any]], offsets: Seque
         "(negative is better; one seed)"
     )
     console.print(f"all files are in {root}; this run took {seconds:.0f} s\n")
-    console.print(
-        "try next:\n"
-        f"  wmtp inspect {root / 'scored'} --column excess_loss\n"
-        f"  wmtp verify {root / 'scored'}\n"
-        f"  wmtp evaluate --model {root / 'models' / 'static-rho-1'} --input {root / 'tokens' / 'held-out'}\n"
-        f"  wmtp train --input {root / 'scored'} --model {root / 'models' / 'base' / 'model'} --output runs/mine "
-        "--sequence_length 256 --max_steps 100 --weights.preset soft-threshold"
-    )
+    scored, models = root / "scored", root / "models"
+    console.print("try next:")
+    console.print(shell_command("  wmtp inspect {} --column excess_loss", scored))
+    console.print(shell_command("  wmtp verify {}", scored))
+    held_out = root / "tokens" / "held-out"
+    console.print(shell_command("  wmtp evaluate --model {} --input {}", models / "static-rho-1", held_out))
+    settings = "--sequence_length 256 --max_steps 100 --weights.preset soft-threshold"
+    command = f"  wmtp train --input {{}} --model {{}} --output runs/mine {settings}"
+    console.print(shell_command(command, scored, models / "base" / "model"))
 
 
 def results_table(results: dict[str, dict[str, Any]], offsets: Sequence[int]) -> Table:

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.training.run.directory import without_nan
@@ -50,4 +50,4 @@ def print_rounds(rounds: list[dict[str, Any]]) -> None:
         )
     console = new_console()
     console.print(table)
-    console.print(f"next: wmtp evaluate --model {rounds[-1]['run']} --input SET")
+    console.print(shell_command("next: wmtp evaluate --model {} --input SET", rounds[-1]["run"]))

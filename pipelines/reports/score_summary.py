@@ -6,7 +6,7 @@ import polars as pl
 from rich.table import Table
 
 from weighted_mtp.pipelines.reports.column_sizes import size_cells
-from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
 from weighted_mtp.schemas.storage.locations import Location
@@ -65,7 +65,8 @@ def print_summary(shards: ShardSet, scored: Scored) -> None:
         for line in frequent_reasons(shards.path / REJECTS):
             console.print(f"    {line}")
     preset = next((SUGGESTED_PRESETS[name] for name in manifest.columns if name in SUGGESTED_PRESETS), "uniform")
-    console.print(f"next: wmtp train --input {shards.path} --model MODEL --output RUN --weights.preset {preset}")
+    command = "next: wmtp train --input {} --model MODEL --output RUN --weights.preset {}"
+    console.print(shell_command(command, shards.path, preset))
 
 
 def readable_hours(hours: float) -> str:

@@ -1,12 +1,14 @@
 """The console that commands print to."""
 
 import io
+import shlex
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
-from weighted_mtp.pipelines.reports.console import WIDTH, new_console
+from weighted_mtp.pipelines.reports.console import WIDTH, new_console, shell_command
 
 
 def test_text_is_printed_literally_and_never_wrapped() -> None:
@@ -33,3 +35,10 @@ def test_foreign_text_does_not_control_the_terminal(capsys: pytest.CaptureFixtur
     assert not {"\x07", "\x9b", "\u202e"} & set(printed)
     assert "\\x1b[31m" in printed
     assert "\x1b[3m" in printed, "styles work"
+
+
+def test_commands_can_be_copied_into_a_shell() -> None:
+    paths = [Path("a b/$HOME"), "it's", "plain-1.0/x"]
+    command = shell_command("next: wmtp train --input {} --model {} {}", *paths)
+    assert command == "next: wmtp train --input 'a b/$HOME' --model 'it'\"'\"'s' plain-1.0/x"
+    assert shlex.split(command)[3:] == ["--input", "a b/$HOME", "--model", "it's", "plain-1.0/x"]
