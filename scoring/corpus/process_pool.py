@@ -54,7 +54,10 @@ def map_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError("a tokenizer process died, most likely out of memory; rerun with fewer --workers") from error
+        raise UserError(
+            "a tokenizer process died; rerun with fewer --workers if memory ran out, and in a script call it under "
+            "if __name__ == '__main__'"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
