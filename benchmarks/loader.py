@@ -39,6 +39,7 @@ from weighted_mtp.schemas.shard_set.shards import list_column, shard_name, write
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import DATA, TOKENIZER
+from weighted_mtp.training.data.held_out import HeldOutRows
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.data.packing import split_long
 from weighted_mtp.training.rows import Rows
@@ -138,11 +139,11 @@ def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> Shard
     return finish_shard_set(path, manifest, counts)
 
 
-def make_loader(shards: ShardSet, preset: str, sequence_length: int = LENGTH) -> RowLoader:
+def make_loader(shards: ShardSet, preset: str) -> RowLoader:
     """The loader, as in `wmtp train`."""
     zipped = ZippedSets((shards,))
     config = WeightsConfig(preset=preset, column=None if preset == "uniform" else COLUMN)
-    return RowLoader(zipped, make_weighting(config, zipped), sequence_length)
+    return RowLoader(zipped, make_weighting(config, zipped), LENGTH)
 
 
 def read_loader(shards: ShardSet, preset: str) -> int:
@@ -203,10 +204,10 @@ def throughput(shards: ShardSet, rounds: int) -> Table:
 
 
 def packing(shards: ShardSet) -> Table:
-    """Share of tokens that are not padding in the first epoch, for several row lengths."""
+    """Share of tokens that are not padding in one pass over the set, for several row lengths."""
     table = Table("tokens per row", "rows", "not padding", title="packing")
     for length in (512, LENGTH, 8192, 32768):
-        parts = list(make_loader(shards, "uniform", length).once(1024))
+        parts = list(HeldOutRows(shards, length).batches(1024))
         rows = sum(len(part.tokens) for part in parts)
         tokens = sum(int(part.tokens.sum()) for part in parts)
         table.add_row(f"{length:,}", f"{rows:,}", f"{tokens / rows / length:.2%}")

@@ -52,7 +52,7 @@ def run(config: WeightsReportConfig) -> None:
     statistics, excerpts = weigh_row_groups(shards, weightings[0], groups, config)
     mixture = weigh_mixture(config, statistics, mixed, weightings[1:]) if mixed else None
     tokenizer = load_corpus_tokenizer(shards.first)
-    facts = describe(config, weightings[0], manifest, len(groups), statistics.tokens)
+    facts = describe(config, weightings[0], manifest, len(groups), statistics)
     show(build_report(facts, manifest, statistics, excerpts, tokenizer, mixture), config.html)
 
 
@@ -96,7 +96,7 @@ def weigh_mixture(
 
 
 def describe(
-    config: WeightsReportConfig, weighting: Weighting, manifest: Manifest, groups: int, tokens: int
+    config: WeightsReportConfig, weighting: Weighting, manifest: Manifest, groups: int, statistics: WeightStatistics
 ) -> dict[str, str]:
     """Facts about scheme and sample, for the top of the report."""
     total = sum(shard.row_groups for shard in manifest.shards)
@@ -116,7 +116,13 @@ def describe(
         facts["batch"] = "each row group is treated as a batch"
     if config.weights.control != "none":
         facts["control"] = config.weights.control
-    return facts | {"sample": f"{tokens:,} of {manifest.tokens:,} tokens{drawn}"}
+    by_silent = config.weights.formula is None and "silent" in PRESETS[config.weights.preset].settings
+    if statistics.silent and by_silent and not config.weights.silent:
+        facts["weight 0"] = (
+            "sequences without signal, such as documents no longer than the short context; "
+            "--weights.silent 1 gives weight 1"
+        )
+    return facts | {"sample": f"{statistics.tokens:,} of {manifest.tokens:,} tokens{drawn}"}
 
 
 def draw_groups(manifest: Manifest, max_tokens: int, seed: int) -> list[RowGroup]:

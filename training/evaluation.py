@@ -10,24 +10,32 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from weighted_mtp.schemas.configs import WeightsConfig
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
-from weighted_mtp.schemas.shard_set.zipped import ZippedSets
-from weighted_mtp.training.data.loader import RowLoader
-from weighted_mtp.training.model.head_sums import HeadSums
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.training.data.held_out import HeldOutRows
 from weighted_mtp.training.model.mtp_model import MTPModel
 from weighted_mtp.training.rows import Rows
 from weighted_mtp.training.sharding import reshard
-from weighted_mtp.training.weighting import make_weighting
 
 
 class HeadLoss(NamedTuple):
-    """Mean loss (nats per target) and top-1 accuracy of one of `HeadsConfig.predictions`, over `targets` tokens."""
+    """Results of one of `HeadsConfig.predictions` on a held-out set; means over no targets are NaN.
+
+    Attributes:
+        prediction: its name.
+        loss: mean loss, nats per target.
+        accuracy: share of the targets that are the most likely token.
+        targets: number of targets.
+        documents: number of documents with a target.
+        standard_error: of the loss, nats, as in `standard_error`.
+    """
 
     prediction: str
     loss: float
     accuracy: float
     targets: int
+    documents: int
+    standard_error: float
 
 
 def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,7 +48,7 @@ def to_device(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Ten
 def evaluate_model(
     accelerator: Accelerator,
     model: nn.Module,
-    shards: ZippedSets,
+    shards: ShardSet,
     *,
     sequence_length: int,
     batch_size: int,
@@ -49,52 +57,81 @@ def evaluate_model(
 ) -> list[HeadLoss]:
     """Unweighted losses of every prediction over a held-out set; each valid target counts once.
 
-    All processes share the work. Evaluation stops at the row that reaches `max_tokens` tokens, so that the result does
-    not depend on the batch size. `progress` makes the bar of tokens.
+    The targets are those of the first `max_tokens` tokens of the set in rows of `sequence_length` tokens, for any batch
+    size and number of processes. All processes share the work. `progress` makes the bar of tokens.
+
+    Raises:
+        UserError: the set has nothing to predict, or a shard is damaged.
     """
     unwrapped: MTPModel = accelerator.unwrap_model(model)
-    loader = RowLoader(shards, make_weighting(WeightsConfig(), shards), sequence_length, shuffle=False)
+    held_out = HeldOutRows(shards, sequence_length, max_tokens)
     predictions = unwrapped.heads_config.predictions
-    totals = HeadSums.zeros(len(predictions), accelerator.device, torch.float64)
+    documents: list[np.ndarray] = []
+    sums: list[np.ndarray] = []
     was_training = model.training
     model.eval()
     bar = progress(
-        total=min(shards.first.manifest.tokens, max_tokens or shards.first.manifest.tokens),
+        total=held_out.tokens,
         desc="evaluate",
         unit="tokens",
         unit_scale=True,
         leave=False,
         disable=not accelerator.is_main_process,
     )
-    batches = _limited(loader.once(batch_size), max_tokens)
     with bar:
+        batches = held_out.batches(batch_size)
         for rows, tokens in _distributed(batches, accelerator.num_processes, accelerator.process_index):
             with accelerator.autocast():
-                _, sums = unwrapped(*to_device(rows, accelerator.device))
-            for total, value in zip(totals, sums, strict=True):
-                total += value
+                _, found = unwrapped(*to_device(rows, accelerator.device), by_document=True)
+            row, column = np.nonzero(rows.position_ids == 0)
+            values = torch.stack([found.plain_loss, found.correct, found.selected])  # (3, P, N)
+            sums.append(values.cpu().numpy()[..., column < rows.tokens[row]])  # without padding
+            documents.append(np.concatenate(rows.sources))
             bar.update(tokens)
     reshard(unwrapped)
     model.train(was_training)
-    totals = HeadSums(*(accelerator.reduce(total, "sum") for total in totals))
-    columns = (totals.plain_loss.tolist(), totals.correct.tolist(), totals.selected.tolist())
-    return [
-        HeadLoss(prediction, loss / (count or math.nan), correct / (count or math.nan), int(count))
-        for prediction, loss, correct, count in zip(predictions, *columns, strict=True)
-    ]
+    totals = torch.zeros(3, len(predictions), held_out.documents, dtype=torch.float64)
+    totals.index_add_(-1, torch.from_numpy(np.concatenate(documents)), torch.from_numpy(np.concatenate(sums, -1)))
+    totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
+    return [_head_loss(prediction, *totals[:, head].numpy()) for head, prediction in enumerate(predictions)]
 
 
-def _limited(batches: Iterator[Rows], max_tokens: int | None) -> Iterator[Rows]:
-    """Yield as many rows as have `max_tokens` tokens together, whatever the size of the batches."""
-    seen = 0
-    for rows in batches:
-        before = seen + np.cumsum(rows.tokens) - rows.tokens
-        wanted = len(before) if max_tokens is None else int(np.searchsorted(before, max_tokens))
-        if wanted:
-            yield rows.take(slice(wanted))
-        if wanted < len(before):
-            return
-        seen += int(rows.tokens.sum())
+def _head_loss(prediction: str, losses: np.ndarray, correct: np.ndarray, targets: np.ndarray) -> HeadLoss:
+    """Results from sums (D,) of each document."""
+    count = targets.sum()
+    return HeadLoss(
+        prediction,
+        loss=float(losses.sum() / (count or math.nan)),
+        accuracy=float(correct.sum() / (count or math.nan)),
+        targets=int(count),
+        documents=int(np.count_nonzero(targets)),
+        standard_error=standard_error(losses, targets),
+    )
+
+
+def standard_error(losses: np.ndarray, targets: np.ndarray) -> float:
+    """Standard error of the mean loss of a target, if documents are independent samples and their targets are not.
+
+    With the mean loss m, and G documents d with losses of sum L_d over n_d > 0 targets, it is
+
+        sqrt(G / (G - 1) * sum over d of (L_d - m n_d)^2) / sum over d of n_d
+
+    These are the clustered standard errors of arXiv 2411.00640, with the factor G / (G - 1) of the ratio estimator
+    (Cochran, Sampling Techniques, 1977, section 2.11).
+
+    Args:
+        losses: (D,) sum of each document, nats.
+        targets: (D,) number of targets of each document; documents without targets do not count.
+
+    Returns:
+        Nats; NaN for fewer than two documents.
+    """
+    documents = np.count_nonzero(targets)
+    if documents < 2:
+        return math.nan
+    with np.errstate(invalid="ignore"):  # infinite losses
+        residuals = losses - losses.sum() / targets.sum() * targets
+    return float(np.sqrt(documents / (documents - 1) * (residuals @ residuals)) / targets.sum())
 
 
 def _distributed(batches: Iterator[Rows], processes: int, index: int) -> Iterator[tuple[Rows, int]]:

@@ -20,7 +20,8 @@ class Rows(NamedTuple):
         tokens: (B,) int64, tokens of each row without padding.
         silent: (B,) int64, number of documents of at least two tokens in which no target has weight (or all
             components).
-        sources: (B,) object, ascending shard numbers of each row's sequences; the loader's `files` maps them to paths.
+        sources: (B,) object, a number for each document of a row, in order, without padding: in training that of its
+            shard, which the loader's `files` maps to a path.
     """
 
     input_ids: np.ndarray

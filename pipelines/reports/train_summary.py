@@ -1,5 +1,6 @@
 """The final screen of `wmtp train`."""
 
+import math
 from typing import Any
 
 from rich.table import Table
@@ -33,14 +34,30 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
             table.add_row(name, f"{summary[counter]:,}")
     for part in config.heads.predictions:
         if f"eval_loss_{part}" in summary:
-            loss, accuracy = summary[f"eval_loss_{part}"], summary[f"eval_accuracy_{part}"]
-            table.add_row(f"held-out, {prediction_title(part)}", f"{loss:.4f} nats, {accuracy:.1%} right")
+            table.add_row(f"held-out, {prediction_title(part)}", held_out(summary, part))
+    if "eval_sequence_length" in summary:
+        table.add_row("held-out sequence length", f"{summary['eval_sequence_length']:,}")
     table.add_row("peak memory", f"{summary['memory_gib']:.2f} GiB")
     table.add_row("trunk (Hugging Face)", str(config.output / "model"))
     table.add_row("heads", str(config.output / "heads"))
     table.add_row("metrics", str(config.output / "metrics.jsonl"))
     table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
     new_console().print(table)
+
+
+def held_out(summary: dict[str, Any], part: str) -> str:
+    """Held-out results of an entry of `HeadsConfig.predictions`; earlier versions stored only loss and accuracy."""
+    loss, error, accuracy = (summary.get(f"eval_{name}_{part}") for name in ("loss", "standard_error", "accuracy"))
+    margin = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
+    text = f"{formatted(loss, '.4f')}{margin} nats, {formatted(accuracy, '.1%')} right"
+    if f"eval_targets_{part}" in summary:
+        text += f"; {summary[f'eval_targets_{part}']:,} targets in {summary[f'eval_documents_{part}']:,} documents"
+    return text
+
+
+def formatted(value: float | None, form: str) -> str:
+    """A number in a format; "-" for NaN, which is None in JSON."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def prediction_title(part: str) -> str:

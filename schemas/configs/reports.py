@@ -17,10 +17,13 @@ class EvaluateConfig(Config):
     input: LocationSetting = Field(description="held-out shard set")
     sequence_length: RowLength | None = Field(
         None,
-        description="tokens per packed row; default as in training, else the max_length of the shard set",
+        description="tokens per packed row, in which longer sequences are cut; default as in training, else the "
+        "max_length of the shard set",
     )
-    batch_size: Positive = Field(8, description="rows per forward pass")
-    max_tokens: Positive | None = Field(None, description="stop after this many tokens; default is all")
+    batch_size: Positive = Field(8, description="rows per forward pass; does not change what is evaluated")
+    max_tokens: Positive | None = Field(
+        None, description="number of tokens to evaluate, from the start of the set; default all"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute dtype; auto is bfloat16 on a GPU and float32 on a CPU"
     )

@@ -154,7 +154,9 @@ class TrainConfig(Config):
     )
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; by default only at the end")
-    eval_tokens: Positive | None = Field(None, description="evaluate on at most this many tokens; default all")
+    eval_tokens: Positive | None = Field(
+        None, description="number of tokens to evaluate, from the start of --eval_input; default all"
+    )
     checkpoint_every: Positive | None = Field(
         None, description="steps between checkpoints; default a tenth of all steps"
     )

@@ -19,7 +19,11 @@ else:
 class WeightsConfig(Config):
     """The map from score columns to one weight per target token: a preset, or a formula in the weight language."""
 
-    preset: PresetName = Field("uniform", description="weighting scheme; docs/weights.md has the formula of each")
+    preset: PresetName = Field(
+        "uniform",
+        description="weighting scheme; docs/weights.md has the formula of each. sparse, ppmi and npmi give weight 0 to "
+        "documents no longer than the short context, unless --weights.silent is 1",
+    )
     formula: str | None = Field(
         None,
         description="formula in the weight language instead of a preset, such as 'normalise(top(excess_loss, 0.6))'; "
@@ -43,7 +47,9 @@ class WeightsConfig(Config):
         None, description="ppmi, npmi: ratio of probabilities above which a token has weight; default 1"
     )
     silent: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="dense, sparse, ppmi, npmi: weight in sequences without signal; default 0"
+        None,
+        description="dense, sparse, ppmi, npmi: weight in sequences without signal, such as documents no longer than "
+        "the short context; default 0, 1 in the authors' code",
     )
     group: str | None = Field(None, description="advantage: label column; rewards are compared within a label")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(

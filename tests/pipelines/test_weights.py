@@ -91,9 +91,31 @@ def test_weights_are_those_of_training(make_shard_set: MakeShardSet) -> None:
     groups = draw_groups(shards.first.manifest, 10**6, 5)
     assert groups == [RowGroup(0, 0), RowGroup(1, 0)]
     statistics, _ = weigh_row_groups(shards, make_weighting(config, shards), groups, report_config)
-    loader = RowLoader(shards, make_weighting(config, shards), 9, seed=5, shuffle=False)
-    trained = np.concatenate([batch.weights[batch.position_ids > 0] for batch in loader.once(4)])
-    np.testing.assert_array_equal(statistics.ascending, np.sort(trained))
+    batch = next(RowLoader(shards, make_weighting(config, shards), 9, seed=5).batches(4))
+    np.testing.assert_array_equal(statistics.ascending, np.sort(batch.weights[batch.position_ids > 0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"preset": "sparse"}, True),
+        ({"preset": "ppmi"}, True),
+        ({"preset": "npmi", "live": True}, True),
+        ({"preset": "dense", "lam": 0.0}, True),
+        ({"preset": "sparse", "silent": 1}, False),
+        ({"preset": "dense"}, False),
+        ({"formula": "normalise(abs(long_short), by=sequence)"}, False),
+    ],
+)
+def test_a_remedy_for_documents_not_longer_than_the_short_context(
+    settings: dict[str, object], shown: bool, make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first has a contrast in both directions, the second none; `dense` gives it its share of cross-entropy."""
+    scores = {"long_short": [[NAN, 1.0, -1.0], [NAN, 0.0, 0.0]], "loss_short": [[NAN, 2.0, 1.0], [NAN, 1.0, 1.0]]}
+    scored = make_shard_set([[1, 2, 3], [4, 5, 6]], scores | {"loss_base": [[NAN, 1.0, 2.0], [NAN, 1.0, 1.0]]})
+    live = {"live_column": "loss_base"} if "live" in settings else {}
+    text = report(capsys, scored, weights=settings, **live)
+    assert ("no longer than the short context; --weights.silent 1 gives weight 1" in text) == shown
 
 
 def test_columns_of_several_sets_and_of_the_corpus(

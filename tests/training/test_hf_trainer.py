@@ -253,7 +253,7 @@ def test_a_trained_model_is_loaded_and_evaluated(heads: str, run: Callable[..., 
         trainer.model.save(saved)
     assert load_model(str(saved)).heads_config == config.heads
     own, theirs = (
-        evaluate(EvaluateConfig(model=str(path), input=config.input[0], sequence_length=64))
+        evaluate(EvaluateConfig(model=str(path), input=config.input[0], sequence_length=64)).losses
         for path in (config.output, saved)
     )
     assert [head.prediction for head in own] == [head.prediction for head in theirs]

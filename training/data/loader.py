@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data.packing import pack
@@ -23,6 +24,19 @@ from weighted_mtp.training.weighting import Weighting
 
 BLOCK_TOKENS = 1 << 20
 BLOCK_ROWS = 64
+
+
+def block_tokens(sequence_length: int) -> int:
+    """Tokens to pack at a time into rows of `sequence_length` tokens."""
+    return max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length)
+
+
+def check_targets(shards: ShardSet) -> None:
+    """Raise UserError if no sequence of a set has two tokens."""
+    if shards.manifest.tokens == shards.manifest.rows:
+        raise UserError(
+            f"{shards.path}: no sequence has two tokens, so there is nothing to predict; prepare longer texts"
+        )
 
 
 class LoaderState(BaseModel):
@@ -41,7 +55,6 @@ class RowLoader:
         weighting: turns their columns into weights.
         sequence_length: tokens per packed row.
         seed: seed of the order and of random controls.
-        shuffle: False keeps the row groups in their stored order (evaluation).
         workers: threads that prepare blocks ahead, one each.
         first_shard: number of the set's first shard in `Rows.sources`.
     """
@@ -53,20 +66,15 @@ class RowLoader:
         sequence_length: int,
         *,
         seed: int = 0,
-        shuffle: bool = True,
         workers: int = 1,
         first_shard: int = 0,
     ) -> None:
+        check_targets(shards.first)
         manifest = shards.first.manifest
-        if manifest.tokens == manifest.rows:
-            raise UserError(
-                f"{shards.first.path}: no sequence has two tokens, so there is nothing to predict; prepare longer texts"
-            )
         self.shards = shards
         self.weighting = weighting
         self.sequence_length = sequence_length
         self.seed = seed
-        self.shuffle = shuffle
         self.workers = workers
         self.first_shard = first_shard
         self.state = LoaderState()
@@ -75,8 +83,7 @@ class RowLoader:
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
         self._order_lock = Lock()
         groups = int(self.group_ends[-1])
-        block_tokens = max(BLOCK_TOKENS, BLOCK_ROWS * sequence_length)
-        self.groups_per_block = max(1, round(block_tokens * groups / manifest.tokens))
+        self.groups_per_block = max(1, round(block_tokens(sequence_length) * groups / manifest.tokens))
 
     def batches(self, rows: int) -> Iterator[Rows]:
         """Yield batches of exactly `rows` rows without end, starting at `state` and advancing it."""
@@ -100,15 +107,6 @@ class RowLoader:
                     row = 0
                 self.state = at.model_copy(update={"row": row})
                 yield Rows.concatenate(pieces) if pieces[1:] else pieces[0]
-
-    def once(self, rows: int) -> Iterator[Rows]:
-        """Yield the whole set once, in batches of at most `rows` rows."""
-        positions = (LoaderState(block=block) for block in range(self._blocks_per_epoch()))
-        with closing(prefetch(self._load, positions, self.workers)) as blocks:
-            for _, block in blocks:
-                for row in range(0, len(block.tokens), rows):
-                    yield block.take(slice(row, row + rows))
-                del block
 
     def rows_per_epoch(self) -> float:
         """Number of rows of the set, extrapolated from its first block (exact for a single block)."""
@@ -140,7 +138,7 @@ class RowLoader:
                 raise AbandonedError
             groups.append(self._read(group))
         ids, weights, lengths, shards = (np.concatenate(values) for values in zip(*groups, strict=True))
-        rng = np.random.default_rng([self.seed, at.epoch, at.block]) if self.shuffle else None
+        rng = np.random.default_rng([self.seed, at.epoch, at.block])
         return pack(ids, weights, lengths, shards, self.sequence_length, rng)
 
     def _groups(self, epoch: int, block: int) -> np.ndarray:
@@ -148,8 +146,6 @@ class RowLoader:
         total = int(self.group_ends[-1])
         first = block * self.groups_per_block
         chosen = slice(first, min(first + self.groups_per_block, total))
-        if not self.shuffle:
-            return np.arange(chosen.start, chosen.stop)
         with self._order_lock:  # threads may prepare blocks of two epochs at once
             if self._order[0] != epoch:
                 self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(total)

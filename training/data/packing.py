@@ -55,7 +55,7 @@ def pack(
     input_ids: np.ndarray,
     weights: np.ndarray,
     lengths: np.ndarray,
-    shards: np.ndarray,
+    sources: np.ndarray,
     row_length: int,
     rng: np.random.Generator | None = None,
 ) -> Rows:
@@ -69,7 +69,7 @@ def pack(
         input_ids: (T,) int32, all sequences concatenated.
         weights: (T,) float32, or (T, components).
         lengths: (S,) tokens of each sequence.
-        shards: (S,) shard number of each sequence.
+        sources: (S,) number of the shard or document of each sequence.
         row_length: tokens per row.
         rng: shuffles the rows; if None, rows with the longest pieces come first.
     """
@@ -79,7 +79,7 @@ def pack(
     if rng:
         row = np.argsort(rng.permutation(count))[row]
     order = np.lexsort((-pieces, row))  # by row, longest piece first
-    starts, pieces, row, shards = starts[order], pieces[order], row[order], shards[sequence[order]]
+    starts, pieces, row, sources = starts[order], pieces[order], row[order], sources[sequence[order]]
     tokens = np.bincount(row, pieces).astype(np.int64)  # (count,)
 
     # Everything below is flat, row after row (count * row_length,); `first` (P,) is where each piece starts there.
@@ -103,6 +103,7 @@ def pack(
     for values in (packed_ids, positions, *packed_weights):
         values[padding] = 0
 
+    ends = np.searchsorted(row, np.arange(count + 1)).tolist()
     shape = (count, row_length)
     signal = np.abs(packed_weights[0]) > 0 if weights.ndim == 1 else np.isfinite(packed_weights).all(axis=0)
     return Rows(
@@ -113,15 +114,5 @@ def pack(
         else np.moveaxis(packed_weights.reshape(len(channels), *shape), 0, -1),
         tokens,
         silent_documents(signal.reshape(shape), positions.reshape(shape)),
-        _sources(row, shards, count),
+        np.fromiter((sources[a:b] for a, b in pairwise(ends)), dtype=object, count=count),
     )
-
-
-def _sources(row: np.ndarray, shards: np.ndarray, count: int) -> np.ndarray:
-    """Ascending shard numbers of the pieces (P,) of each row, (count,) object."""
-    order = np.lexsort((shards, row))
-    row, shards = row[order], shards[order]
-    new = np.append(True, (np.diff(row) > 0) | (np.diff(shards) > 0))
-    row, shards = row[new], shards[new]
-    ends = np.searchsorted(row, np.arange(count + 1)).tolist()
-    return np.fromiter((shards[a:b] for a, b in pairwise(ends)), dtype=object, count=count)

@@ -47,6 +47,23 @@ class HeadSums(NamedTuple):
         )
 
     @classmethod
+    def of_documents(
+        cls,
+        objective_losses: Tensor,
+        token_losses: Tensor,
+        correct: Tensor,
+        weights: Tensor,
+        documents: Tensor,
+        count: int,
+    ) -> "HeadSums":
+        """Sums (count,) float64 of the rows of each document; `documents` (R,) int64 is the document of each row."""
+        selected = weights != 0
+        plain = torch.where(selected, token_losses, 0)
+        terms = (weights * objective_losses, plain, selected, correct & selected, weights.abs(), weights.square())
+        values = torch.stack([term.double() for term in terms])  # (6, R)
+        return cls(*values.new_zeros(len(terms), count).index_add_(1, documents, values))
+
+    @classmethod
     def stack(cls, sums: "Sequence[HeadSums]") -> "HeadSums":
         """Stack every field along a new first dimension."""
         return cls(*map(torch.stack, zip(*sums, strict=True)))

@@ -88,6 +88,7 @@ class MTPModel(nn.Module):
         objective: Objective | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        by_document: bool = False,
     ) -> tuple[Tensor, HeadSums]:
         """Weighted loss of all heads over packed rows.
 
@@ -104,6 +105,8 @@ class MTPModel(nn.Module):
             labels: (B, T) int64, -100 for tokens that are no targets. The loss is then divided by the number of the
                 others; the weights alone decide what is learnt.
             num_items_in_batch: number of targets of the optimizer step, to divide by instead.
+            by_document: return sums (P, N) float64 of the N documents of the batch, which start where `position_ids`
+                are 0, in order; each padding token is one of them.
 
         Returns:
             The sum over offsets k and positions t of `c_k * weights[t+k] * -log P_k(x[t+k] | x[..t])`, a scalar, and
@@ -134,7 +137,8 @@ class MTPModel(nn.Module):
         total = result.total
         counts = [len(of_head.rows) for of_head in targets]
         by_head = [HeadLosses(total, *rows) for rows in zip(*(rows.split(counts) for rows in result[1:]), strict=True)]
-        sums = [HeadSums.of_rows(*losses[1:]) for losses in by_head]
+        documents = (position_ids == 0).flatten().cumsum(0) - 1 if by_document else None  # (B * T,)
+        sums = [_sums(losses, of_head.rows, documents) for losses, of_head in zip(by_head, targets, strict=True)]
         if self.top is not None:
             rows, used = targets[0].rows, by_head[0].weights
             selected = used != 0 if live else slice(None)  # stored weights are nonzero here
@@ -142,9 +146,9 @@ class MTPModel(nn.Module):
                 self.top, trunk, input_ids, rows[selected], used[selected], coefficients[offsets:]
             )
             total = total + order.total
-            sums.append(HeadSums.of_rows(*order[1:]))
+            sums.append(_sums(order, rows[selected], documents))
         if self.heads_config.dmtd.cycle > 1:
-            sums += self._phase_sums(by_head[0], position_ids.flatten()[targets[0].rows])
+            sums += self._phase_sums(by_head[0], targets[0].rows, position_ids, documents)
         return mean_if_labelled(total, labels, num_items_in_batch), HeadSums.stack(sums)
 
     def _predict_order(
@@ -166,12 +170,14 @@ class MTPModel(nn.Module):
             objective=TokenOrder(input_ids, trunk.position_ids, self.heads_config.top_window),
         )
 
-    def _phase_sums(self, losses: HeadLosses, positions: Tensor) -> list[HeadSums]:
-        """Sums of each phase of the decoding cycle, from the losses and positions (R,) of offset 1."""
-        phases = positions % self.heads_config.dmtd.cycle
-        _, objective_losses, token_losses, correct, weights = losses
-        masks = [phases == phase for phase in range(self.heads_config.dmtd.cycle)]
-        return [HeadSums.of_rows(objective_losses, token_losses, correct, weights * mask) for mask in masks]
+    def _phase_sums(
+        self, losses: HeadLosses, rows: Tensor, position_ids: Tensor, documents: Tensor | None
+    ) -> list[HeadSums]:
+        """Sums of each phase of the decoding cycle, from the losses and rows (R,) of offset 1."""
+        cycle = self.heads_config.dmtd.cycle
+        phases = position_ids.flatten()[rows] % cycle
+        by_phase = [losses._replace(weights=losses.weights * (phases == phase)) for phase in range(cycle)]
+        return [_sums(of_phase, rows, documents) for of_phase in by_phase]
 
     def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkOutput:
         decoder = self.trunk.get_decoder()
@@ -207,6 +213,13 @@ class MTPModel(nn.Module):
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
         write_text(directory / "heads" / HEADS_CONFIG, self.heads_config.model_dump_json(indent=2) + "\n")
+
+
+def _sums(losses: HeadLosses, rows: Tensor, documents: Tensor | None) -> HeadSums:
+    """Sums of one prediction over its rows (R,), or over those of each document; `documents` are (B * T,)."""
+    if documents is None:
+        return HeadSums.of_rows(*losses[1:])
+    return HeadSums.of_documents(*losses[1:], documents[rows], int(documents[-1]) + 1)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
+from pydantic import TypeAdapter
 
 from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.configs.common import RowLength
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
@@ -66,8 +68,9 @@ def run_record(place: Location) -> dict[str, Any] | None:
         return None
     record = read_json_file(place / RUN_RECORD)
     try:
-        record["inputs"]["tokenizer"], record["config"]["sequence_length"]
-    except (KeyError, TypeError) as error:
+        TypeAdapter(RowLength).validate_python(record["config"]["sequence_length"], strict=True)
+        TypeAdapter(str).validate_python(record["inputs"]["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{place / RUN_RECORD}: is not the record of a training run; restore it") from error
     return record
 

@@ -8,6 +8,7 @@ from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import sha256_file
 from weighted_mtp.schemas.storage.locations import local_name, locate
+from weighted_mtp.training.data.loader import check_targets
 from weighted_mtp.training.data.mixing import mix_identity, open_mix
 from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, saved_heads
 from weighted_mtp.training.run.compatibility import check_same_tokenizer, check_settings, check_tokenizer
@@ -46,12 +47,14 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
     """Open the shard sets, check them against each other and the settings, and resolve the settings.
 
     Raises:
-        UserError: a set cannot be opened, or sets and settings are incompatible.
+        UserError: a set cannot be opened, the held-out set has no targets, or sets and settings are incompatible.
     """
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
     mixed = open_mix(config.mix)
     check_tokenizer(config.model, shards.first)
+    if held_out is not None:
+        check_targets(held_out.first)
     for data in filter(None, (*mixed, held_out)):
         check_same_tokenizer(shards.first, data.first)
     for data in (shards, *mixed):

@@ -191,14 +191,15 @@ def evaluate(accelerator: Accelerator, inputs: RunInputs, training: Training) ->
     losses = evaluate_model(
         accelerator,
         training.model,
-        inputs.held_out,
+        inputs.held_out.first,
         sequence_length=inputs.sequence_length,
         batch_size=inputs.config.micro_batch_size,
         max_tokens=inputs.config.eval_tokens,
         progress=training.loop.progress,
     )
-    metrics = {f"eval_loss_{head.prediction}": head.loss for head in losses}
-    return metrics | {f"eval_accuracy_{head.prediction}": head.accuracy for head in losses}
+    names = ("loss", "standard_error", "accuracy", "targets", "documents")
+    metrics = {f"eval_{name}_{head.prediction}": getattr(head, name) for name in names for head in losses}
+    return metrics | {"eval_sequence_length": inputs.sequence_length}
 
 
 def save(accelerator: Accelerator, inputs: RunInputs, run: RunDirectory, training: Training) -> dict[str, Any]:

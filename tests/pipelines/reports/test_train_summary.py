@@ -54,6 +54,18 @@ def test_steps_after_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, {}, {"continued_steps": 200})["steps"] == "1,200, 200 of them after the schedule"
 
 
+def test_what_was_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    """A repeated command reads the summary from a file, in which NaN is null."""
+    near, far = ({f"eval_{name}_{offset}": value for name, value in values.items()} for offset, values in (
+        (1, {"loss": 1.5, "standard_error": 0.01, "accuracy": 0.5, "targets": 12345, "documents": 67}),
+        (9, {"loss": None, "standard_error": None, "accuracy": None, "targets": 0, "documents": 0}),
+    ))  # fmt: skip
+    rows = printed(capsys, {"heads": {"offsets": (1, 9)}}, near | far | {"eval_sequence_length": 2048})
+    assert rows["held-out, offset 1"] == "1.5000 ± 0.0100 nats, 50.0% right; 12,345 targets in 67 documents"
+    assert rows["held-out, offset 9"] == "- nats, - right; 0 targets in 0 documents"
+    assert rows["held-out sequence length"] == "2,048"
+
+
 def test_settings_that_change_what_is_learnt(capsys: pytest.CaptureFixture[str]) -> None:
     rows = printed(
         capsys,

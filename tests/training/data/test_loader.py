@@ -53,12 +53,6 @@ def tokens(parts: list[Rows]) -> list[int]:
     return sorted(ids[weights > 0].tolist())
 
 
-def test_an_epoch_holds_every_token_once(rows: Callable[..., RowLoader]) -> None:
-    loader = rows(shuffle=False)
-    expected = [flat_values(loader.shards.first.read(i)["input_ids"]) for i in range(3)]
-    assert tokens(list(loader.once(8))) == sorted(np.concatenate(expected).tolist())
-
-
 def test_epochs_hold_the_same_tokens_in_another_order(rows: Callable[..., RowLoader]) -> None:
     loader = rows(seed=3)
     epochs: dict[int, list[Rows]] = {0: [], 1: []}

@@ -21,6 +21,20 @@ def test_rows_without_weight_do_not_count() -> None:
     assert sums.squared_weight.item() == 4 + 1 + 1
 
 
+def test_sums_of_each_document() -> None:
+    """Of three documents, the second has no row; sums are float64, for batches of any size."""
+    losses, weights = torch.tensor([1.0, 10, 3, 4]), torch.tensor([2.0, 0, 1, -1])
+    correct, documents = torch.tensor([True, True, False, True]), torch.tensor([0, 0, 2, 2])
+    sums = HeadSums.of_documents(losses, losses / 2, correct, weights, documents, 3)
+    assert sums.weighted_loss.tolist() == [2 * 1, 0, 1 * 3 - 1 * 4]
+    assert sums.plain_loss.tolist() == [0.5, 0, 1.5 + 2]
+    assert sums.selected.tolist() == [1, 0, 2]
+    assert sums.correct.tolist() == [1, 0, 1]
+    assert sums.weight.tolist() == [2, 0, 1 + 1]
+    assert sums.squared_weight.tolist() == [4, 0, 1 + 1]
+    assert {value.dtype for value in sums} == {torch.float64}
+
+
 def test_no_rows_are_zeros() -> None:
     nothing = torch.zeros(0)
     sums = HeadSums.of_rows(nothing, nothing, nothing.bool(), nothing)

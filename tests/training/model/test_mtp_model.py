@@ -128,6 +128,26 @@ def test_worked_by_hand(model_dir: Callable[..., Path]) -> None:
     assert (targets.item(), weight_sum.item()) == (6, 64)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"offsets": (1, 2), "top_coefficient": 1.0}, {"offsets": (1,), "dmtd": {"cycle": 2, "decoding_layers": 1}}],
+    ids=["order", "phases"],
+)
+def test_sums_of_each_document_are_those_of_the_document_alone(
+    settings: dict[str, object], model_dir: Callable[..., Path]
+) -> None:
+    """Of all predictions. The two padding tokens are documents, too."""
+    model = build_model(str(model_dir()), HeadsConfig(**settings), from_scratch=False).eval()
+    ids, positions, weights = batch()
+    _, sums = model(ids, positions, weights, by_document=True)
+    for number, (row, start, end) in enumerate(DOCUMENTS):
+        _, alone = model(*(values[row : row + 1, start:end] for values in (ids, positions, weights)))
+        for own, expected in zip(sums, alone, strict=True):
+            assert own.shape == (len(model.heads_config.predictions), len(DOCUMENTS) + 2)
+            torch.testing.assert_close(own[:, number].float(), expected, rtol=1e-4, atol=1e-5)
+    assert not any(values[:, len(DOCUMENTS) :].any() for values in sums)
+
+
 def test_targets_without_weight_change_nothing_but_the_count(model_dir: Callable[..., Path]) -> None:
     model = build_model(str(model_dir()), HeadsConfig(offsets=(1,)), from_scratch=False)
     ids, positions, _ = batch()

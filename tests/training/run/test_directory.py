@@ -94,9 +94,13 @@ def test_the_record_holds_the_number_of_steps_and_may_be_damaged(config: Callabl
     train(run)
     record = run.output / "run.json"
     assert json.loads(record.read_text())["steps"] == 6
+    held = json.loads(record.read_text())
+    lengths = ("64", 1, -5, 1 << 60, None, [])
+    for content in ([], *(held | {"config": {"sequence_length": length}} for length in lengths)):
+        record.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"run.json: is not the record of a training run; restore it"):
+            train(config("next", model=str(run.output)))
     record.write_text("[]")
-    with pytest.raises(UserError, match=r"run.json: is not the record of a training run; restore it"):
-        train(config("next", model=str(run.output)))
     with pytest.raises(UserError, match=r"other settings \(everything\)"):
         train(run)
     train(config("next"))

@@ -42,6 +42,13 @@ def test_identity_names_everything_that_training_reads(
     assert mixed.identity() == identity | {"mix": f"0.25 {other.manifest.digest}"}
 
 
+def test_a_held_out_set_without_targets_is_refused_before_training(
+    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet]
+) -> None:
+    with pytest.raises(UserError, match="/short: no sequence has two tokens, so there is nothing to predict"):
+        open_inputs(config("run", eval_input=scored_set([1, 1], name="short").path), 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "processes", "message"),
     [

@@ -75,8 +75,8 @@ def test_a_remote_set_and_model_train_as_local_ones_do(config: Callable[..., Tra
     remote = config(tmp_path / "remote", "store")
     assert train(local)["loss"] == train(remote)["loss"]
     assert train(local.model_copy(update={"input": remote.input, "model": remote.model}))["already_complete"]
-    assert evaluate(EvaluateConfig(model=remote.model, input=remote.input[0]))[0].loss == pytest.approx(
-        evaluate(EvaluateConfig(model=local.model, input=local.input[0]))[0].loss
+    assert evaluate(EvaluateConfig(model=remote.model, input=remote.input[0])).losses[0].loss == pytest.approx(
+        evaluate(EvaluateConfig(model=local.model, input=local.input[0])).losses[0].loss
     )
 
 
@@ -94,9 +94,10 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     assert any("events" in name for name in walk_files(remote.output / "wmtp"))
     assert not list((cache / "runs").iterdir())
     assert train(remote)["already_complete"]
-    losses = [evaluate(EvaluateConfig(model=str(run.output), input=run.input[0])) for run in (local, remote)]
-    assert losses[0] == losses[1]
-    assert len(losses[1]) == 2  # of its own heads, at its own row length
+    found = [evaluate(EvaluateConfig(model=str(run.output), input=run.input[0])) for run in (local, remote)]
+    assert found[0] == found[1]
+    assert len(found[1].losses) == 2, "its own heads"
+    assert found[1].length_source == "run"
     assert train(config(s3 / "run", trackers=["tensorboard"]))["already_complete"]
     assert not walk_files(remote.output / "checkpoints")
     with pytest.raises(UserError, match=rf"{remote.output}: holds a run with other settings \(seed\)"):
