@@ -11,6 +11,15 @@ class UserError(Exception):
     """
 
 
+SHORTER_PATH = "too long a path for sockets; set TMPDIR to a shorter directory for temporary files"
+"""Why a directory for temporary files cannot be used, and the remedy."""
+
+
+def is_socket_path_error(error: BaseException) -> bool:
+    """Whether an exception of Python or Ray says that the path of a socket is longer than 107 bytes."""
+    return "AF_UNIX path" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """The message of an exception in one line. For a pydantic error: the first problem and its field."""
     if isinstance(error, ValidationError):

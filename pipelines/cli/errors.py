@@ -36,13 +36,22 @@ OS_REMEDIES = {
 
 def is_user_facing(error: Exception) -> bool:
     """Whether an exception comes from a user mistake or the environment, not from a bug."""
-    return isinstance(error, (UserError, OSError)) or is_store_error(error)
+    return isinstance(error, (UserError, OSError)) or is_store_error(error) or lacks_memory(error)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the machine or on a GPU."""
+    shortages = ("MemoryError", "OutOfMemoryError")  # the second is torch's, which is not imported here
+    return type(error).__name__ in shortages or "can't allocate memory" in str(error)
 
 
 def describe_error(error: Exception, config: Config | None) -> str:
     """Describe an error and its remedy in one line."""
     if not isinstance(error, UserError) and is_store_error(error):
         return describe_store_error(error, config)
+    if lacks_memory(error):
+        reason = one_line(str(error)) or "no reason given"
+        return f"out of memory ({reason}); use smaller batches, free some memory, or raise the limit of 'ulimit -v'"
     if not isinstance(error, OSError) or error.errno is None:
         return one_line(str(error)) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""

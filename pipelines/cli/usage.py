@@ -85,7 +85,7 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
         return f"should be a list such as '[a,b]'{but_got}"
     if expected := re.search(r"Expected an? <class '(\w+)'>", message):
         return f"should be of type {expected[1]}{but_got}"
-    return one_line(re.sub(r"Problem with given class_path '\S*':", "", message))
+    return one_line(re.sub(r"Problem with given class_path '\S*':|^Not of type UPath:", "", message))
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -208,7 +209,13 @@ def find_finished(output: Location, request: str) -> ShardSet | None:
     if not (output / MANIFEST).exists():
         return None
     shards = ShardSet.open(output)
-    if changed := differences(shards.manifest.request, json.loads(request)):
+    check_request(output, shards.manifest, json.loads(request))
+    return shards
+
+
+def check_request(output: Location, manifest: Manifest, request: dict[str, Any]) -> None:
+    """Raise UserError if the finished set in `output` belongs to another request than `request`."""
+    if changed := differences(manifest.request, request):
         adds = all(name.startswith("columns.") for name in changed)
         remedy = (
             "to add columns to it, give it as --input with a new --output" if adds else "choose another or remove it"
@@ -216,4 +223,3 @@ def find_finished(output: Location, request: str) -> ShardSet | None:
         raise UserError(
             f"--output {output}: holds a shard set with other inputs or settings ({', '.join(changed)}); {remedy}"
         )
-    return shards

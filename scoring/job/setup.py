@@ -17,6 +17,7 @@ from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Quantity
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.claims import check_separate
 from weighted_mtp.schemas.storage.locations import Location, resolve
 from weighted_mtp.scoring.conditions.models import ScoringModel, check_length, check_model
 from weighted_mtp.scoring.conditions.plan import (
@@ -87,10 +88,7 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
     Raises:
         UserError: the input, a model or a setting of the engine is unusable.
     """
-    if resolve(config.input) == resolve(config.output):
-        raise UserError(
-            f"--output {config.output}: is also the --input; choose another, which will hold its columns, too"
-        )
+    check_separate(config.output, config.input)
     source = ShardSet.open(config.input)
     source.value_counts(), earlier_rejects(source)  # both are needed at the end: fail now if they are damaged
     find = ModelFinder(source)
