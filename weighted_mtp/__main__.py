@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from weighted_mtp.pipelines.cli.streams import open_standard_streams
 from weighted_mtp.schemas.interruption import end_process, heeded_signals
@@ -24,8 +25,9 @@ def main() -> None:
     except SystemExit as error:  # --help, or a closed pipe
         status = int(error.code or 0)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # stderr may be full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

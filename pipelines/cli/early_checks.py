@@ -32,7 +32,7 @@ from weighted_mtp.schemas.storage.locks import check_place
 from weighted_mtp.schemas.storage.training_run import MODEL, RUN_RECORD, trained_model
 from weighted_mtp.schemas.weights.nodes import Node, columns_of, labels_of
 from weighted_mtp.scoring.corpus.source_files import find_files
-from weighted_mtp.scoring.engines.choice import choose_engine
+from weighted_mtp.scoring.engines.choice import check_engine_settings, choose_engine
 
 
 def check_early(config: Config) -> None:
@@ -90,7 +90,7 @@ def check_score(config: ScoreConfig) -> None:
             check_model(name, flag)
     for name, condition in config.conditions.items():
         check_model(condition.model, f"--conditions.{name}")
-    choose_engine(config.engine)
+    check_engine_settings(choose_engine(config.engine), config)
 
 
 def check_sets(paths: Iterable[Location], mix: Iterable[str], formula: Node | None) -> list[ZippedSets]:

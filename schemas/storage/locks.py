@@ -44,7 +44,8 @@ def check_place(output: Location) -> None:
     parents = output.resolve().parents if isinstance(output, Path) else output.parents
     if inside := next(filter(is_shard_set, parents), None):
         raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
-    if isinstance(output, Path) and any(path.is_file() for path in (output, *output.parents)):
+    paths = (output, *output.parents) if isinstance(output, Path) else ()
+    if any(os.path.lexists(path) and not os.path.isdir(path) for path in paths):
         raise UserError(f"--output {output}: is, or lies below, a file; choose another --output")
 
 

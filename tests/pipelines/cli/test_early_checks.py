@@ -54,6 +54,7 @@ def test_mistakes_are_reported_without_frameworks(
         f"score --input {tokens} --output {full} --reference {model}": f"{full}: already holds something else",
         f"score --input {tokens} --output {file}/new --reference {model}": "is, or lies below, a file",
         f"score --input {tokens} --output {tokens}/new --reference {model}": f"lies inside the shard set {tokens}",
+        f"{score} --reference {model} --engine transformers --tensor_parallel_size 2": "settings of vLLM",
         f"{score} --reference owner/name@main": f"--reference owner/name@main: {hub}",
         f"{train} owner/name": f"--model owner/name: {hub}",
         f"{train} {missing}": f"--model {missing}: {not_there}",
