@@ -20,6 +20,13 @@ def is_socket_path_error(error: BaseException) -> bool:
     return "AF_UNIX path" in str(error)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the machine or on a GPU. Arrow and torch have exceptions of their own for that."""
+    signs = ("can't allocate memory", "Failed to launch worker thread")
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or any(sign in str(error) for sign in signs)
+
+
 def first_line(error: BaseException) -> str:
     """The message of an exception in one line. For a pydantic error: the first problem and its field."""
     if isinstance(error, ValidationError):

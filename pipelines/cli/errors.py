@@ -9,7 +9,7 @@ import warnings
 from weighted_mtp.pipelines.cli.store_errors import describe_store_error, is_store_error
 from weighted_mtp.pipelines.cli.usage import one_line
 from weighted_mtp.schemas.configs import Config
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import UserError, lacks_memory
 from weighted_mtp.schemas.text import printable
 
 QUIET_ENVIRONMENT = {
@@ -37,12 +37,6 @@ OS_REMEDIES = {
 def is_user_facing(error: Exception) -> bool:
     """Whether an exception comes from a user mistake or the environment, not from a bug."""
     return isinstance(error, (UserError, OSError)) or is_store_error(error) or lacks_memory(error)
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the machine or on a GPU."""
-    shortages = ("MemoryError", "OutOfMemoryError")  # the second is torch's, which is not imported here
-    return type(error).__name__ in shortages or "can't allocate memory" in str(error)
 
 
 def describe_error(error: Exception, config: Config | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
 from weighted_mtp.schemas.shard_set.card import describe_set
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Manifest, read_manifest, write_manifest
@@ -157,7 +157,8 @@ class ShardSet:
         except FileNotFoundError as error:
             raise UserError(f"{file}: is missing; {RESTORE}") from error
         except (pa.ArrowException, LookupError, ValueError, OSError) as error:
-            if isinstance(error, OSError) and (error.errno is not None or error.__cause__):  # of the system or a store
+            of_system = isinstance(error, OSError) and (error.errno is not None or error.__cause__)  # or of a store
+            if of_system or lacks_memory(error):
                 raise
             raise UserError(f"{file}: is damaged ({first_line(error)}); {RESTORE}") from error
         for name, column in self.manifest.columns.items():

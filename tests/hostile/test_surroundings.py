@@ -73,6 +73,25 @@ def test_little_address_space_is_one_line(tokens: str, make_model: Callable[...,
     assert run.stderr.count("\n") == 1
 
 
+def test_a_shard_that_memory_cannot_hold_is_not_damaged(make_shard_set: Callable[..., ShardSet]) -> None:
+    path = make_shard_set([[1] * 1_000_000]).path
+    script = (
+        "import resource, sys\n"
+        "from weighted_mtp.schemas.shard_set.shard_set import ShardSet\n"
+        "shards = ShardSet.open(sys.argv[1])\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used, used))\n"
+        "shards.read(0)\n"
+    )
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # the others reserve address space
+    command = [sys.executable, "-c", script, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 1
+    assert "damaged" not in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert "failed" in last.lower(), last
+
+
 @pytest.mark.parametrize(
     "starts",
     [
