@@ -11,6 +11,7 @@ from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.schemas.configs import Config
 from weighted_mtp.schemas.errors import UserError
 
+MEMORY = "use smaller batches, free some memory, or raise the limit of 'ulimit -v'"
 SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
 
 
@@ -24,18 +25,9 @@ SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "change the permissions or choose another path"),
         (UserError("a\x1b]0;title\x07 b\u202e"), r"wmtp score: error: a\x1b]0;title\x07 b\u202e"),
-        (
-            MemoryError(),
-            "wmtp score: error: out of memory (no reason given); use smaller batches, free some memory, or ra",
-        ),
-        (
-            pa.ArrowMemoryError("malloc of size 8 failed"),
-            "out of memory (malloc of size 8 failed); use smaller batches, ",
-        ),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-            "out of memory (DefaultCPUAllocator: can't allocat",
-        ),
+        (MemoryError(), f"wmtp score: error: out of memory (no reason given); {MEMORY}"),
+        (pa.ArrowMemoryError("malloc of size 8 failed"), f"out of memory (malloc of size 8 failed); {MEMORY}"),
+        (RuntimeError("can't allocate memory: 8 bytes"), f"out of memory (can't allocate memory: 8 bytes); {MEMORY}"),
         (OSError("can't load tokenizer\n\nfor 'x'"), "wmtp score: error: can't load tokenizer for 'x'"),
     ],
 )
@@ -46,7 +38,7 @@ def test_what_the_user_can_fix_ends_in_one_line(
         raise error
 
     replace_command("score", fail)
-    assert expected in complaint(SCORE, 1)
+    assert complaint(SCORE, 1).endswith(expected)
     for debug in (["--debug", *SCORE], [*SCORE, "--debug"]):
         with pytest.raises(type(error)):
             main(debug)
