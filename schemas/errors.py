@@ -16,8 +16,8 @@ SHORTER_PATH = "too long a path for sockets; set TMPDIR to a shorter directory f
 
 
 def is_socket_path_error(error: BaseException) -> bool:
-    """Whether an exception of Python or Ray says that the path of a socket is longer than 107 bytes."""
-    return "AF_UNIX path" in str(error)
+    """Whether an exception of Python, Ray or ZeroMQ says that the path of a socket is longer than 107 bytes."""
+    return "AF_UNIX path" in str(error) or "ipc path" in str(error)
 
 
 def lacks_memory(error: BaseException) -> bool:
