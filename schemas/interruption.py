@@ -31,7 +31,7 @@ def end_process(number: int, _: FrameType | None = None) -> None:
 class Interruption(AbstractContextManager["Interruption"]):
     """Handles SIGINT and SIGTERM inside a block: the first raises KeyboardInterrupt.
 
-    Another signal after `PATIENCE_SECONDS`, while the block still cleans up, ends the process at once.
+    A signal more than `PATIENCE_SECONDS` later goes to the previous handler. In the process of `wmtp` that one ends it.
 
     Args:
         deferred: hold the first signal back until the end of the block, for code that an exception at any place would
@@ -58,10 +58,10 @@ class Interruption(AbstractContextManager["Interruption"]):
             signal.raise_signal(self.number)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.number:
-            if time.monotonic() > self.received_at + PATIENCE_SECONDS:
-                end_process(number)
-            return
-        self.number, self.received_at = number, time.monotonic()
-        if not self.deferred:
-            raise KeyboardInterrupt
+        if not self.number:
+            self.number, self.received_at = number, time.monotonic()
+            if not self.deferred:
+                raise KeyboardInterrupt
+        elif time.monotonic() > self.received_at + PATIENCE_SECONDS:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)

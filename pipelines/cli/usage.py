@@ -26,7 +26,7 @@ def describe_usage_error(
     see = f"see 'wmtp {command} --help'" if command else "see 'wmtp --help'"
     message = str(error)
     config = f"--config {', '.join(values_of('--config', arguments))}"
-    flags = list(option_strings(commands[command])) if command else []
+    flags = [name for name in option_strings(commands[command]) if name[2:] not in POSITIONALS] if command else []
     if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
         names = [flag(key.removeprefix(f"{command}.")) for key in missing[1].split(", ")]
         return f"{', '.join(names)} missing; {see}"

@@ -55,6 +55,15 @@ def test_a_deferred_signal_replaces_an_error_that_it_may_have_caused() -> None:
         start([signal.SIGINT], [], RuntimeError())
 
 
+def test_a_later_signal_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that hangs can be interrupted, also in a notebook."""
+    monkeypatch.setattr("weighted_mtp.schemas.interruption.PATIENCE_SECONDS", -1.0)
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        start([signal.SIGINT, signal.SIGINT], done)
+    assert done == []
+
+
 def test_a_background_job_goes_on_ignoring_ctrl_c() -> None:
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -82,6 +91,7 @@ def test_a_later_signal_ends_a_process_that_still_cleans_up() -> None:
     script = (
         "import signal, time; from weighted_mtp.schemas import interruption\n"
         "interruption.PATIENCE_SECONDS = 0.0\n"
+        "signal.signal(signal.SIGTERM, interruption.end_process)\n"
         "with interruption.Interruption():\n"
         "    try: signal.raise_signal(signal.SIGINT)\n"
         "    finally:\n"
