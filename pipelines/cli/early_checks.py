@@ -6,7 +6,7 @@ The commands themselves check everything, also when they are called from Python.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from weighted_mtp.pipelines.reports.pages import check_page
 from weighted_mtp.schemas.configs import (
@@ -43,8 +43,8 @@ def check_early(config: Config) -> None:
     """
     match config:
         case PrepareConfig():
-            if not is_address(config.input):
-                find_files(config.input, config.format)
+            if not is_address(config.input) and find_files(config.input, config.format) is None:
+                check_hub(config.input, "--input", "README.md", "dataset")
             check_output(config.output, {"command": "prepare"})
             check_model(config.tokenizer, "--tokenizer", "tokenizer_config.json")
         case ScoreConfig():
@@ -137,8 +137,8 @@ def check_model(name: str, flag: str, file: str = "config.json") -> None:
         raise UserError(f"{flag} {name}: has no config.json; give a directory written by save_pretrained")
 
 
-def check_hub(name: str, flag: str, file: str) -> None:
-    """Look for a Hugging Face id on the hub or in its cache, with one request: transformers retries for a minute.
+def check_hub(name: str, flag: str, file: str, kind: Literal["model", "dataset"] = "model") -> None:
+    """Look for a Hugging Face id on the hub or in its cache, with one request: other libraries retry for a minute.
 
     Raises:
         UserError: it is not there.
@@ -148,10 +148,11 @@ def check_hub(name: str, flag: str, file: str) -> None:
 
     repository, _, revision = name.partition("@")
     try:
-        snapshot_download(repository, revision=revision or None, allow_patterns=[file])
+        snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=[file])
     except (HfHubHTTPError, OSError, ValueError) as error:
+        missing = "directory" if kind == "model" else "file or directory"
         raise UserError(
-            f"{flag} {name}: no such directory, and not available from the Hugging Face hub or its local cache; "
+            f"{flag} {name}: no such {missing}, and not available from the Hugging Face hub or its local cache; "
             "check the name, the revision and the connection"
         ) from error
 

@@ -74,6 +74,7 @@ def test_mistakes_are_reported_without_frameworks(
         f"weights {scored} --weights.formula loss_base": "no column 'loss_base' in",
         f"{prepare} {missing}/*.txt": "matches no file",
         f"{prepare} {missing}.txt": "no such file or directory",
+        f"{prepare} owner/name": "--input owner/name: no such file or directory, and not",
         f"{prepare} {full}": "holds no readable file",
         f"prepare --input {file} --output {new} --tokenizer {missing}": f"--tokenizer {missing}: {not_there}",
         f"prepare --input {file} --output {scored} --tokenizer {model}": f"--output {scored}: ",
