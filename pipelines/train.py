@@ -6,6 +6,7 @@ from accelerate import PartialState
 
 from weighted_mtp.pipelines.reports.train_summary import print_summary
 from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.interruption import Interruption
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.training.run.train import train
 
@@ -13,7 +14,8 @@ from weighted_mtp.training.run.train import train
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train in this process or on Ray, print a one-screen summary, and return it."""
     if config.ray_workers:
-        from weighted_mtp.pipelines.launchers.ray_train import train_on_ray  # Ray takes seconds to import
+        with Interruption(deferred=True):  # Ray takes seconds to import
+            from weighted_mtp.pipelines.launchers.ray_train import train_on_ray
 
         summary = train_on_ray(config)
     else:

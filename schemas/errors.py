@@ -11,6 +11,22 @@ class UserError(Exception):
     """
 
 
+SHORTER_PATH = "too long a path for sockets; set TMPDIR to a shorter directory for temporary files"
+"""Why a directory for temporary files cannot be used, and the remedy."""
+
+
+def is_socket_path_error(error: BaseException) -> bool:
+    """Whether an exception of Python, Ray or ZeroMQ says that the path of a socket is longer than 107 bytes."""
+    return "AF_UNIX path" in str(error) or "ipc path" in str(error)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the machine or on a GPU. Arrow and torch have exceptions of their own for that."""
+    signs = ("can't allocate memory", "Failed to launch worker thread")
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or any(sign in str(error) for sign in signs)
+
+
 def first_line(error: BaseException) -> str:
     """The message of an exception in one line. For a pydantic error: the first problem and its field."""
     if isinstance(error, ValidationError):

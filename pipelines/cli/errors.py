@@ -9,7 +9,7 @@ import warnings
 from weighted_mtp.pipelines.cli.store_errors import describe_store_error, is_store_error
 from weighted_mtp.pipelines.cli.usage import one_line
 from weighted_mtp.schemas.configs import Config
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import UserError, lacks_memory
 from weighted_mtp.schemas.text import printable
 
 QUIET_ENVIRONMENT = {
@@ -36,13 +36,16 @@ OS_REMEDIES = {
 
 def is_user_facing(error: Exception) -> bool:
     """Whether an exception comes from a user mistake or the environment, not from a bug."""
-    return isinstance(error, (UserError, OSError)) or is_store_error(error)
+    return isinstance(error, (UserError, OSError)) or is_store_error(error) or lacks_memory(error)
 
 
 def describe_error(error: Exception, config: Config | None) -> str:
     """Describe an error and its remedy in one line."""
     if not isinstance(error, UserError) and is_store_error(error):
         return describe_store_error(error, config)
+    if lacks_memory(error):
+        reason = one_line(str(error)) or "no reason given"
+        return f"out of memory ({reason}); use smaller batches, free some memory, or raise the limit of 'ulimit -v'"
     if not isinstance(error, OSError) or error.errno is None:
         return one_line(str(error)) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""

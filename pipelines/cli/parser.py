@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -32,7 +33,7 @@ from weighted_mtp.schemas.configs import (
     VerifyConfig,
     WeightsReportConfig,
 )
-from weighted_mtp.schemas.storage.locations import locate
+from weighted_mtp.schemas.storage.locations import parse_location
 
 COMMANDS: dict[str, type[Config]] = {
     "prepare": PrepareConfig,
@@ -62,7 +63,7 @@ LIBRARY_HELP = {
 DEBUG_HELP = "show tracebacks and library logs (or set WMTP_DEBUG=1)"
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 """Values that start with a dash. The pattern of argparse lacks exponents such as -1e-3."""
-register_type(UPath, deserializer=locate, type_check=isinstance)
+register_type(UPath, deserializer=parse_location, type_check=isinstance)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, Config]:
@@ -138,9 +139,16 @@ def command_parser(name: str, config: type[Config]) -> ArgumentParser:
     return parser
 
 
+class Parser(ArgumentParser):
+    """A parser that does not hide errors of the output, as argparse does."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stdout).write(message)
+
+
 def new_parser(**settings: Any) -> ArgumentParser:
     """A parser that raises instead of exiting and accepts no abbreviated flags."""
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=Formatter, **settings)
+    parser = Parser(exit_on_error=False, allow_abbrev=False, formatter_class=Formatter, **settings)
     parser._negative_number_matcher = NEGATIVE_NUMBER
     parser.add_argument("--debug", action=DebugAction, help=DEBUG_HELP)
     return parser

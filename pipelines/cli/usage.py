@@ -26,7 +26,7 @@ def describe_usage_error(
     see = f"see 'wmtp {command} --help'" if command else "see 'wmtp --help'"
     message = str(error)
     config = f"--config {', '.join(values_of('--config', arguments))}"
-    flags = list(option_strings(commands[command])) if command else []
+    flags = [name for name in option_strings(commands[command]) if name[2:] not in POSITIONALS] if command else []
     if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
         names = [flag(key.removeprefix(f"{command}.")) for key in missing[1].split(", ")]
         return f"{', '.join(names)} missing; {see}"
@@ -85,7 +85,7 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
         return f"should be a list such as '[a,b]'{but_got}"
     if expected := re.search(r"Expected an? <class '(\w+)'>", message):
         return f"should be of type {expected[1]}{but_got}"
-    return one_line(re.sub(r"Problem with given class_path '\S*':", "", message))
+    return one_line(re.sub(r"Problem with given class_path '\S*':|^Not of type UPath:", "", message))
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -139,6 +139,13 @@ def place_workers(workers: int) -> ScalingConfig:
     return ScalingConfig(num_workers=workers, use_gpu=use_gpu)
 
 
+class Trainer(TorchTrainer):
+    """A trainer that leaves the handling of SIGINT to this process. Ray's own would end the run without an error."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def run_group(job: dict[str, Any], scaling: ScalingConfig, scratch: str) -> None:
     """Run one group of workers until it ends.
 
@@ -146,7 +153,7 @@ def run_group(job: dict[str, Any], scaling: ScalingConfig, scratch: str) -> None
         TrainingFailedError: a worker raised or died.
     """
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    TorchTrainer(
+    Trainer(
         train_worker,
         train_loop_config=job,
         scaling_config=scaling,

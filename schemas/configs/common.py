@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from weighted_mtp.schemas.storage.locations import LocationSetting, locate
+from weighted_mtp.schemas.storage.locations import LocationSetting, expand_home, locate
 
 
 def split_paths(value: Any) -> Any:
@@ -30,7 +30,7 @@ def exact(share: float) -> Fraction:
 
 
 def check_mix(mix: dict[str, float]) -> dict[str, float]:
-    """Check shard sets and their shares of the rows.
+    """Check shard sets and their shares of the rows, and expand `~` in their paths.
 
     Raises:
         ValueError: the shares leave no rows for the set that is not among them, or a name is not a location.
@@ -40,7 +40,7 @@ def check_mix(mix: dict[str, float]) -> dict[str, float]:
     for name in mix:
         for path in split_paths(name):
             locate(path)
-    return mix
+    return {",".join(map(expand_home, split_paths(name))): share for name, share in mix.items()}
 
 
 def check_identifier(name: str) -> None:

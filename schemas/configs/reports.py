@@ -1,13 +1,12 @@
 """Settings of the commands that write no shard sets or models."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from weighted_mtp.schemas.configs.common import Config, Mix, Positive, RowLength, Seed, ShardSets, check_mix
 from weighted_mtp.schemas.configs.weights import WeightsConfig
-from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, PathSetting
 
 
 class EvaluateConfig(Config):
@@ -35,7 +34,7 @@ class InspectConfig(Config):
     set: LocationSetting = Field(description="shard set")
     column: str | None = Field(None, description="score column for extreme tokens; default is the first contrast")
     samples: Annotated[int, Field(ge=0)] = Field(5, description="number of highest and lowest scoring tokens to show")
-    html: Path | None = Field(None, description="also write the report as an HTML page")
+    html: PathSetting | None = Field(None, description="also write the report as an HTML page")
 
 
 class WeightsReportConfig(Config):
@@ -55,7 +54,7 @@ class WeightsReportConfig(Config):
         10_000_000, description="read about this many tokens; row groups of larger sets are sampled at random"
     )
     seed: Seed = Field(0, description="random seed of the samples, and of random controls as in training")
-    html: Path | None = Field(None, description="also write the report as an HTML page")
+    html: PathSetting | None = Field(None, description="also write the report as an HTML page")
 
     _check_mix = field_validator("mix")(check_mix)
 

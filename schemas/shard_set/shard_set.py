@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
 from weighted_mtp.schemas.shard_set.card import describe_set
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Manifest, read_manifest, write_manifest
@@ -156,7 +157,8 @@ class ShardSet:
         except FileNotFoundError as error:
             raise UserError(f"{file}: is missing; {RESTORE}") from error
         except (pa.ArrowException, LookupError, ValueError, OSError) as error:
-            if isinstance(error, OSError) and (error.errno is not None or error.__cause__):  # of the system or a store
+            of_system = isinstance(error, OSError) and (error.errno is not None or error.__cause__)  # or of a store
+            if of_system or lacks_memory(error):
                 raise
             raise UserError(f"{file}: is damaged ({first_line(error)}); {RESTORE}") from error
         for name, column in self.manifest.columns.items():
@@ -208,7 +210,13 @@ def find_finished(output: Location, request: str) -> ShardSet | None:
     if not (output / MANIFEST).exists():
         return None
     shards = ShardSet.open(output)
-    if changed := differences(shards.manifest.request, json.loads(request)):
+    check_request(output, shards.manifest, json.loads(request))
+    return shards
+
+
+def check_request(output: Location, manifest: Manifest, request: dict[str, Any]) -> None:
+    """Raise UserError if the finished set in `output` belongs to another request than `request`."""
+    if changed := differences(manifest.request, request):
         adds = all(name.startswith("columns.") for name in changed)
         remedy = (
             "to add columns to it, give it as --input with a new --output" if adds else "choose another or remove it"
@@ -216,4 +224,3 @@ def find_finished(output: Location, request: str) -> ShardSet | None:
         raise UserError(
             f"--output {output}: holds a shard set with other inputs or settings ({', '.join(changed)}); {remedy}"
         )
-    return shards

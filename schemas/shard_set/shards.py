@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
 from weighted_mtp.schemas.shard_set.manifest import ROW_GROUP_TOKENS, TOKEN_COLUMNS, SequenceKind, ShardEntry
 from weighted_mtp.schemas.storage.files import atomic_write
 from weighted_mtp.schemas.storage.locations import Location
@@ -303,7 +303,7 @@ class ShardFile:
         except FileNotFoundError as error:
             raise UserError(f"{self.path}: shard is missing; {RESTORE}") from error
         except (pa.ArrowException, ValueError, OSError) as error:
-            if isinstance(error, PermissionError) or error.__cause__:  # an error of the store: the shard may be intact
+            if isinstance(error, PermissionError) or error.__cause__ or lacks_memory(error):  # the shard may be intact
                 raise
             raise UserError(f"{self.path}: shard is damaged ({first_line(error)}); {RESTORE}") from error
 

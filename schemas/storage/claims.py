@@ -4,7 +4,7 @@ import json
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.files import LOCK, PROGRESS, differences, read_json_file, write_text
-from weighted_mtp.schemas.storage.locations import Location, remove_tree
+from weighted_mtp.schemas.storage.locations import Location, remove_tree, resolve
 
 CLAIM = "request.json"
 """File in `PROGRESS` with the request of the run."""
@@ -48,9 +48,21 @@ def check_claim(output: Location, request: str) -> bool:
                 f"{output}: holds an unfinished run with other settings ({', '.join(changed)}); "
                 "repeat that command, remove the directory, or choose another --output"
             )
-    elif output.exists() and any(path.name not in (PROGRESS, LOCK) for path in output.iterdir()):
-        raise UserError(f"{output}: already holds something else; choose another --output or remove it")
+    else:
+        check_empty(output)
     return False
+
+
+def check_empty(output: Location) -> None:
+    """Raise UserError if the directory `output`, which may be missing, holds more than locks and claims."""
+    if output.exists() and any(path.name not in (PROGRESS, LOCK) for path in output.iterdir()):
+        raise UserError(f"{output}: already holds something else; choose another --output or remove it")
+
+
+def check_separate(output: Location, source: Location) -> None:
+    """Raise UserError if the output of a command is also its input."""
+    if resolve(output) == resolve(source):
+        raise UserError(f"--output {output}: is also the --input; choose another, which will hold its columns, too")
 
 
 def clear_directory(directory: Location) -> None:

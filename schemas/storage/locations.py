@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import fsspec
-from pydantic import AfterValidator, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainValidator
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
@@ -49,8 +49,36 @@ def locate(name: Any) -> UPath:
     return location
 
 
-LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, return_type=str)]
+def expand_home(name: Any) -> Any:
+    """Replace a leading `~` or `~user` of a name, which shells leave alone in `--flag=~/x`, and YAML files everywhere.
+
+    Raises:
+        ValueError: there is no such home directory.
+    """
+    if not isinstance(name, str) or not name.startswith("~"):
+        return name
+    expanded = os.path.expanduser(name)
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"no home directory for '{name.split('/')[0]}'; write './{name}' for a name that starts with ~"
+        )
+    return expanded
+
+
+def parse_location(name: Any) -> UPath:
+    """The location that a user names.
+
+    Raises:
+        ValueError: as for `locate` and `expand_home`.
+    """
+    return locate(expand_home(name))
+
+
+LocationSetting = Annotated[UPath, PlainValidator(parse_location), PlainSerializer(str, return_type=str)]
 """Config field type of a location."""
+
+PathSetting = Annotated[Path, BeforeValidator(expand_home)]
+"""Config field type of a path on the local disk."""
 
 
 def is_address(name: str) -> bool:
@@ -74,7 +102,7 @@ def _check_name(name: str) -> str:
     _check_not_empty(name)
     if is_address(name):
         locate(name)
-    return name
+    return expand_home(name)
 
 
 NameSetting = Annotated[str, AfterValidator(_check_name)]
@@ -139,8 +167,17 @@ def remove_tree(directory: Location) -> None:
 
 
 def cache_directory() -> Path:
-    """Local directory for copies of remote data."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weighted-mtp"
+    """Local directory for copies of remote data.
+
+    Raises:
+        UserError: neither XDG_CACHE_HOME nor a home directory is known.
+    """
+    if (cache := os.environ.get("XDG_CACHE_HOME")) is None:
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise UserError("no home directory for copies of remote data; set HOME or XDG_CACHE_HOME") from error
+    return Path(cache) / "weighted-mtp"
 
 
 def local_copy(directory: Location) -> Path:

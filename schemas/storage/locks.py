@@ -34,11 +34,19 @@ def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
     Raises:
         UserError: another process holds the lock, `output` is a file, or it lies inside a shard set.
     """
+    check_place(output)
+    with _locked_file(output) if isinstance(output, Path) else _lease(output) as held:
+        yield held
+
+
+def check_place(output: Location) -> None:
+    """Raise UserError if `output` cannot be a directory of its own: it is or lies below a file, or in a shard set."""
     parents = output.resolve().parents if isinstance(output, Path) else output.parents
     if inside := next(filter(is_shard_set, parents), None):
         raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
-    with _locked_file(output) if isinstance(output, Path) else _lease(output) as held:
-        yield held
+    paths = (output, *output.parents) if isinstance(output, Path) else ()
+    if any(os.path.lexists(path) and not os.path.isdir(path) for path in paths):
+        raise UserError(f"--output {output}: is, or lies below, a file; choose another --output")
 
 
 def is_shard_set(path: Location) -> bool:
@@ -53,10 +61,7 @@ def _refusal(output: Location, holder: str) -> UserError:
 @contextmanager
 def _locked_file(output: Path) -> Iterator[Callable[[], bool]]:
     new = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output {output}: is, or lies below, a file; choose another --output") from error
+    output.mkdir(parents=True, exist_ok=True)
     lock = output / LOCK  # not the directory: network file systems do not share directory locks between machines
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:

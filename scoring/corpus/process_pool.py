@@ -2,16 +2,18 @@
 
 import os
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver, get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import SHORTER_PATH, UserError, is_socket_path_error
+from weighted_mtp.schemas.interruption import Interruption
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,15 +42,13 @@ def map_in_order(
         return
     context = get_context("forkserver")
     context.set_forkserver_preload([preload])
-    # A terminal sends Ctrl-C to every process. The server starts with it ignored, and its forks inherit that.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forkserver.ensure_running()
-    signal.signal(signal.SIGINT, previous)
+    start_server()
     pool = ProcessPoolExecutor(workers, context, initializer=_initialize, initargs=(function,))
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(_apply, item))
+            with Interruption(deferred=True):  # a process that is being started would miss what the pool removes
+                pending.append(pool.submit(_apply, item))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -62,12 +62,29 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
+def start_server() -> None:
+    """Start the server that forks processes. A terminal sends Ctrl-C to all; it is blocked in the server and its forks.
+
+    Raises:
+        UserError: the directory for temporary files has too long a path for a socket.
+    """
+    resource_tracker.ensure_running()  # unblocks Ctrl-C
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    except OSError as error:
+        if is_socket_path_error(error):
+            raise UserError(f"{tempfile.gettempdir()}: {SHORTER_PATH}") from error
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _initialize(function: Callable[[Any], Any]) -> None:
-    """Make a process ignore Ctrl-C, exit with its parent, and use one core."""
+    """Make a process exit with its parent and use one core."""
     global _function
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -5,15 +5,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from datasets import DatasetBuilder, load_dataset_builder
-from datasets.exceptions import DatasetsError
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
 FORMATS: dict[str, Format] = {
@@ -49,7 +50,7 @@ class CorpusFile:
 class HubSplit:
     """A split of a Hugging Face dataset, read as a stream."""
 
-    builder: DatasetBuilder
+    builder: "DatasetBuilder"
     name: str
     split: str
 
@@ -75,6 +76,16 @@ def find_sources(
     Raises:
         UserError: no such path, no readable file, or a file of unknown format.
     """
+    files = find_files(name, given)
+    return [hub_split(name, subset, split)] if files is None else files
+
+
+def find_files(name: str, given: Format | Literal["auto"] = "auto") -> list[Source] | None:
+    """Files of a corpus in reading order; None if `name` can only be a Hugging Face dataset id.
+
+    Raises:
+        UserError: as for `find_sources`.
+    """
     path = locate(name)
     kind = kind_of(path)
     if kind == "file":
@@ -85,7 +96,7 @@ def find_sources(
         return files_matching(name, given)
     if looks_like_path(name):
         raise UserError(f"--input {name}: no such file or directory; check the path")
-    return [hub_split(name, subset, split)]
+    return None
 
 
 def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]:
@@ -158,6 +169,9 @@ def looks_like_path(name: str) -> bool:
 
 def hub_split(name: str, subset: str | None, split: str) -> HubSplit:
     """Look up a dataset on the Hugging Face hub."""
+    from datasets import load_dataset_builder  # takes a second, which other corpora and early checks do not need
+    from datasets.exceptions import DatasetsError
+
     try:
         builder = load_dataset_builder(name, subset)
         builder.as_streaming_dataset(split=split)

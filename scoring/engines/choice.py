@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
+from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.configs.common import EngineChoice
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.engines.base import EngineMethod, EngineName
@@ -25,6 +26,15 @@ def choose_engine(name: EngineChoice) -> EngineName:
     if name == "auto":
         return "vllm" if installed else "transformers"
     return name
+
+
+def check_engine_settings(engine: EngineName, config: ScoreConfig) -> None:
+    """Raise UserError if settings of vLLM are given for another engine."""
+    if engine != "vllm" and (config.engine_method != "auto" or config.engine_args or config.tensor_parallel_size > 1):
+        raise UserError(
+            "--engine_method, --engine_args and --tensor_parallel_size are settings of vLLM; "
+            "leave them out with --engine transformers"
+        )
 
 
 def choose_method(wanted: Literal["auto", "pooler", "prompt_logprobs"], recurrent: Collection[str]) -> EngineMethod:

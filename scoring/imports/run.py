@@ -13,9 +13,9 @@ from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Imported, ImportedFile, ImportedValues, Origin
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished
-from weighted_mtp.schemas.storage.claims import claim_output
+from weighted_mtp.schemas.storage.claims import check_separate, claim_output
 from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files, sha256_file
-from weighted_mtp.schemas.storage.locations import Location, locate, remove_tree, resolve
+from weighted_mtp.schemas.storage.locations import Location, locate, remove_tree
 from weighted_mtp.schemas.storage.locks import exclusive
 from weighted_mtp.scoring.imports.in_memory import open_rows
 from weighted_mtp.scoring.imports.matching import match_rows
@@ -124,8 +124,7 @@ def open_source(source: ShardSet | Location | str, output: Location) -> ShardSet
         UserError: it is damaged, or it is the output.
     """
     opened = source if isinstance(source, ShardSet) else ShardSet.open(source)
-    if resolve(opened.path) == resolve(output):
-        raise UserError(f"--output {output}: is also the --input; choose another, which will hold its columns, too")
+    check_separate(output, opened.path)
     opened.value_counts(), earlier_rejects(opened)  # both are needed at the end: fail now if they are damaged
     return opened
 

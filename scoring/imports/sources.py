@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from weighted_mtp.schemas.configs.common import MOST_NAME, check_identifier, is_reserved
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
 
 Kind = Literal["score", "number", "label"]
 KEYS = ("document_id", "start")
@@ -96,7 +96,8 @@ def damage_reported(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, RecursionError, EOFError, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is not None or error.__cause__):  # of the system or a store
+        of_system = isinstance(error, OSError) and (error.errno is not None or error.__cause__)  # or of a store
+        if of_system or lacks_memory(error):
             raise
         reason = repr(first_line(error).rstrip(".")[:SHOWN_REASON])[1:-1]
         raise UserError(f"{name}: cannot be read ({reason}); correct it or leave it out") from error

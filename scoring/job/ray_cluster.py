@@ -4,18 +4,20 @@ import logging
 import math
 import os
 import re
-import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from textwrap import shorten
 
+import psutil
 import ray
-from ray._private import ray_constants, services, worker
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import ray_constants, services, utils, worker
 from ray.exceptions import RayError, RayTaskError
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import SHORTER_PATH, UserError, first_line, is_socket_path_error
+from weighted_mtp.schemas.interruption import Interruption
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 ENVIRONMENT = {
@@ -64,32 +66,54 @@ def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator
         yield
         return
     os.environ.update(ENVIRONMENT | os.environ)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        start_ray(address, pool)
+        yield
+    finally:
+        stop_ray()
+
+
+def start_ray(address: str | None, pool: WorkerPool | None) -> None:
+    """Connect to the Ray cluster at `address`, or start Ray on this machine. Interruptions wait meanwhile.
+
+    Raises:
+        UserError: no cluster at `address`, or Ray does not start.
+    """
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     worker.listen_error_messages = lambda *_: None  # prints pages about dead nodes; the job reports one line
+    utils.set_sigterm_handler = lambda _: None  # Ray would replace the handler of this process
     try:
         if address:
             check_reachable(services.canonicalize_bootstrap_address(address))
             ray_constants.NUM_REDIS_GET_RETRIES = 1  # of 40 seconds each
-            with silent_stderr():
+            with Interruption(deferred=True), silent_stderr():
                 ray.init(address=address, **quiet)
         else:
             os.environ[ON_LOOPBACK] = "0"
             ray_constants.ENABLE_RAY_CLUSTER = False  # this process has already read the variable
             cpus = math.ceil(pool.max_workers * pool.cpus) if pool else 1
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            with Interruption(deferred=True):
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as error:  # a start that times out raises a bare Exception
+        if is_socket_path_error(error):
+            raise UserError(f"{get_default_system_temp_dir()}: {SHORTER_PATH}") from error
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         where += "; if it requires a token, set RAY_AUTH_MODE=token" * bool(address)
         raise UserError(f"{where} ({last_reason(error)})") from error
-    except SystemExit as error:
-        raise KeyboardInterrupt from error  # Ray turns SIGTERM into SystemExit
-    finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def stop_ray() -> None:
+    """Disconnect from Ray. If this process started it, end its processes: agents outlive their raylet by seconds."""
+    node = worker._global_node
+    started = [info.process.pid for infos in node.all_processes.values() for info in infos] if node else []
+    processes: list[psutil.Process] = []
+    for pid in started:
+        with suppress(psutil.NoSuchProcess):
+            processes += psutil.Process(pid).children(recursive=True)
+    ray.shutdown()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @contextmanager

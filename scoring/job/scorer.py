@@ -1,6 +1,7 @@
 """Scoring one shard: the engines compute token losses, contrasts are subtracted, the score columns are written."""
 
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import SHORTER_PATH, UserError, is_socket_path_error
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.rounding import round_float16, round_nats
 from weighted_mtp.schemas.shard_set.shards import ShardReader, flat_values, list_column, list_lengths
@@ -91,6 +92,8 @@ class ShardScorer:
             except Exception as error:  # engines raise exceptions of any type
                 if is_out_of_memory(error):
                     raise OutOfMemoryError(reason_for(error)) from error
+                if is_socket_path_error(error):
+                    raise UserError(f"{tempfile.gettempdir()}: {SHORTER_PATH}") from error
                 remedy = "try --engine transformers" if task.engine.name == "vllm" else "check the checkpoint"
                 if task.engine.engine_args:
                     remedy = f"check --engine_args, or {remedy}"

@@ -17,6 +17,7 @@ from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Quantity
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.schemas.storage.claims import check_separate
 from weighted_mtp.schemas.storage.locations import Location, resolve
 from weighted_mtp.scoring.conditions.models import ScoringModel, check_length, check_model
 from weighted_mtp.scoring.conditions.plan import (
@@ -29,7 +30,13 @@ from weighted_mtp.scoring.conditions.plan import (
 from weighted_mtp.scoring.conditions.prompts import make_prompt
 from weighted_mtp.scoring.conditions.short_context import make_short_context
 from weighted_mtp.scoring.engines.base import EngineConfig, EngineMethod, EngineName
-from weighted_mtp.scoring.engines.choice import choose_engine, choose_method, engine_version, runs_on_gpu
+from weighted_mtp.scoring.engines.choice import (
+    check_engine_settings,
+    choose_engine,
+    choose_method,
+    engine_version,
+    runs_on_gpu,
+)
 from weighted_mtp.scoring.engines.vllm_arguments import SPEED_ARGS, check_engine_args
 from weighted_mtp.scoring.job.finish import earlier_rejects
 from weighted_mtp.scoring.job.scorer import ScoringTask
@@ -87,10 +94,7 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
     Raises:
         UserError: the input, a model or a setting of the engine is unusable.
     """
-    if resolve(config.input) == resolve(config.output):
-        raise UserError(
-            f"--output {config.output}: is also the --input; choose another, which will hold its columns, too"
-        )
+    check_separate(config.output, config.input)
     source = ShardSet.open(config.input)
     source.value_counts(), earlier_rejects(source)  # both are needed at the end: fail now if they are damaged
     find = ModelFinder(source)
@@ -105,15 +109,9 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
         plan.measurements.update(measure_condition(name, model, prompt, extra))
     plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
     engine = choose_engine(config.engine)
-    if engine == "vllm":
-        method = plan_method(config.engine_method, config.engine_args, plan, warn)
-        return ScoringInputs(source, plan, engine, method)
-    if config.engine_method != "auto" or config.engine_args or config.tensor_parallel_size > 1:
-        raise UserError(
-            "--engine_method, --engine_args and --tensor_parallel_size are settings of vLLM; "
-            "leave them out with --engine transformers"
-        )
-    return ScoringInputs(source, plan, engine, None)
+    check_engine_settings(engine, config)
+    method = plan_method(config.engine_method, config.engine_args, plan, warn) if engine == "vllm" else None
+    return ScoringInputs(source, plan, engine, method)
 
 
 class ModelFinder:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from weighted_mtp import pipelines
+from weighted_mtp.pipelines.cli import early_checks
 from weighted_mtp.pipelines.cli.main import MODULES, main
 from weighted_mtp.schemas.configs import Config
 
@@ -23,12 +24,13 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture
 def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Config], None]], None]:
-    """`replace_command(command, run)` replaces the `run` function of a command."""
+    """`replace_command(command, run)` replaces the early checks and the `run` function of a command."""
 
     def replace(command: str, run: Callable[[Config], None]) -> None:
         name = MODULES.get(command, command)
         module = types.ModuleType(f"weighted_mtp.pipelines.{name}")
         module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setattr(early_checks, "check_early", lambda config: None)
         monkeypatch.setitem(sys.modules, f"weighted_mtp.pipelines.{name}", module)
         monkeypatch.setattr(pipelines, name, module, raising=False)
 

@@ -4,12 +4,14 @@ import errno
 import logging
 from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 
 from weighted_mtp.pipelines.cli.main import main
 from weighted_mtp.schemas.configs import Config
 from weighted_mtp.schemas.errors import UserError
 
+MEMORY = "use smaller batches, free some memory, or raise the limit of 'ulimit -v'"
 SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
 
 
@@ -23,6 +25,9 @@ SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "change the permissions or choose another path"),
         (UserError("a\x1b]0;title\x07 b\u202e"), r"wmtp score: error: a\x1b]0;title\x07 b\u202e"),
+        (MemoryError(), f"wmtp score: error: out of memory (no reason given); {MEMORY}"),
+        (pa.ArrowMemoryError("malloc of size 8 failed"), f"out of memory (malloc of size 8 failed); {MEMORY}"),
+        (RuntimeError("can't allocate memory: 8 bytes"), f"out of memory (can't allocate memory: 8 bytes); {MEMORY}"),
         (OSError("can't load tokenizer\n\nfor 'x'"), "wmtp score: error: can't load tokenizer for 'x'"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weighted_mtp.schemas.configs import Config
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 SCORE = ["score", "--input", "a", "--output", "b", "--reference", "c"]
 
@@ -32,19 +33,15 @@ def test_the_console_script_of_a_set_that_is_not_there() -> None:
     )
 
 
-def test_a_closed_pipe_is_quiet() -> None:
-    script = (
-        "import sys, types; from weighted_mtp.pipelines.cli.main import main\n"
-        "module = types.ModuleType('weighted_mtp.pipelines.verify')\n"
-        "module.run = lambda config: print('line\\n' * 100_000)\n"
-        "sys.modules['weighted_mtp.pipelines.verify'] = module\n"
-        "sys.exit(main(['verify', 'corpus']))"
-    )
-    reader, writer = os.pipe()
-    os.close(reader)
-    run = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writer)
-    assert (run.returncode, run.stderr) == (1, "")
+def test_a_closed_pipe_is_quiet(make_shard_set: Callable[..., ShardSet]) -> None:
+    path = make_shard_set([[1, 2]]).path
+    for arguments in (["--help"], ["list", str(path)]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "weighted_mtp", *arguments]
+        run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (run.returncode, run.stderr) == (1, "")
 
 
 def test_the_module_is_the_command() -> None:

@@ -134,6 +134,32 @@ def test_every_command_has_help_without_python_types(name: str, capsys: pytest.C
         assert noise not in text
 
 
+def test_home_directories_are_expanded(
+    configured: Callable[[list[str]], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells expand `~` only at the beginning of a word."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "run.yaml"
+    file.write_text("input: ~/a,~/b\neval_input: [~/c]\nmix: {'~/d,~/e': 0.5}\nmodel: ~/m")
+    config = configured(["train", f"--config={file}", "--output=~/run"])
+    assert isinstance(config, TrainConfig)
+    assert [str(path) for path in (*config.input, *config.eval_input)] == ["/home/me/a", "/home/me/b", "/home/me/c"]
+    assert config.mix == {"/home/me/d,/home/me/e": 0.5}
+    assert (config.model, str(config.output)) == ("/home/me/m", "/home/me/run")
+    report = configured(["inspect", "~/a", "--html=~/page.html"])
+    assert (str(report.set), str(report.html)) == ("/home/me/a", "/home/me/page.html")
+
+
+def test_an_unknown_home_directory_is_an_error(complaint: Callable[[list[str], int], str]) -> None:
+    message = "no home directory for '~nobody-here'; write './~nobody-here/a' for a name that starts with ~"
+    assert complaint(["inspect", "~nobody-here/a"], 2) == (
+        f"wmtp inspect: error: SET: {message}; see 'wmtp inspect --help'"
+    )
+    assert complaint(["evaluate", "--model=~nobody-here/a", "--input=b"], 2) == (
+        f"wmtp evaluate: error: --model: {message}; see 'wmtp evaluate --help'"
+    )
+
+
 def test_help_loads_no_framework() -> None:
     script = (
         "import sys\n"

@@ -154,7 +154,8 @@ def test_the_hub_as_a_file_system_needs_the_network(
     """Everything before the connection treats an address on the hub like any other."""
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     address = "hf://datasets/owner/name/file.parquet"
-    line = complaint(["prepare", "--input", address, "--tokenizer", "t", "--output", str(tmp_path / "out")], capsys)
+    paths = ["--tokenizer", str(tmp_path), "--output", str(tmp_path / "out")]
+    line = complaint(["prepare", "--input", address, *paths], capsys)
     assert line.startswith(f"wmtp prepare: error: {address}: ")
     assert "check the network" in line
 

@@ -66,6 +66,7 @@ TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
         ([*ITERATE, "--train.ray_address", "x"], "--train: --ray_address needs --ray_workers"),
         (["score", "--config", "nowhere.yaml"], "error: --config nowhere.yaml: file does not exist; check the path"),
         ([*TRAIN, "--save_every", "3"], "unknown argument --save_every (did you mean --eval_every"),
+        (["inspect", "a", "--set=b"], "unknown argument --set; see 'wmtp inspect --help'"),
         ([*TRAIN, "--save_every=3"], "unknown argument --save_every (did you mean"),
         (
             [*TRAIN, "--weights.formula", "a < b < c"],

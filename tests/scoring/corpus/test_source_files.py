@@ -5,7 +5,6 @@ import pytest
 from datasets import load_dataset_builder
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.scoring.corpus import source_files
 from weighted_mtp.scoring.corpus.documents import Fields
 from weighted_mtp.scoring.corpus.readers import read_batches
 from weighted_mtp.scoring.corpus.source_files import CorpusFile, Format, find_sources
@@ -88,7 +87,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (name, subset) == ("owner/name", "en")
         return load_dataset_builder("json", data_files=[str(file)], cache_dir=str(tmp_path / "cache"))
 
-    monkeypatch.setattr(source_files, "load_dataset_builder", look_up)
+    monkeypatch.setattr("datasets.load_dataset_builder", look_up)
 
 
 @pytest.mark.usefixtures("hub")
@@ -108,7 +107,7 @@ def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def look_up(name: str, subset: str | None) -> object:
         raise ConnectionError("cannot reach the hub\nsecond line")
 
-    monkeypatch.setattr(source_files, "load_dataset_builder", look_up)
+    monkeypatch.setattr("datasets.load_dataset_builder", look_up)
     with pytest.raises(UserError, match="cannot reach the hub") as error:
         find_sources("owner/name")
     assert "\n" not in str(error.value)

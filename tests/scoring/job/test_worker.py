@@ -123,6 +123,18 @@ def test_an_engine_that_cannot_be_loaded_is_an_outcome(task) -> None:
     assert str(outcome.error) == "m: transformers cannot run it (ValueError: bad weights); check the checkpoint"
 
 
+def test_a_socket_path_that_is_too_long_for_vllm_is_a_user_error(task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(model: ScoringModel, config: EngineConfig) -> PlainEngine:
+        raise RuntimeError('ipc path "/scratch/long" is longer than 107 characters (sizeof(sockaddr_un.sun_path)).')
+
+    monkeypatch.setattr("tempfile.tempdir", "/scratch")
+    outcome = ScoringWorker(task, load).start()
+    assert outcome.kind == "failed"
+    assert str(outcome.error) == (
+        "/scratch: too long a path for sockets; set TMPDIR to a shorter directory for temporary files"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
