@@ -1,11 +1,10 @@
 """The sources of a corpus in reading order: files, or a split of a Hugging Face dataset."""
 
 import glob
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetsError
@@ -13,7 +12,8 @@ from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
+from weighted_mtp.schemas.storage.links import expand
+from weighted_mtp.schemas.storage.locations import Location, find_files, kind_of, locate
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
 FORMATS: dict[str, Format] = {
@@ -61,10 +61,19 @@ class HubSplit:
 Source = CorpusFile | HubSplit
 
 
+class Sources(NamedTuple):
+    """The sources of a corpus in reading order, and the names of files beside them that are left out, sorted."""
+
+    read: list[Source]
+    left_out: list[str]
+
+
 def find_sources(
     name: str, given: Format | Literal["auto"] = "auto", subset: str | None = None, split: str = "train"
-) -> list[Source]:
+) -> Sources:
     """Sources of a corpus in reading order. Files are sorted by name, independent of the file system.
+
+    On a disk, links to files and directories are followed, but not in circles.
 
     Args:
         name: file, directory, glob, or Hugging Face dataset id.
@@ -78,21 +87,22 @@ def find_sources(
     path = locate(name)
     kind = kind_of(path)
     if kind == "file":
-        return corpus_files(path.parent, {path.name: path.stat().st_size}, given)
+        return Sources(corpus_files(path.parent, {path.name: path.stat().st_size}, given), [])
     if kind == "directory":
         return files_below(path, given)
     if glob.has_magic(name):
         return files_matching(name, given)
     if looks_like_path(name):
         raise UserError(f"--input {name}: no such file or directory; check the path")
-    return [hub_split(name, subset, split)]
+    return Sources([hub_split(name, subset, split)], [])
 
 
-def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]:
+def files_below(root: Location, given: Format | Literal["auto"]) -> Sources:
     """All files below the directory `root`, except hidden files and, with `auto`, files of unknown format."""
+    found, unreadable = find_files(root)
     files = {
         name: size
-        for name, size in walk_files(root).items()
+        for name, size in found.items()
         if not any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
         and PurePosixPath(name).name not in DATASETS_METADATA
         and (given != "auto" or format_of(name) is not None)
@@ -100,21 +110,23 @@ def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]
     if not files:
         known = f" ({', '.join(FORMATS)}, also compressed)" if given == "auto" else ""
         raise UserError(f"--input {root}: holds no readable file{known}; check the path or give --format")
-    return corpus_files(root, files, given)
+    return Sources(corpus_files(root, files, given), sorted([*unreadable, *(found.keys() - files.keys())]))
 
 
-def files_matching(name: str, given: Format | Literal["auto"]) -> list[Source]:
+def files_matching(name: str, given: Format | Literal["auto"]) -> Sources:
     """Files that match a glob, named relative to the part of the path before the first wildcard."""
     pattern = locate(name)
     root = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+    left_out: list[str] = []
     if isinstance(pattern, Path):
-        found = [Path(match) for match in glob.glob(str(pattern), recursive=True) if os.path.isfile(match)]
-        files = {path.relative_to(str(root)).as_posix(): path.stat().st_size for path in found}
+        found = {Path(match).relative_to(str(root)).as_posix(): Path(match) for match in expand(str(pattern))}
+        files = {match: path.stat().st_size for match, path in found.items() if path.is_file()}
+        left_out = sorted(match for match, path in found.items() if not (path.is_file() or path.is_dir()))
     else:
         files = remote_matches(root, pattern)
     if not files:
         raise UserError(f"--input '{name}': matches no file; check the pattern")
-    return corpus_files(root, files, given)
+    return Sources(corpus_files(root, files, given), left_out)
 
 
 def remote_matches(root: Location, pattern: UPath) -> dict[str, int]:

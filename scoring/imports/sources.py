@@ -4,7 +4,6 @@ A row has a `document_id`, optionally a `start`, and columns with a list of numb
 source is trusted.
 """
 
-import lzma
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.configs.common import MOST_NAME, check_identifier, is_reserved
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.storage.compression import DAMAGE
 
 Kind = Literal["score", "number", "label"]
 KEYS = ("document_id", "start")
@@ -80,7 +80,7 @@ def damage_reported(name: str) -> Iterator[None]:
     """Turn damage of a source into a UserError. Arrow also raises errors of the system for damaged Parquet."""
     try:
         yield
-    except (pa.ArrowException, ValueError, RecursionError, EOFError, lzma.LZMAError, OSError) as error:
+    except DAMAGE as error:
         if isinstance(error, OSError) and (error.errno is not None or error.__cause__):  # of the system or a store
             raise
         reason = repr(first_line(error).rstrip(".")[:SHOWN_REASON])[1:-1]

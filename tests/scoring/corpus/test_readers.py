@@ -26,7 +26,7 @@ def read(
     """(row, text) of the documents and (row, kind) of the rejects of a file."""
     documents: list[Document] = []
     rejects: list[RejectedDocument] = []
-    for batch in read_batches(find_sources(str(path)), fields, sample_by):
+    for batch in read_batches(find_sources(str(path)).read, fields, sample_by):
         good, bad = parse_batch(batch, fields)
         documents += good
         rejects += bad
@@ -41,7 +41,7 @@ def write(path: Path, content: bytes) -> Path:
 def test_numbers_of_csv_files_are_read_from_their_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text,reward,group\na,0.5,1\nb,,1\nc,nan,1\nd,-2,x\n")
     fields = Fields("text", numbers=("reward",), labels=("group",))
-    [batch] = read_batches(find_sources(str(path)), fields)
+    [batch] = read_batches(find_sources(str(path)).read, fields)
     documents, rejects = parse_batch(batch, fields)
     assert [document.values for document in documents] == [(0.5, "1"), (-2.0, "x")]
     assert [reject.row for reject in rejects] == [1, 2]
@@ -52,7 +52,7 @@ def test_numbers_of_columnar_files(kind: pa.DataType, tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "b"], "other": [0, 0], "reward": pa.array([2, None], pa.int64()).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet")
     fields = Fields("text", numbers=("reward",))
-    [batch] = read_batches(find_sources(str(tmp_path / "a.parquet")), fields)
+    [batch] = read_batches(find_sources(str(tmp_path / "a.parquet")).read, fields)
     assert batch.rows[0][1] == {"text": "a", "reward": 2}
     documents, rejects = parse_batch(batch, fields)
     assert [document.values for document in documents] == [(2.0,)]
@@ -205,6 +205,6 @@ def test_file_with_a_misleading_name(name: str, tmp_path: Path) -> None:
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     long = json.dumps({"text": "x" * (BATCH_BYTES // 2)}).encode() + b"\n"
     path = write(tmp_path / "a.jsonl", GOOD * (BATCH_ROWS + 1) + long * 5)
-    batches = list(read_batches(find_sources(str(path)), TEXT_FIELD))
+    batches = list(read_batches(find_sources(str(path)).read, TEXT_FIELD))
     assert [len(batch.rows) for batch in batches] == [BATCH_ROWS, 3, 2, 1]
     assert [number for batch in batches for number, _ in batch.rows] == list(range(BATCH_ROWS + 6))

@@ -12,7 +12,7 @@ from weighted_mtp.scoring.corpus.source_files import CorpusFile, Format, find_so
 
 
 def names(input: str | Path, given: Format | Literal["auto"] = "auto") -> list[str]:
-    return [source.name for source in find_sources(str(input), given)]
+    return [source.name for source in find_sources(str(input), given).read]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_directory_gives_known_files_by_relative_name(tree: Path) -> None:
-    found = find_sources(str(tree))
+    found = find_sources(str(tree)).read
     assert [(s.name, s.format) for s in found if isinstance(s, CorpusFile)] == [
         ("a/x.txt", "text"),
         ("a/y.parquet", "parquet"),
@@ -54,7 +54,7 @@ def test_glob_names_are_relative_to_the_fixed_part(tree: Path) -> None:
 def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("text")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
-    [batch] = read_batches(find_sources(str(tmp_path / "a[1].txt")), Fields("text"))
+    [batch] = read_batches(find_sources(str(tmp_path / "a[1].txt")).read, Fields("text"))
     assert batch.rows == [(0, {"text": "text"})]
 
 
@@ -93,7 +93,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hub")
 def test_hub_split_is_streamed() -> None:
-    [batch] = read_batches(find_sources("owner/name", subset="en"), Fields("text"))
+    [batch] = read_batches(find_sources("owner/name", subset="en").read, Fields("text"))
     assert batch.source == "owner/name/en/train"
     assert batch.rows == [(row, {"text": f"row {row}"}) for row in range(600)]
 
