@@ -43,8 +43,6 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
     table = Table(title=str(prepared.path), show_header=False, title_justify="left")
     if counts.files:
         table.add_row("files", f"{counts.files:,}")
-    if counts.left_out:
-        table.add_row("left out", describe_files(counts.left_out))
     table.add_row("documents", f"{counts.documents:,}")
     table.add_row("sequences", f"{counts.sequences:,} of at most {manifest.corpus.max_length:,} tokens")
     table.add_row("tokens", f"{counts.tokens:,} ({counts.text_bytes / counts.tokens:.2f} bytes of text each)")
@@ -55,15 +53,13 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
         "BOS, EOS",
         ", ".join("added" if a else "not added" for a in (manifest.corpus.adds_bos, manifest.corpus.adds_eos)),
     )
-    if counts.double_bos:
-        table.add_row(
-            "two BOS", f"{counts.double_bos:,} documents begin with BOS twice; see --bos and --special_tokens"
-        )
     if counts.with_special_tokens:
-        made = "control tokens" if manifest.corpus.special_tokens == "parse" else "ordinary text"
-        table.add_row(
-            "special tokens", f"{counts.with_special_tokens:,} documents contain them as text, which became {made}"
-        )
+        became = "control tokens" if manifest.corpus.special_tokens == "parse" else "ordinary text"
+        documents = f"{counts.with_special_tokens:,} of the documents"
+        table.add_row("special tokens", f"in the text of {documents}, where they became {became}")
+    if counts.double_bos:
+        documents = f"{counts.double_bos:,} of the documents"
+        table.add_row("two BOS", f"at the start of {documents}; see --special_tokens and --bos")
     table.add_row(
         "rejected rows", f"{counts.rejected:,}" + (f", see {prepared.path / REJECTS}" if counts.rejected else "")
     )
@@ -72,4 +68,6 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
     table.add_row("time", f"{seconds:,.1f} s, {counts.tokens / seconds:,.0f} tokens/s")
     console = new_console()
     console.print(table)
+    if counts.left_out:
+        console.print(f"left out {describe_files(counts.left_out)}")
     console.print(f"next: wmtp score --input {prepared.path} --output SCORED --reference MODEL")

@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_reserved
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
-MAX_DOCUMENT_BYTES = 1 << 24
-"""Default bound of a document. Tokenising one takes about 180 bytes of memory per byte of text."""
+MAX_DOCUMENT_BYTES = 1 << 23
+"""Default bound of a document. Tokenising one takes up to 230 bytes of memory per byte of text."""
 SpecialTokens = Literal["parse", "text"]
 
 

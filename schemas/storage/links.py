@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 
@@ -62,7 +63,21 @@ def identity(path: str) -> tuple[int, int]:
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """Paths that match a glob. `**` stands for any directories that are not hidden; links are followed as in `walk`."""
+    """Paths that match a glob, through links. `**` stands for any directories that are not hidden.
+
+    Paths in a circle are left out, as in a walk of the directory before the first wildcard.
+    """
+    fixed = next(parent for parent in Path(pattern).parents if not glob.has_magic(str(parent)))
+    known = cache(identity)
+    for path in matches(pattern):
+        parents = Path(path).parents
+        folders = [known(str(parent)) for parent in parents[: len(parents) - len(fixed.parents)]]
+        if len(set(folders)) == len(folders):
+            yield path
+
+
+def matches(pattern: str) -> Iterator[str]:
+    """Paths that match a glob. Below the directories before each `**`, there are none in a circle."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.iglob(pattern)
@@ -73,4 +88,4 @@ def expand(pattern: str) -> Iterator[str]:
     for top in filter(os.path.isdir, tops):
         for folder, folders, _, _ in walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from expand("/".join([glob.escape(folder.rstrip("/")), *rest]))
+            yield from matches("/".join([glob.escape(folder.rstrip("/")), *rest]))

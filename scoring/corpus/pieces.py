@@ -9,6 +9,8 @@ from typing import IO, Any, AnyStr
 PIECE = 1 << 20
 """Bytes or characters read at once."""
 SPACE = re.compile(r"[ \t\n\r]*")
+DELIMITERS = tuple(" \t\n\r,]")
+"""What follows an element of a JSON array."""
 
 
 def bounded_lines(stream: IO[AnyStr], most: int) -> Iterator[tuple[int, AnyStr | None]]:
@@ -90,17 +92,21 @@ class JsonArray:
     def _element(self, number: int) -> Any:
         self._next()
         while True:
+            problem: ValueError | None = None
             try:
                 value, end = self.decode(self.text, self.at)
             except ValueError as error:
-                if len(self.text) - self.at > self.most:
-                    raise ValueError(f"element {number} is no valid JSON in {self.most:,} characters") from error
-                if not self._read():
-                    raise ValueError(f"element {number} is no valid JSON") from error
-            else:
-                if end < len(self.text) or not self._read():  # a number may go on
-                    self.at = end
-                    return value
+                problem = error
+            if not problem and self.text[end : end + 1] in DELIMITERS:  # else a number may go on
+                break
+            if len(self.text) - self.at > self.most:
+                raise ValueError(f"element {number} is no valid JSON, or longer than {self.most:,} characters")
+            if not self._read():
+                if problem:
+                    raise ValueError(f"element {number} is no valid JSON") from problem
+                break
+        self.at = end
+        return value
 
     def _take(self, wanted: str, before: str) -> str:
         found = self._next()
