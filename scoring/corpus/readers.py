@@ -38,7 +38,7 @@ BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 20
 ARROW_ROWS = 256
 ARROW_BYTES = 1 << 26
-"""Bytes of Parquet decoded at once, unless a row has more."""
+"""Bytes of Parquet decoded at once, unless a row has more. Smaller row groups are always read."""
 ROW_FACTOR = 4
 """Largest row that is held, in units of the largest document: JSON in ASCII has up to three bytes for one of text."""
 
@@ -216,7 +216,7 @@ def number_or_text(text: str) -> float | str:
 def read_parquet(path: Location, fields: list[str], most: int) -> Iterator[Row]:
     """Records of a Parquet file. Only the required columns of a remote file are fetched.
 
-    The rows of a row group are not read if its metadata says that they have more than `most` bytes on average.
+    Rows of a large row group are not read if they have more than `most` bytes on average, by its metadata.
     """
     with (
         nullcontext(path) if isinstance(path, Path) else path.open("rb", cache_type="none") as source,
@@ -234,11 +234,10 @@ def read_parquet(path: Location, fields: list[str], most: int) -> Iterator[Row]:
                 for column in map(group.column, range(group.num_columns))
                 if any(f"{column.path_in_schema}.".startswith(f"{field}.") for field in fields)
             )
-            average = size // max(1, group.num_rows)
-            if average > most:
+            if size > max(ARROW_BYTES, group.num_rows * most):
                 yield from repeat(too_large_row(most), group.num_rows)
                 continue
-            rows = max(1, min(ARROW_ROWS, ARROW_BYTES // max(1, average)))
+            rows = max(1, min(ARROW_ROWS, ARROW_BYTES * group.num_rows // max(1, size)))
             for batch in file.iter_batches(rows, row_groups=[index], columns=fields):
                 yield from records(batch, fields, most)
 

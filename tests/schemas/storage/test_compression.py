@@ -42,7 +42,8 @@ def test_content_by_lines(tmp_path: Path, name: str, store: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("a.JSONL.gz", ".jsonl"), ("a.csv.zstd", ".csv"), ("a.b.csv", ".csv"), ("a.gz", ""), ("a.gz.jsonl", ".jsonl")]
+    ("name", "suffix"),
+    [("a.JSONL.gz", ".jsonl"), ("a.csv.zstd", ".csv"), ("a.b.csv", ".csv"), ("a.gz", ""), ("a.gz.jsonl", ".jsonl")],
 )
 def test_the_suffix_of_the_data(name: str, suffix: str) -> None:
     assert data_suffix(UPath(name)) == suffix

@@ -51,6 +51,36 @@ def test_glob_names_are_relative_to_the_fixed_part(tree: Path) -> None:
     assert names(f"{tree}/**/*.json*") == ["b.jsonl", "c.json.gz", "state.json"]
 
 
+def test_what_a_directory_has_besides_is_left_out(tree: Path) -> None:
+    (tree / "d.jsonl.lz4").touch()
+    (tree / "e.jsonl.zstd").touch()
+    (tree / "broken.txt").symlink_to("nowhere")
+    found = find_sources(str(tree))
+    assert [source.name for source in found.read] == ["a/x.txt", "a/y.parquet", "b.jsonl", "c.json.gz", "e.jsonl.zstd"]
+    assert found.left_out == [".hidden.txt", "README.md", "_SUCCESS", "broken.txt", "d.jsonl.lz4", "state.json"]
+    assert find_sources(str(tree / "b.jsonl")).left_out == []
+
+
+def test_directory_and_glob_follow_the_same_links(tmp_path: Path) -> None:
+    for name in ("corpus/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "corpus/own/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    links = {"linked": "../elsewhere", "e.txt": "../elsewhere/b.txt", "broken.txt": "nowhere", "own/circle": ".."}
+    for name, target in links.items():
+        (tmp_path / "corpus" / name).symlink_to(target)
+    below = find_sources(str(tmp_path / "corpus"))
+    matching = find_sources(f"{tmp_path}/corpus/**/*.txt")
+    assert [source.name for source in below.read] == [
+        "a.txt",
+        "e.txt",
+        "linked/b.txt",
+        "linked/deep/c.txt",
+        "own/d.txt",
+    ]
+    assert matching.read == below.read
+    assert (below.left_out, matching.left_out) == (["broken.txt", "own/circle"], ["broken.txt"])
+
+
 def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("text")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
