@@ -1,11 +1,10 @@
 """Score rows in memory: a table of any library that speaks Arrow, or an iterable of mappings."""
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import chain, islice
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ NAME = "rows"
 BATCH_NUMBERS = 1 << 20
 """A batch of mappings ends at this many numbers in lists."""
 Row = Mapping[str, Any]
-NUMBERS = (Real, Decimal)
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def type_of_value(place: str, name: Any, value: Any) -> pa.DataType:
         return pa.list_(pa.float64())
     if isinstance(value, str):
         return pa.string()
-    if isinstance(value, NUMBERS) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return pa.float64()
     raise UserError(
         f"{place}: '{name}' is of type {type(value).__name__}, not a list of numbers, a number or a string; "
@@ -196,7 +194,7 @@ def to_number(value: Any, what: str = "is") -> float:
     Raises:
         ValueError: it is none; what it is.
     """
-    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{what} of type {type(value).__name__}, not a number")
     try:
         return float(value)

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +81,6 @@ def tensor_values() -> Iterator[dict[str, Any]]:
         yield row | {"quality": torch.tensor(row["quality"], dtype=torch.float64)}
 
 
-def decimal_values() -> Iterator[dict[str, Any]]:
-    """As cursors of databases give them."""
-    for row in lists_as(lambda values: [None if value is None else Decimal(str(value)) for value in values])():
-        yield row | {"quality": Decimal(str(row["quality"]))}
-
-
 POLARS_TYPES = {"mine": pl.List(pl.Float64), "group": pl.Categorical}
 KINDS: dict[str, Callable[[], Any]] = {
     "pyarrow": lambda: pa.Table.from_pylist(ROWS),
@@ -108,7 +101,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "numpy": numpy_values,
     "torch": tensor_values,
     "tuples": lists_as(tuple),
-    "decimals": decimal_values,
     "polars series": lists_as(pl.Series),
     "without null": lambda: [{key: value for key, value in row.items() if value is not None} for row in ROWS],
 }
