@@ -16,7 +16,8 @@ def walk_disk(directory: Path) -> tuple[dict[str, int], list[str]]:
     """
     sizes: dict[str, int] = {}
     unreadable: list[str] = []
-    for folder, _, names, failed in walk(str(directory)):
+    failed: list[str] = []
+    for folder, _, names in walk(str(directory), failed):
         for path in (Path(folder, name) for name in names):
             name = path.relative_to(directory).as_posix()
             try:
@@ -26,18 +27,16 @@ def walk_disk(directory: Path) -> tuple[dict[str, int], list[str]]:
             except OSError:
                 pass
             unreadable.append(name)
-        unreadable += [Path(path).relative_to(directory).as_posix() for path in failed]
-    return sizes, unreadable
+    return sizes, [*unreadable, *(Path(path).relative_to(directory).as_posix() for path in failed)]
 
 
-def walk(top: str) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
-    """Yield directories, from the top down, through links. A directory is not entered again below itself.
+def walk(top: str, failed: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` through links. A directory is not entered again below itself.
 
-    Yields:
-        Path of the directory, names of the directories in it, which the caller may shorten in place to prune the walk,
-        names of everything else in it, and paths that were not entered: circles, and directories without permission.
+    Args:
+        top: path of the directory to start with.
+        failed: receives the paths of circles, and of directories that cannot be read.
     """
-    failed: list[str] = []
     around: dict[str, frozenset[tuple[int, int]]] = {}  # identities of a directory and of those that lead to it
     for folder, folders, names in os.walk(top, followlinks=True, onerror=lambda error: failed.append(error.filename)):
         outer = around.pop(folder, None) or frozenset([identity(folder)])
@@ -52,8 +51,7 @@ def walk(top: str) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
                 failed.append(path)
             else:
                 around[path] = outer | {inner}
-        yield folder, folders, names, failed.copy()
-        failed.clear()
+        yield folder, folders, names
 
 
 def identity(path: str) -> tuple[int, int]:
@@ -86,6 +84,6 @@ def matches(pattern: str) -> Iterator[str]:
     start, rest = "/".join(parts[:first]), parts[first + 1 :] or ["*"]
     tops = glob.glob(start) if start else ["/" if pattern.startswith("/") else "."]
     for top in filter(os.path.isdir, tops):
-        for folder, folders, _, _ in walk(top):
+        for folder, folders, _ in walk(top, []):
             folders[:] = [name for name in folders if not name.startswith(".")]
             yield from matches("/".join([glob.escape(folder.rstrip("/")), *rest]))

@@ -1,5 +1,6 @@
 """Files found through links, and circles that are left out."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -40,6 +41,27 @@ def test_a_link_above_the_top_gives_its_neighbours_once(tmp_path: Path) -> None:
     (tmp_path / "neighbour.txt").write_text("text")
     (tmp_path / "top" / "up").symlink_to("..")
     assert walk_disk(tmp_path / "top") == ({"up/neighbour.txt": 4}, ["up/top"])
+
+
+@pytest.mark.parametrize("secret", ["b", "z"])
+def test_directories_that_cannot_be_read_are_named(
+    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First and last; tests may run as root, who can read everything."""
+    for name in ("b", "c", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if Path(path).name == secret:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    sizes, unreadable = walk_disk(tmp_path)
+    assert sizes == {f"{name}/a.txt": 4 for name in ("b", "c", "z") if name != secret}
+    assert unreadable == [secret]
 
 
 def test_two_links_to_a_directory_are_no_circle(tmp_path: Path) -> None:
