@@ -99,13 +99,20 @@ def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attenti
     Raises:
         UserError: the model cannot be loaded, lacks weights, or `attention` leaves out a part of it.
     """
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    with quiet_transformers():
-        sketch, report = AutoModelForCausalLM.from_pretrained(
-            source, **settings, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        check_complete(name, report, sketch.config)
-        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    # First as shapes alone, which needs no memory. Quantised models have other shapes until they are loaded.
+    quantised = getattr(load_config(source), "quantization_config", None)
+    for device_map in (None,) if quantised else ("meta", None):
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=device_map,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        check_complete(name, report, model.config)
     settle_attention(name, model, attention)
     return model
 

@@ -56,11 +56,10 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
     """
     source = local_name(name)
     try:
-        config = load_config(source)
         if not from_scratch:
             return load_causal_lm(name, source, dtype=torch.float32, attention=attention)
         trunk = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            load_config(source), dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
         settle_attention(name, trunk, attention)
         return trunk
