@@ -85,7 +85,7 @@ def kind_of(location: Location) -> Literal["file", "directory"] | None:
         return None
 
 
-def find_files(directory: Location) -> tuple[dict[str, int], list[str]]:
+def walk_tree(directory: Location) -> tuple[dict[str, int], list[str]]:
     """All files below a directory, recursively; on a disk, also through links, as in `walk_disk`.
 
     Returns:
@@ -99,8 +99,8 @@ def find_files(directory: Location) -> tuple[dict[str, int], list[str]]:
 
 
 def walk_files(directory: Location) -> dict[str, int]:
-    """Relative name and size in bytes of every file below a directory, as in `find_files`."""
-    return find_files(directory)[0]
+    """Relative name and size in bytes of every file below a directory, as in `walk_tree`."""
+    return walk_tree(directory)[0]
 
 
 def list_files(directory: Location) -> dict[str, int]:

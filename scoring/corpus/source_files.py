@@ -13,7 +13,7 @@ from upath import UPath
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
-from weighted_mtp.schemas.storage.locations import Location, find_files, kind_of, locate
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
 
 Format = Literal["json", "parquet", "text", "csv", "arrow"]
 FORMATS: dict[str, Format] = {
@@ -99,7 +99,7 @@ def find_sources(
 
 def files_below(root: Location, given: Format | Literal["auto"]) -> Sources:
     """All files below the directory `root`, except hidden files and, with `auto`, files of unknown format."""
-    found, unreadable = find_files(root)
+    found, unreadable = walk_tree(root)
     files = {
         name: size
         for name, size in found.items()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
-from weighted_mtp.schemas.storage.locations import Location, find_files, kind_of, locate
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
 from weighted_mtp.schemas.text import describe_files
 from weighted_mtp.scoring.imports.json_lines import COMPRESSED, parse_lines, read_lines
 from weighted_mtp.scoring.imports.sources import BATCH_ROWS, KEYS, Kind, RowBatch, ScoreSource, damage_reported
@@ -40,7 +40,7 @@ def find_score_files(names: Sequence[str]) -> list[Location]:
         if kind == "file":
             files = [path]
         elif kind == "directory":
-            inside, others = find_files(path)
+            inside, others = walk_tree(path)
             files = [path / file for file in sorted(inside) if is_wanted(file)]
             left_out += sorted([*others, *(file for file in inside if not is_wanted(file))])
         elif isinstance(path, Path):
