@@ -114,28 +114,37 @@ def files_below(root: Location, given: Format | Literal["auto"]) -> Sources:
 
 
 def files_matching(name: str, given: Format | Literal["auto"]) -> Sources:
-    """Files that match a glob, named relative to the part of the path before the first wildcard."""
+    """Files that match a glob, named relative to the part of the path before the first wildcard.
+
+    Left out are directories that match, unless a file in them does, and broken links.
+    """
     pattern = locate(name)
     root = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
-    left_out: list[str] = []
     if isinstance(pattern, Path):
-        found = {Path(match).relative_to(str(root)).as_posix(): Path(match) for match in expand(str(pattern))}
-        files = {match: path.stat().st_size for match, path in found.items() if path.is_file()}
-        left_out = sorted(match for match, path in found.items() if not (path.is_file() or path.is_dir()))
+        paths = [Path(match) for match in expand(str(pattern))]
+        found = {
+            path.relative_to(str(root)).as_posix(): path.stat().st_size if path.is_file() else None for path in paths
+        }
     else:
-        files = remote_matches(root, pattern)
+        found = remote_matches(root, pattern)
+    files = {match: size for match, size in found.items() if size is not None}
     if not files:
         raise UserError(f"--input '{name}': matches no file; check the pattern")
-    return Sources(corpus_files(root, files, given), left_out)
+    read = {str(parent) for match in files for parent in PurePosixPath(match).parents}
+    return Sources(corpus_files(root, files, given), sorted(found.keys() - files.keys() - read))
 
 
-def remote_matches(root: Location, pattern: UPath) -> dict[str, int]:
-    """Name relative to `root` and size of the files that match a glob. Wildcards do not match hidden names."""
+def remote_matches(root: Location, pattern: UPath) -> dict[str, int | None]:
+    """Name relative to `root` of what matches a glob, and the size of files. Wildcards do not match hidden names."""
     found = pattern.fs.glob(pattern.path, detail=True)
     start = pattern.fs._strip_protocol(str(root)).rstrip("/") + "/"
-    files = {name.removeprefix(start): info["size"] for name, info in found.items() if info["type"] == "file"}
+    sizes = {
+        name.removeprefix(start): info["size"] if info["type"] == "file" else None
+        for name, info in found.items()
+        if name.startswith(start)  # `**` also matches the root
+    }
     hidden_wanted = "/." in pattern.path
-    return {name: size for name, size in files.items() if hidden_wanted or "/." not in f"/{name}"}
+    return {name: size for name, size in sizes.items() if hidden_wanted or "/." not in f"/{name}"}
 
 
 def corpus_files(root: Location, files: dict[str, int], given: Format | Literal["auto"]) -> list[Source]:

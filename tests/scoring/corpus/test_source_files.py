@@ -3,6 +3,7 @@ from typing import Literal
 
 import pytest
 from datasets import load_dataset_builder
+from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.corpus import source_files
@@ -79,6 +80,24 @@ def test_directory_and_glob_follow_the_same_links(tmp_path: Path) -> None:
     ]
     assert matching.read == below.read
     assert (below.left_out, matching.left_out) == (["broken.txt", "own/circle"], ["broken.txt"])
+
+
+def test_directories_that_only_match_a_glob_are_left_out(tree: Path) -> None:
+    (tree / "b").mkdir()
+    (tree / "b" / "x.txt").touch()
+    found = find_sources(f"{tree}/[ab]*")
+    assert [source.name for source in found.read] == ["b.jsonl"]
+    assert found.left_out == ["a", "b"]
+    assert find_sources(f"{tree}/[ab]/**", "text").left_out == []
+
+
+def test_directories_in_a_store_that_only_match_a_glob_are_left_out(tmp_path: Path) -> None:
+    root = UPath(f"memory://{tmp_path}/corpus")
+    for name in ("a.txt", "sub/b.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("text")
+    assert find_sources(f"{root}/*").left_out == ["sub"]
+    assert find_sources(f"{root}/**") == find_sources(str(root))
 
 
 def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
