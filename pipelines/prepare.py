@@ -8,6 +8,7 @@ from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet
+from weighted_mtp.schemas.text import describe_files
 from weighted_mtp.scoring.corpus.prepare import prepare
 from weighted_mtp.scoring.corpus.writer import CorpusCounts
 
@@ -40,6 +41,8 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
     """Print the result and the next command."""
     manifest = prepared.manifest
     table = Table(title=str(prepared.path), show_header=False, title_justify="left")
+    if counts.files:
+        table.add_row("files", f"{counts.files:,}")
     table.add_row("documents", f"{counts.documents:,}")
     table.add_row("sequences", f"{counts.sequences:,} of at most {manifest.corpus.max_length:,} tokens")
     table.add_row("tokens", f"{counts.tokens:,} ({counts.text_bytes / counts.tokens:.2f} bytes of text each)")
@@ -50,6 +53,13 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
         "BOS, EOS",
         ", ".join("added" if a else "not added" for a in (manifest.corpus.adds_bos, manifest.corpus.adds_eos)),
     )
+    if counts.with_special_tokens:
+        became = "control tokens" if manifest.corpus.special_tokens == "parse" else "ordinary text"
+        documents = f"{counts.with_special_tokens:,} of the documents"
+        table.add_row("special tokens", f"in the text of {documents}, where they became {became}")
+    if counts.double_bos:
+        documents = f"{counts.double_bos:,} of the documents"
+        table.add_row("two BOS", f"at the start of {documents}; see --special_tokens and --bos")
     table.add_row(
         "rejected rows", f"{counts.rejected:,}" + (f", see {prepared.path / REJECTS}" if counts.rejected else "")
     )
@@ -58,4 +68,6 @@ def print_summary(prepared: ShardSet, counts: CorpusCounts, seconds: float) -> N
     table.add_row("time", f"{seconds:,.1f} s, {counts.tokens / seconds:,.0f} tokens/s")
     console = new_console()
     console.print(table)
+    if counts.left_out:
+        console.print(f"left out {describe_files(counts.left_out)}")
     console.print(shell_command("next: wmtp score --input {} --output SCORED --reference MODEL", prepared.path))

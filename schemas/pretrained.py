@@ -26,6 +26,12 @@ PROBED_LAYERS = 2
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 NATIVE_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Config entries with the number of multi-token-prediction layers of a checkpoint."""
+LIMITS = (
+    (re.compile(r"(?:^|_)(?:layers?|blocks|depth)$"), 1 << 10),
+    (re.compile(r"(?:^|_)experts$"), 1 << 16),
+    (re.compile(r"(?:size|dim|embd|heads)$"), 1 << 24),
+)
+"""Largest values of config entries, by their names. Thousands of layers take minutes to build, even without weights."""
 SHARPENING = 1000.0
 """Factor on the attention scores of a probe, without which small weights would hide a soft-cap."""
 
@@ -41,9 +47,22 @@ def load_config(source: str | Path) -> Any:
     """The config of a checkpoint, from a local directory or by its Hugging Face id.
 
     Raises:
-        OSError, ValueError, KeyError: there is none, it is damaged, or it needs code of its own.
+        OSError, ValueError, KeyError: there is none, it is damaged, needs code of its own, or has impossible sizes.
     """
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_sizes(config.to_dict())
+    return config
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a config, or one inside it, has more layers or larger ones than any model."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_sizes(value)
+        elif isinstance(value, int):
+            most = min((limit for pattern, limit in LIMITS if pattern.search(str(name))), default=value)
+            if value > most:
+                raise ValueError(f"{name} is {value:,}, and at most {most:,} are possible")
 
 
 def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
@@ -68,6 +87,8 @@ def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedT
 def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attention: str | None = None) -> Any:
     """Load all weights of a causal language model, with an attention kernel that computes all of its attention.
 
+    The shapes of its weights are compared with its config before memory is allocated.
+
     Args:
         name: the model in messages, with its flag.
         source: local directory or Hugging Face id.
@@ -78,16 +99,20 @@ def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attenti
     Raises:
         UserError: the model cannot be loaded, lacks weights, or `attention` leaves out a part of it.
     """
-    with quiet_transformers():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    check_complete(name, report, model.config)
+    # First as shapes alone, which needs no memory. Quantised models have other shapes until they are loaded.
+    quantised = getattr(load_config(source), "quantization_config", None)
+    for device_map in (None,) if quantised else ("meta", None):
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation=attention,
+                device_map=device_map,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        check_complete(name, report, model.config)
     settle_attention(name, model, attention)
     return model
 

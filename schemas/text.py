@@ -1,5 +1,14 @@
 """Foreign text on its way to a terminal, a page, a log or an error."""
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+SHOWN_FILES = 5
+"""Most names of files, and most suffixes, in a message."""
+SHOWN_NAME = 60
+"""Most characters of each."""
+
 
 def printable(text: str, kept: str = "") -> str:
     """`text` with control characters escaped, such as line breaks, terminal escapes and bidirectional overrides.
@@ -13,3 +22,22 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(
         char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def shorten(text: str) -> str:
+    """`text`, truncated to `SHOWN_NAME` characters."""
+    return text if len(text) <= SHOWN_NAME else text[:SHOWN_NAME] + "..."
+
+
+def describe_files(names: Sequence[str]) -> str:
+    """How many files, how many of each suffix, and the first names: `3 files (2 .md, 1 .bin): a.md, b.md, x.bin`.
+
+    Args:
+        names: relative names of files, with "/" as separator.
+    """
+    suffixes = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in names).most_common()
+    kinds = [f"{count:,} {shorten(suffix)}" for suffix, count in suffixes[:SHOWN_FILES]]
+    shown = [shorten(name) for name in names[:SHOWN_FILES]]
+    kinds += ["..."] * (len(suffixes) > SHOWN_FILES)
+    shown += ["..."] * (len(names) > SHOWN_FILES)
+    return f"{len(names):,} file{'s' * (len(names) > 1)} ({', '.join(kinds)}): {', '.join(shown)}"

@@ -50,7 +50,7 @@ def describe_error(error: Exception, config: Config | None) -> str:
         return one_line(str(error)) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
     remedy = OS_REMEDIES.get(error.errno, "rerun with --debug for the traceback")
-    return f"{where}{error.strerror}; {remedy}"
+    return one_line(f"{where}{error.strerror}; {remedy}")
 
 
 def debugging() -> bool:

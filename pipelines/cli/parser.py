@@ -11,11 +11,13 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
 from jsonargparse.typing import register_type
 from pydantic import ValidationError
 from upath import UPath
+from yaml import YAMLError
 
+from weighted_mtp.pipelines.cli.settings_file import bounded
 from weighted_mtp.pipelines.cli.usage import POSITIONALS, describe_validation_error
 from weighted_mtp.schemas.configs import (
     Config,
@@ -64,6 +66,7 @@ DEBUG_HELP = "show tracebacks and library logs (or set WMTP_DEBUG=1)"
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 """Values that start with a dash. The pattern of argparse lacks exponents such as -1e-3."""
 register_type(UPath, deserializer=parse_location, type_check=isinstance)
+set_loader("yaml", bounded(get_loader("yaml")), exceptions=(YAMLError,))
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, Config]:

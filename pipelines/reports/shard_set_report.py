@@ -58,6 +58,7 @@ def facts_table(shard_set: ShardSet) -> Table:
         "documents": f"{corpus.documents:,}, plus {corpus.rejects:,} rejected",
         "tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]})",
         "added": " and ".join(added) or "neither BOS nor EOS",
+        "special tokens": "parsed" if corpus.special_tokens == "parse" else "ordinary text",
         "sequences": f"{manifest.rows:,} of at most {corpus.max_length:,} tokens",
         "tokens": f"{manifest.tokens:,}",
         "shards": f"{len(manifest.shards):,}",

@@ -8,6 +8,10 @@ from pydantic import Field, field_validator, model_validator
 from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_reserved
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
+MAX_DOCUMENT_BYTES = 1 << 23
+"""Default bound of a document. Tokenising one takes up to 230 bytes of memory per byte of text."""
+SpecialTokens = Literal["parse", "text"]
+
 
 class PrepareConfig(Config):
     """Turn a corpus into token shards."""
@@ -34,6 +38,14 @@ class PrepareConfig(Config):
         "auto", description="put BOS before each document; auto follows the tokenizer's default"
     )
     append_eos: bool = Field(False, description="put EOS after each document")
+    special_tokens: SpecialTokens = Field(
+        "parse",
+        description="what to make of strings such as '</s>' in a document: 'parse' gives the control token, 'text' the "
+        "tokens of ordinary text",
+    )
+    max_document_bytes: Annotated[int, Field(gt=0, le=1 << 30)] = Field(
+        MAX_DOCUMENT_BYTES, description="largest document, in bytes of UTF-8; larger ones are rejected"
+    )
     shard_tokens: Positive = Field(1 << 22, description="tokens per shard; a shard ends once it holds this many")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="tokenizer processes; 0 means one per core")
 

@@ -181,6 +181,8 @@ class CorpusInfo(ManifestRecord):
     """The corpus and its tokenisation settings.
 
     `sequence_columns` maps document fields stored as columns to their kinds: `number` is float32, `label` is string.
+    `special_tokens` says what strings of special tokens in documents became: control tokens (`parse`, which is not
+    written), or ordinary text (`text`).
     """
 
     input: str
@@ -191,6 +193,7 @@ class CorpusInfo(ManifestRecord):
     documents: Count
     rejects: Count
     sequence_columns: dict[ColumnName, SequenceKind] = {}
+    special_tokens: Literal["parse", "text"] = Field("parse", exclude_if=lambda value: value == "parse")
 
     def describe_columns(self) -> str:
         """The sequence columns and their kinds in one line."""

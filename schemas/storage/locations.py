@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainVali
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage.links import walk_disk
 
 Location = Path | UPath
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -119,22 +120,22 @@ def kind_of(location: Location) -> Literal["file", "directory"] | None:
         return None
 
 
-def walk_files(directory: Location) -> dict[str, int]:
-    """Relative name and size in bytes of every file below a directory, recursively.
+def walk_tree(directory: Location) -> tuple[dict[str, int], list[str]]:
+    """All files below a directory, recursively; on a disk, also through links, as in `walk_disk`.
 
-    On a disk, directories that cannot be read and files that vanish meanwhile are left out.
+    Returns:
+        Relative name and size in bytes of every file, and the relative names of what cannot be read.
     """
     if isinstance(directory, Path):
-        sizes: dict[str, int] = {}
-        for folder, _, names in os.walk(directory):
-            for path in (Path(folder, name) for name in names):
-                with suppress(OSError):
-                    if path.is_file():
-                        sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
-        return sizes
+        return walk_disk(directory)
     found = directory.fs.find(directory.path, detail=True)
     start = directory.path.rstrip("/") + "/"
-    return {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}
+    return {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}, []
+
+
+def walk_files(directory: Location) -> dict[str, int]:
+    """Relative name and size in bytes of every file below a directory, as in `walk_tree`."""
+    return walk_tree(directory)[0]
 
 
 def list_files(directory: Location) -> dict[str, int]:

@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES
 from weighted_mtp.schemas.shard_set.manifest import SequenceKind
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+MOST_LABEL_BYTES = 1 << 16
+"""Longest id or label. Every sequence of the document repeats it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class RowBatch(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text that is valid Unicode and not blank, its id, and its values of the sequence columns."""
+    """A text that is valid Unicode, not blank and not too large, its id, and its values of the sequence columns."""
 
     id: str
     text: str
@@ -77,8 +81,20 @@ class BadRowError(Exception):
     """The reason to reject a row."""
 
 
-def parse_batch(batch: RowBatch, fields: Fields) -> tuple[list[Document], list[RejectedDocument]]:
+def too_large(max_document_bytes: int) -> str:
+    """The reason to reject a document of more than `max_document_bytes` bytes."""
+    return f"larger than {max_document_bytes:,} bytes (--max_document_bytes)"
+
+
+def parse_batch(
+    batch: RowBatch, fields: Fields, max_document_bytes: int = MAX_DOCUMENT_BYTES
+) -> tuple[list[Document], list[RejectedDocument]]:
     """Parse and check each row on its own.
+
+    Args:
+        batch: rows of one source.
+        fields: fields of a record.
+        max_document_bytes: largest document, in bytes of UTF-8.
 
     Returns:
         Documents and rejected rows, both in row order.
@@ -93,7 +109,7 @@ def parse_batch(batch: RowBatch, fields: Fields) -> tuple[list[Document], list[R
                 if field not in record:
                     raise BadRowError(f"no field '{field}': the fields are {', '.join(record) or 'none'}")
             name = label(record[fields.id], fields.id) if fields.id else f"{batch.source}#{number}"
-            text = document_text(record[fields.text], fields.text)
+            text = document_text(record[fields.text], fields.text, max_document_bytes)
             values = (finite_number(record[field], field) for field in fields.numbers)
             labels = (label(record[field], field) for field in fields.labels)
             documents.append(Document(name, text, number, (*values, *labels)))
@@ -126,13 +142,20 @@ def parse_row(row: Row) -> dict[str, Any]:
 
 def label(value: Any, field: str) -> str:
     """The value of field `field` as a label or a document id; raise BadRowError if it cannot be one."""
+    if isinstance(value, Decimal) and value.as_tuple().exponent == 0:
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRowError(f"field '{field}' is neither a string nor an integer: {type(value).__name__}")
-    return check_unicode(str(value), field)
+    text = str(value)
+    if utf8_size(text, field) > MOST_LABEL_BYTES:
+        raise BadRowError(f"field '{field}' is larger than {MOST_LABEL_BYTES:,} bytes")
+    return text
 
 
 def finite_number(value: Any, field: str) -> float:
     """The value of field `field` as a number; raise BadRowError if it is not finite as float32."""
+    if isinstance(value, Decimal):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRowError(f"field '{field}' is not a number: {type(value).__name__}")
     if not abs(value) <= FLOAT32_MAX:
@@ -140,19 +163,24 @@ def finite_number(value: Any, field: str) -> float:
     return float(value)
 
 
-def document_text(value: Any, field: str) -> str:
-    """The value of field `field` as the text of a document; raise BadRowError if it is blank or not a valid string."""
+def document_text(value: Any, field: str, max_document_bytes: int) -> str:
+    """The value of field `field` as the text of a document.
+
+    Raises:
+        BadRowError: it is no valid string, blank, or larger than `max_document_bytes` bytes.
+    """
     if not isinstance(value, str):
         raise BadRowError(f"field '{field}' is not a string: {type(value).__name__}")
     if not value or value.isspace():
         raise BadRowError("empty text")
-    return check_unicode(value, field)
+    if utf8_size(value, field) > max_document_bytes:
+        raise BadRowError(too_large(max_document_bytes))
+    return value
 
 
-def check_unicode(text: str, field: str) -> str:
-    """Return `text`; raise BadRowError for lone surrogates, which tokenizers reject and UTF-8 cannot encode."""
+def utf8_size(text: str, field: str) -> int:
+    """Size of `text` in bytes; raise BadRowError for lone surrogates, which tokenizers reject."""
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as error:
         raise BadRowError(f"field '{field}' is not valid Unicode: at character {error.start}") from error
-    return text

@@ -24,8 +24,8 @@ from weighted_mtp.schemas.storage.locks import exclusive
 from weighted_mtp.scoring.corpus.documents import Fields
 from weighted_mtp.scoring.corpus.process_pool import map_in_order
 from weighted_mtp.scoring.corpus.readers import read_batches
-from weighted_mtp.scoring.corpus.source_files import Source, find_sources
-from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, choose_added_tokens
+from weighted_mtp.scoring.corpus.source_files import CorpusFile, Source, Sources, find_sources
+from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, check_text_mode, choose_added_tokens
 from weighted_mtp.scoring.corpus.tokenization import BatchEncoder
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, write_shards
 from weighted_mtp.scoring.tokenizer import describe_tokenizer, save_tokenizer
@@ -52,7 +52,9 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
             "give a directory written by save_pretrained or a Hugging Face id",
         )
         added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
-        request = describe_request(config, tokenizer, added, sources)
+        if config.special_tokens == "text":
+            check_text_mode(tokenizer)
+        request = describe_request(config, tokenizer, added, sources.read)
         if finished := find_finished(config.output, request):
             return finished
         claim_empty_output(config.output, request)
@@ -90,7 +92,7 @@ def write_shard_set(
     config: PrepareConfig,
     tokenizer: PreTrainedTokenizerBase,
     added: AddedTokens,
-    sources: list[Source],
+    sources: Sources,
     request: str,
     report: Report,
 ) -> ShardSet:
@@ -99,12 +101,16 @@ def write_shard_set(
     prefix, suffix = added_ids(tokenizer, added)
     fields = Fields(config.text_field, config.id_field, config.number_fields, config.label_fields)
     encoded = map_in_order(
-        BatchEncoder(tokenizer, prefix, suffix, config.max_length, fields),
-        read_batches(sources, fields, config.sample_by),
+        BatchEncoder(
+            tokenizer, prefix, suffix, config.max_length, fields, config.special_tokens, config.max_document_bytes
+        ),
+        read_batches(sources.read, fields, config.sample_by, config.max_document_bytes),
         workers=config.workers or len(os.sched_getaffinity(0)),
         preload="weighted_mtp.scoring.corpus.tokenization",
     )
-    entries, counts = write_shards(config.output, encoded, config.shard_tokens, report)
+    files = sum(isinstance(source, CorpusFile) for source in sources.read)
+    counts = CorpusCounts(files=files, left_out=sources.left_out)
+    entries = write_shards(config.output, encoded, config.shard_tokens, counts, report)
     manifest = Manifest(
         corpus=CorpusInfo(
             input=config.input,
@@ -115,6 +121,7 @@ def write_shard_set(
             documents=counts.documents,
             rejects=counts.rejected,
             sequence_columns=fields.columns,
+            special_tokens=config.special_tokens,
         ),
         tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
         shards=entries,

@@ -1,7 +1,8 @@
 """Reading a corpus: from a source to numbered rows, and from rows to batches of bounded size.
 
 A row is a line of JSON (bytes), a record (dict of JSON or Arrow values), or a `MalformedRow`. Readers do not check
-rows, so a bad row affects only itself; `scoring.corpus.documents` checks them.
+rows, so a bad row affects only itself; `scoring.corpus.documents` checks them. Rows that are too large to hold are read
+in pieces and become `MalformedRow`s.
 
 Files are read with pyarrow and the standard library. The builders of `datasets` (5.2) are used for the hub only: on
 local files they accept a truncated `.zst`, find no rows in a file with brackets in its name, ignore the encoding of
@@ -10,38 +11,51 @@ compressed files, read the text "NA" in a CSV as missing, and drop a block of JS
 
 import csv
 import io
-import json
-import lzma
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
+from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.storage.compression import data_suffix, open_stream
+from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch
+from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch, too_large
+from weighted_mtp.scoring.corpus.pieces import JsonArray, bounded_lines, bounded_whole, paragraphs
 from weighted_mtp.scoring.corpus.source_files import CorpusFile, HubSplit, Source
 
 SampleBy = Literal["document", "paragraph", "line"]
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 20
 ARROW_ROWS = 256
+ARROW_BYTES = 1 << 26
+"""Bytes of Parquet decoded at once, unless a row has more. Smaller row groups are always read."""
+ROW_FACTOR = 4
+"""Largest row that is held, in units of the largest document: JSON in ASCII has up to three bytes for one of text."""
 
 
-def read_batches(sources: Iterable[Source], fields: Fields, sample_by: SampleBy = "document") -> Iterator[RowBatch]:
+def read_batches(
+    sources: Iterable[Source],
+    fields: Fields,
+    sample_by: SampleBy = "document",
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+) -> Iterator[RowBatch]:
     """Read the sources in order, in batches of at most 1024 rows and about one megabyte of text.
 
     Args:
         sources: files and datasets, in reading order.
         fields: required fields of a record.
         sample_by: unit of a text file that forms a document.
+        max_document_bytes: largest document. Rows of more than `ROW_FACTOR` times as many bytes are not held.
 
     Raises:
         UserError: a source cannot be read to its end; the message names it.
@@ -49,7 +63,7 @@ def read_batches(sources: Iterable[Source], fields: Fields, sample_by: SampleBy 
     for source in sources:
         rows: list[tuple[int, Row]] = []
         size = 0
-        for number, row in read_rows(source, fields, sample_by):
+        for number, row in read_rows(source, fields, sample_by, max_document_bytes):
             rows.append((number, row))
             size += row_size(row, fields.text)
             if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
@@ -59,85 +73,117 @@ def read_batches(sources: Iterable[Source], fields: Fields, sample_by: SampleBy 
             yield RowBatch(source.name, rows)
 
 
+def too_large_row(most: int) -> MalformedRow:
+    """A row of more than `most` bytes, which was not held."""
+    return MalformedRow(f"row larger than {most:,} bytes ({ROW_FACTOR} times --max_document_bytes)")
+
+
 def row_size(row: Row, text_field: str) -> int:
     """Approximate size of the text in a row, in bytes."""
     text = row.get(text_field) if isinstance(row, dict) else row
     return len(text) if isinstance(text, (str, bytes)) else 0
 
 
-def read_rows(source: Source, fields: Fields, sample_by: SampleBy) -> Iterator[tuple[int, Row]]:
+def read_rows(
+    source: Source, fields: Fields, sample_by: SampleBy, max_document_bytes: int
+) -> Iterator[tuple[int, Row]]:
     """Rows of one source, numbered from 0 by line for JSON and text, without blank lines, else by record."""
     where = source.path if isinstance(source, CorpusFile) else source.name
+    most = ROW_FACTOR * max_document_bytes
     try:
         if isinstance(source, HubSplit):
-            yield from enumerate(read_hub(source, fields.required))
+            yield from enumerate(read_hub(source, fields.required, most))
         elif source.format == "json":
-            yield from read_json(source.path)
+            yield from read_json(source.path, most)
         elif source.format == "text":
-            yield from read_text(source.path, fields.text, sample_by)
+            for number, text in read_text(source.path, sample_by, max_document_bytes):
+                yield number, MalformedRow(too_large(max_document_bytes)) if text is None else {fields.text: text}
         elif source.format == "csv":
-            yield from enumerate(read_csv(source.path, set(fields.numbers)))
+            yield from enumerate(read_csv(source.path, fields, most))
         else:
             read = read_parquet if source.format == "parquet" else read_arrow
-            yield from enumerate(read(source.path, fields.required))
-    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, pa.ArrowException, DatasetsError) as error:
+            yield from enumerate(read(source.path, fields.required, most))
+    except (*DAMAGE, DatasetsError) as error:
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
 
-def read_json(path: Location) -> Iterator[tuple[int, Row]]:
+def read_json(path: Location, most: int) -> Iterator[tuple[int, Row]]:
     """Lines of JSON, or the elements of a file that is one JSON array."""
     with open_stream(path) as stream:
         if data_suffix(path) == ".json" and stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from enumerate(json.loads(stream.read().decode("utf-8-sig")))
+            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+                yield from enumerate(JsonArray(text, most))
             return
-        for number, line in enumerate(stream):
-            if number == 0:
+        for number, line in bounded_lines(stream, most):
+            if number == 0 and line is not None:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line and not line.isspace():
+            if line is None:
+                yield number, too_large_row(most)
+            elif line and not line.isspace():
                 yield number, line
 
 
-def read_text(path: Location, text_field: str, sample_by: SampleBy) -> Iterator[tuple[int, Row]]:
-    """Documents of a text file: the whole file, its lines, or its paragraphs, separated by blank lines."""
+def read_text(path: Location, sample_by: SampleBy, most: int) -> Iterator[tuple[int, str | None]]:
+    """Documents of a text file: the whole file, its lines, or its paragraphs, separated by blank lines.
+
+    A document of more than `most` characters is None.
+    """
     with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as stream:
         if sample_by == "document":
-            yield 0, {text_field: stream.read()}
+            yield 0, bounded_whole(stream, most)
         elif sample_by == "line":
-            for number, line in enumerate(stream):
-                if not line.isspace():
-                    yield number, {text_field: line.rstrip("\r\n")}
+            for number, line in bounded_lines(stream, most):
+                if line is None or not line.isspace():
+                    yield number, line and line.rstrip("\r\n")
         else:
-            for number, paragraph in enumerate(paragraphs(stream)):
-                yield number, {text_field: paragraph}
+            yield from enumerate(paragraphs((line for _, line in bounded_lines(stream, most)), most))
 
 
-def paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of non-blank lines."""
-    held: list[str] = []
-    for line in lines:
-        if not line.isspace():
-            held.append(line)
-        elif held:
-            yield "".join(held).rstrip("\r\n")
-            held = []
-    if held:
-        yield "".join(held).rstrip("\r\n")
+class CsvLines:
+    """Lines of a CSV file for its parser, which holds a record until it is complete.
+
+    Attributes:
+        size: characters of the record so far; set to 0 after each record.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, most: int) -> None:
+        self.lines = bounded_lines(stream, most)
+        self.most = most
+        self.size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """The lines.
+
+        Raises:
+            ValueError: a record has more than `most` characters.
+        """
+        for number, line in self.lines:
+            self.size += self.most + 1 if line is None else len(line)
+            if line is None or self.size > self.most:
+                raise ValueError(
+                    f"the record at line {number + 1:,} has more than {self.most:,} characters, perhaps because of an "
+                    "unclosed quote"
+                )
+            yield line
 
 
-def read_csv(path: Location, number_columns: set[str]) -> Iterator[Row]:
+def read_csv(path: Location, fields: Fields, most: int) -> Iterator[Row]:
     """Records of a CSV or TSV file with a header. No value is read as missing.
 
-    All values are strings, except numbers in `number_columns`.
+    All values are strings, except numbers in the columns `fields.numbers`.
     """
     csv.field_size_limit(sys.maxsize)
     with (
         open_stream(path) as binary,
         io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream,
     ):
-        reader = csv.reader(stream, delimiter="\t" if data_suffix(path) == ".tsv" else ",", strict=True)
+        lines = CsvLines(stream, most)
+        reader = csv.reader(lines, delimiter="\t" if data_suffix(path) == ".tsv" else ",", strict=True)
         header = next(reader, [])
+        check_names(header, fields.required)
         while True:
+            lines.size = 0
             try:
                 values = next(reader)
             except StopIteration:
@@ -147,9 +193,16 @@ def read_csv(path: Location, number_columns: set[str]) -> Iterator[Row]:
                 continue
             if len(values) == len(header):
                 record = dict(zip(header, values, strict=True))
-                yield record | {name: number_or_text(record[name]) for name in number_columns & record.keys()}
+                yield record | {name: number_or_text(record[name]) for name in fields.numbers if name in record}
             elif values:
                 yield MalformedRow(f"invalid CSV: {len(values)} values for {len(header)} columns")
+
+
+def check_names(names: list[str], fields: list[str]) -> None:
+    """Raise ValueError if two columns have the name of a required field."""
+    for field in fields:
+        if names.count(field) > 1:
+            raise ValueError(f"{names.count(field)} columns are named '{field}'")
 
 
 def number_or_text(text: str) -> float | str:
@@ -160,18 +213,36 @@ def number_or_text(text: str) -> float | str:
         return text
 
 
-def read_parquet(path: Location, fields: list[str]) -> Iterator[Row]:
-    """Records of a Parquet file. Only the required columns of a remote file are fetched."""
+def read_parquet(path: Location, fields: list[str], most: int) -> Iterator[Row]:
+    """Records of a Parquet file. Only the required columns of a remote file are fetched.
+
+    Rows of a large row group are not read if they have more than `most` bytes on average, by its metadata.
+    """
     with (
         nullcontext(path) if isinstance(path, Path) else path.open("rb", cache_type="none") as source,
         pq.ParquetFile(source) as file,
     ):
-        complete = set(fields) <= set(file.schema_arrow.names)
-        for batch in file.iter_batches(ARROW_ROWS, columns=fields if complete else None):
-            yield from records(batch, fields)
+        names = file.schema_arrow.names
+        check_names(names, fields)
+        if not set(fields) <= set(names):
+            yield from repeat(dict.fromkeys(names), file.metadata.num_rows)
+            return
+        for index in range(file.num_row_groups):
+            group = file.metadata.row_group(index)
+            size = sum(
+                column.total_uncompressed_size
+                for column in map(group.column, range(group.num_columns))
+                if any(f"{column.path_in_schema}.".startswith(f"{field}.") for field in fields)
+            )
+            if size > max(ARROW_BYTES, group.num_rows * most):
+                yield from repeat(too_large_row(most), group.num_rows)
+                continue
+            rows = max(1, min(ARROW_ROWS, ARROW_BYTES * group.num_rows // max(1, size)))
+            for batch in file.iter_batches(rows, row_groups=[index], columns=fields):
+                yield from records(batch, fields, most)
 
 
-def read_arrow(path: Location, fields: list[str]) -> Iterator[Row]:
+def read_arrow(path: Location, fields: list[str], most: int) -> Iterator[Row]:
     """Records of an Arrow file, in the stream format that `datasets` writes or in the file format."""
     with pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb"), "r") as file:
         try:
@@ -181,29 +252,56 @@ def read_arrow(path: Location, fields: list[str]) -> Iterator[Row]:
             batches = map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
             for first in range(0, batch.num_rows, ARROW_ROWS):
-                yield from records(batch.slice(first, ARROW_ROWS), fields)
+                yield from records(batch.slice(first, ARROW_ROWS), fields, most)
 
 
-def read_hub(source: HubSplit, fields: list[str]) -> Iterator[Row]:
+def read_hub(source: HubSplit, fields: list[str], most: int) -> Iterator[Row]:
     """Records of a Hugging Face dataset."""
     stream = source.builder.as_streaming_dataset(split=source.split)
     for table in stream.with_format("arrow").iter(batch_size=ARROW_ROWS):
-        yield from records(table, fields)
+        for batch in table.to_batches():
+            yield from records(batch, fields, most)
 
 
-def records(batch: pa.RecordBatch | pa.Table, fields: list[str]) -> Iterator[Row]:
-    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the existing names."""
+def records(batch: pa.RecordBatch, fields: list[str], most: int) -> Iterator[Row]:
+    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the existing names.
+
+    Rows with a string of more than `most` bytes are not converted.
+
+    Raises:
+        ValueError: two columns have the name of a required field.
+    """
     names = batch.schema.names
+    check_names(names, fields)
     if not set(fields) <= set(names):
-        return iter([dict.fromkeys(names)] * batch.num_rows)
-    columns = [column_values(batch.column(name)) for name in fields]
-    return (dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True))
+        return repeat(dict.fromkeys(names), batch.num_rows)
+    columns = [batch.column(name) for name in fields]
+    large = np.any([value_bytes(column) > most for column in columns], axis=0)
+    values = zip(*columns, strict=True)
+    return (
+        too_large_row(most) if is_large else dict(zip(fields, map(python_value, row), strict=True))
+        for is_large, row in zip(large, values, strict=True)
+    )
 
 
-def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values of a column. Bytes that are not UTF-8 become lone surrogates, which mark the row as bad."""
+def value_bytes(column: pa.Array) -> np.ndarray:
+    """Size of each string of a column in bytes, int [rows]; 0 for values of other types."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        sizes = pa.array(value_bytes(column.dictionary)).take(column.indices)
+    elif pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):  # the size is the first of four numbers
+        return np.frombuffer(column.buffers()[1], np.int32)[::4][column.offset :][: len(column)]
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        sizes = pc.binary_length(column)
+    else:
+        return np.zeros(len(column), np.int64)
+    return sizes.fill_null(0).to_numpy(zero_copy_only=False)
+
+
+def python_value(scalar: pa.Scalar) -> Any:
+    """The Python value of an entry of a column. Bytes that are not UTF-8 become lone surrogates, which are rejected."""
     try:
-        return column.to_pylist()
+        return scalar.as_py()
     except UnicodeDecodeError:
-        values = column.cast(pa.large_binary()).to_pylist()
-        return [None if value is None else value.decode(errors="surrogateescape") for value in values]
+        scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+        return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")

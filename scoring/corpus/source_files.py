@@ -1,17 +1,17 @@
 """The sources of a corpus in reading order: files, or a split of a Hugging Face dataset."""
 
 import glob
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
+from weighted_mtp.schemas.storage.links import expand
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -62,10 +62,19 @@ class HubSplit:
 Source = CorpusFile | HubSplit
 
 
+class Sources(NamedTuple):
+    """The sources of a corpus in reading order, and the names of files beside them that are left out, sorted."""
+
+    read: list[Source]
+    left_out: list[str]
+
+
 def find_sources(
     name: str, given: Format | Literal["auto"] = "auto", subset: str | None = None, split: str = "train"
-) -> list[Source]:
+) -> Sources:
     """Sources of a corpus in reading order. Files are sorted by name, independent of the file system.
+
+    On a disk, links to files and directories are followed, but not in circles.
 
     Args:
         name: file, directory, glob, or Hugging Face dataset id.
@@ -77,10 +86,10 @@ def find_sources(
         UserError: no such path, no readable file, or a file of unknown format.
     """
     files = find_files(name, given)
-    return [hub_split(name, subset, split)] if files is None else files
+    return Sources([hub_split(name, subset, split)], []) if files is None else files
 
 
-def find_files(name: str, given: Format | Literal["auto"] = "auto") -> list[Source] | None:
+def find_files(name: str, given: Format | Literal["auto"] = "auto") -> Sources | None:
     """Files of a corpus in reading order; None if `name` can only be a Hugging Face dataset id.
 
     Raises:
@@ -89,7 +98,7 @@ def find_files(name: str, given: Format | Literal["auto"] = "auto") -> list[Sour
     path = locate(name)
     kind = kind_of(path)
     if kind == "file":
-        return corpus_files(path.parent, {path.name: path.stat().st_size}, given)
+        return Sources(corpus_files(path.parent, {path.name: path.stat().st_size}, given), [])
     if kind == "directory":
         return files_below(path, given)
     if glob.has_magic(name):
@@ -99,11 +108,12 @@ def find_files(name: str, given: Format | Literal["auto"] = "auto") -> list[Sour
     return None
 
 
-def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]:
+def files_below(root: Location, given: Format | Literal["auto"]) -> Sources:
     """All files below the directory `root`, except hidden files and, with `auto`, files of unknown format."""
+    found, unreadable = walk_tree(root)
     files = {
         name: size
-        for name, size in walk_files(root).items()
+        for name, size in found.items()
         if not any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
         and PurePosixPath(name).name not in DATASETS_METADATA
         and (given != "auto" or format_of(name) is not None)
@@ -111,30 +121,41 @@ def files_below(root: Location, given: Format | Literal["auto"]) -> list[Source]
     if not files:
         known = f" ({', '.join(FORMATS)}, also compressed)" if given == "auto" else ""
         raise UserError(f"--input {root}: holds no readable file{known}; check the path or give --format")
-    return corpus_files(root, files, given)
+    return Sources(corpus_files(root, files, given), sorted([*unreadable, *(found.keys() - files.keys())]))
 
 
-def files_matching(name: str, given: Format | Literal["auto"]) -> list[Source]:
-    """Files that match a glob, named relative to the part of the path before the first wildcard."""
+def files_matching(name: str, given: Format | Literal["auto"]) -> Sources:
+    """Files that match a glob, named relative to the part of the path before the first wildcard.
+
+    Left out are directories that match, unless a file in them does, and broken links.
+    """
     pattern = locate(name)
     root = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
     if isinstance(pattern, Path):
-        found = [Path(match) for match in glob.glob(str(pattern), recursive=True) if os.path.isfile(match)]
-        files = {path.relative_to(str(root)).as_posix(): path.stat().st_size for path in found}
+        paths = [Path(match) for match in expand(str(pattern))]
+        found = {
+            path.relative_to(str(root)).as_posix(): path.stat().st_size if path.is_file() else None for path in paths
+        }
     else:
-        files = remote_matches(root, pattern)
+        found = remote_matches(root, pattern)
+    files = {match: size for match, size in found.items() if size is not None}
     if not files:
         raise UserError(f"--input '{name}': matches no file; check the pattern")
-    return corpus_files(root, files, given)
+    read = {str(parent) for match in files for parent in PurePosixPath(match).parents}
+    return Sources(corpus_files(root, files, given), sorted(found.keys() - files.keys() - read))
 
 
-def remote_matches(root: Location, pattern: UPath) -> dict[str, int]:
-    """Name relative to `root` and size of the files that match a glob. Wildcards do not match hidden names."""
+def remote_matches(root: Location, pattern: UPath) -> dict[str, int | None]:
+    """Name relative to `root` of what matches a glob, and the size of files. Wildcards do not match hidden names."""
     found = pattern.fs.glob(pattern.path, detail=True)
     start = pattern.fs._strip_protocol(str(root)).rstrip("/") + "/"
-    files = {name.removeprefix(start): info["size"] for name, info in found.items() if info["type"] == "file"}
+    sizes = {
+        name.removeprefix(start): info["size"] if info["type"] == "file" else None
+        for name, info in found.items()
+        if name.startswith(start)  # `**` also matches the root
+    }
     hidden_wanted = "/." in pattern.path
-    return {name: size for name, size in files.items() if hidden_wanted or "/." not in f"/{name}"}
+    return {name: size for name, size in sizes.items() if hidden_wanted or "/." not in f"/{name}"}
 
 
 def corpus_files(root: Location, files: dict[str, int], given: Format | Literal["auto"]) -> list[Source]:

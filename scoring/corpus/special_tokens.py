@@ -1,5 +1,6 @@
-"""BOS and EOS: the special tokens around a document."""
+"""Special tokens: BOS and EOS around a document, and strings of special tokens inside it."""
 
+import re
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -53,3 +54,38 @@ def default_added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
 def added_ids(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> tuple[list[int], list[int]]:
     """Token ids before and after a document."""
     return [tokenizer.bos_token_id] * added.bos, [tokenizer.eos_token_id] * added.eos
+
+
+def special_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The strings that a tokenizer takes for control tokens, such as `</s>`."""
+    return sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content)
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """A pattern that finds strings of special tokens; None if there are none."""
+    strings = special_strings(tokenizer)
+    return re.compile("|".join(map(re.escape, strings))) if strings else None
+
+
+def check_text_mode(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer can take strings of special tokens for ordinary text.
+
+    Some find them all the same, because their vocabulary of ordinary text contains them.
+
+    Raises:
+        UserError: it cannot.
+    """
+    problem = f"--special_tokens text: the tokenizer {tokenizer.name_or_path}"
+    if not tokenizer.is_fast:
+        raise UserError(f"{problem} is not a fast one (tokenizer.json), which this needs; use '--special_tokens parse'")
+    control = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    control.discard(tokenizer.unk_token_id)
+    for string in special_strings(tokenizer):
+        for text in (string, f"a{string}b", f"a {string} b"):
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if control.intersection(ids):
+                raise UserError(
+                    f"{problem} encodes {string!r} in ordinary text as a control token; use '--special_tokens parse'"
+                )

@@ -3,15 +3,19 @@
 Every tokenizer process imports this module. It does not import `AutoTokenizer`, which would load torch.
 """
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES, SpecialTokens
 from weighted_mtp.schemas.shard_set.shards import SEQUENCE_TYPES, list_column, shard_schema
 from weighted_mtp.scoring.corpus.documents import Document, Fields, RejectedDocument, RowBatch, parse_batch
+from weighted_mtp.scoring.corpus.special_tokens import special_pattern
 
 
 class EncodedBatch(NamedTuple):
@@ -23,6 +27,8 @@ class EncodedBatch(NamedTuple):
         tokens: token ids of these documents.
         text_bytes: size of their texts as UTF-8.
         rejects: rows without a document.
+        double_bos: documents whose first two ids are BOS.
+        with_special_tokens: documents whose text contains the string of a special token.
     """
 
     table: pa.Table
@@ -30,6 +36,8 @@ class EncodedBatch(NamedTuple):
     tokens: int
     text_bytes: int
     rejects: list[RejectedDocument]
+    double_bos: int
+    with_special_tokens: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class BatchEncoder:
         suffix: the id of EOS, or empty.
         max_length: maximum sequence length, in tokens.
         fields: fields of a record.
+        special_tokens: whether strings of special tokens are parsed, or ordinary text.
+        max_document_bytes: largest document, in bytes of UTF-8.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,19 +59,26 @@ class BatchEncoder:
     suffix: list[int]
     max_length: int
     fields: Fields
+    special_tokens: SpecialTokens = "parse"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds strings of special tokens."""
+        return special_pattern(self.tokenizer)
 
     def __call__(self, batch: RowBatch) -> EncodedBatch:
         """Check the rows, tokenise each document on its own and cut it into sequences.
 
         Only the first sequence of a document gets BOS, which counts towards `max_length` and `start`.
         """
-        documents, rejects = parse_batch(batch, self.fields)
+        documents, rejects = parse_batch(batch, self.fields, self.max_document_bytes)
         encoded = self.token_ids([document.text for document in documents])
         owners: list[Document] = []  # owners, starts and lengths: one entry per sequence
         starts: list[int] = []
         lengths: list[int] = []
         flat: list[int] = []  # ids of all sequences, concatenated
-        kept = text_bytes = 0
+        kept = text_bytes = double_bos = with_special_tokens = 0
         for document, text_ids in zip(documents, encoded, strict=True):
             if not text_ids:
                 rejects.append(RejectedDocument(batch.source, document.row, "text without tokens"))
@@ -74,6 +91,8 @@ class BatchEncoder:
             flat += ids
             kept += 1
             text_bytes += len(document.text.encode())
+            double_bos += ids[0] == self.tokenizer.bos_token_id and ids[:1] == ids[1:2]
+            with_special_tokens += self.special_pattern is not None and bool(self.special_pattern.search(document.text))
         columns = [
             pa.array([owner.id for owner in owners], pa.string()),
             pa.array(starts, pa.int64()),
@@ -83,10 +102,11 @@ class BatchEncoder:
             columns.append(pa.array([owner.values[index] for owner in owners], SEQUENCE_TYPES[kind]))
         schema = shard_schema((), self.fields.columns)
         table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
-        return EncodedBatch(table, kept, len(flat), text_bytes, sorted(rejects, key=lambda reject: reject.row))
+        rejects.sort(key=lambda reject: reject.row)
+        return EncodedBatch(table, kept, len(flat), text_bytes, rejects, double_bos, with_special_tokens)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Token ids of each text, without BOS and EOS around it."""
         if not texts:
             return []
         encoding = self.tokenizer(
@@ -97,5 +117,6 @@ class BatchEncoder:
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
+            split_special_tokens=self.special_tokens == "text",
         )
         return encoding["input_ids"]

@@ -1,7 +1,7 @@
 """Writing a token shard set: sequences into shards, rejected rows into `rejects.jsonl`."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -77,6 +77,10 @@ class CorpusCounts:
         text_bytes: size of the texts as UTF-8.
         rejects: number of rejected rows by kind.
         examples: first rejected row of each kind.
+        double_bos: documents whose first two tokens are BOS.
+        with_special_tokens: documents whose text contains the string of a special token.
+        files: files of the corpus, also those not yet read.
+        left_out: names of files beside them that are not read.
     """
 
     documents: int = 0
@@ -85,6 +89,10 @@ class CorpusCounts:
     text_bytes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     examples: dict[str, RejectedDocument] = field(default_factory=dict)
+    double_bos: int = 0
+    with_special_tokens: int = 0
+    files: int = 0
+    left_out: Sequence[str] = ()
 
     @property
     def rejected(self) -> int:
@@ -97,22 +105,28 @@ class CorpusCounts:
         self.sequences += batch.table.num_rows
         self.tokens += batch.tokens
         self.text_bytes += batch.text_bytes
+        self.double_bos += batch.double_bos
+        self.with_special_tokens += batch.with_special_tokens
         for reject in batch.rejects:
             self.rejects[reject.kind] = self.rejects.get(reject.kind, 0) + 1
             self.examples.setdefault(reject.kind, reject)
 
 
 def write_shards(
-    output: Location, batches: Iterable[EncodedBatch], shard_tokens: int, report: Callable[[CorpusCounts], None]
-) -> tuple[list[ShardEntry], CorpusCounts]:
+    output: Location,
+    batches: Iterable[EncodedBatch],
+    shard_tokens: int,
+    counts: CorpusCounts,
+    report: Callable[[CorpusCounts], None],
+) -> list[ShardEntry]:
     """Write all sequences, and `rejects.jsonl` if rows were rejected, into the claimed directory `output`.
 
-    Calls `report` with the running totals after every batch.
+    Adds every batch to `counts` and calls `report` with them.
 
     Raises:
         UserError: the corpus has no document.
     """
-    writer, counts = ShardWriter(output, shard_tokens), CorpusCounts()
+    writer = ShardWriter(output, shard_tokens)
     with atomic_write(output / PROGRESS / REJECTS) as rejects:
         for batch in batches:
             writer.add(batch.table)
@@ -126,7 +140,7 @@ def write_shards(
         move(output / PROGRESS / REJECTS, output / REJECTS)
     entries = writer.finish()
     assert sum(entry.tokens for entry in entries) == counts.tokens
-    return entries, counts
+    return entries
 
 
 def why_empty(counts: CorpusCounts) -> str:
@@ -138,5 +152,5 @@ def why_empty(counts: CorpusCounts) -> str:
     return (
         f"--input: all {counts.rejected:,} rows were rejected, {counts.rejects[kind]:,} of them for the same reason as "
         f"row {first.row} of {first.source} ({first.reason}); check --text_field, --id_field, "
-        "--number_fields, --label_fields and --format"
+        "--number_fields, --label_fields, --format and --max_document_bytes"
     )

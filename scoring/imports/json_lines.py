@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.json
 
 from weighted_mtp.schemas.errors import first_line
-from weighted_mtp.schemas.storage.compression import open_stream
+from weighted_mtp.schemas.storage.compression import COMPRESSIONS, open_stream
 from weighted_mtp.schemas.storage.locations import Location
 
-COMPRESSED = (".gz", ".bz2", ".zst")
+COMPRESSED = tuple(suffix for suffix in COMPRESSIONS if suffix != ".xz")
 """Not `.xz`: its decoder takes as much memory as the file asks for."""
 BATCH_BYTES = 1 << 23
 """Bytes of JSON Lines parsed at once; the column types are those of the first such part."""

@@ -1,6 +1,6 @@
 """Score files that other tools wrote: finding and opening Parquet and JSON Lines."""
 
-import glob
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.compression import data_suffix
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_files
+from weighted_mtp.schemas.storage.links import expand
+from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
+from weighted_mtp.schemas.text import describe_files
 from weighted_mtp.scoring.imports.json_lines import COMPRESSED, parse_lines, read_lines
 from weighted_mtp.scoring.imports.sources import (
     BATCH_ROWS,
@@ -24,6 +26,7 @@ from weighted_mtp.scoring.imports.sources import (
     damage_reported,
 )
 
+logger = logging.getLogger("weighted_mtp")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 JSON_TYPES: dict[Kind, pa.DataType] = {"score": pa.list_(pa.float64()), "number": pa.float64(), "label": pa.string()}
 KNOWN = f".parquet, {', '.join(JSON_SUFFIXES)}; JSON Lines also with {', '.join(COMPRESSED)}"
@@ -32,21 +35,24 @@ KNOWN = f".parquet, {', '.join(JSON_SUFFIXES)}; JSON Lines also with {', '.join(
 def find_score_files(names: Sequence[str]) -> list[Location]:
     """Files of scores in reading order: each name is a file, a directory, or a glob. A file counts once.
 
+    On a disk, links are followed, but not in circles. Files of other kinds in a directory are left out, and logged.
+
     Raises:
         UserError: a name matches no Parquet or JSON Lines file.
     """
     found: dict[str, Location] = {}
+    left_out: list[str] = []
     for name in names:
         path = locate(name)
         kind = kind_of(path)
         if kind == "file":
             files = [path]
         elif kind == "directory":
-            inside = [PurePosixPath(file) for file in sorted(walk_files(path))]
-            visible = [file for file in inside if not any(part.startswith((".", "_")) for part in file.parts)]
-            files = [path / file.as_posix() for file in visible if is_parquet(file) or is_json(file)]
+            inside, others = walk_tree(path)
+            files = [path / file for file in sorted(inside) if is_wanted(file)]
+            left_out += sorted([*others, *(file for file in inside if not is_wanted(file))])
         elif isinstance(path, Path):
-            files = [locate(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+            files = [locate(match) for match in sorted(set(expand(str(path)))) if not os.path.isdir(match)]
         else:
             files = [locate(path.fs.unstrip_protocol(match)) for match in sorted(path.fs.glob(path.path))]
         if not files:
@@ -55,7 +61,15 @@ def find_score_files(names: Sequence[str]) -> list[Location]:
     for file in found.values():
         if not (is_parquet(file) or is_json(file)):
             raise UserError(f"{file}: is no Parquet or JSON Lines file by its name ({KNOWN}); convert it")
+    if left_out:
+        logger.info("--scores: left out %s", describe_files(left_out))
     return list(found.values())
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a file in a directory of score files is one, by its name. Hidden files are not."""
+    file = PurePosixPath(name)
+    return not any(part.startswith((".", "_")) for part in file.parts) and (is_parquet(file) or is_json(file))
 
 
 def is_parquet(path: PurePath | Location) -> bool:

@@ -4,7 +4,6 @@ A row has a `document_id`, optionally a `start`, and columns with a list of numb
 source is trusted.
 """
 
-import lzma
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.configs.common import MOST_NAME, check_identifier, is_reserved
 from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
+from weighted_mtp.schemas.storage.compression import DAMAGE
 
 Kind = Literal["score", "number", "label"]
 KEYS = ("document_id", "start")
@@ -95,7 +95,7 @@ def damage_reported(name: str) -> Iterator[None]:
     """Turn damage of a source into a UserError. Arrow also raises errors of the system for damaged Parquet."""
     try:
         yield
-    except (pa.ArrowException, ValueError, RecursionError, EOFError, lzma.LZMAError, OSError) as error:
+    except DAMAGE as error:
         of_system = isinstance(error, OSError) and (error.errno is not None or error.__cause__)  # or of a store
         if of_system or lacks_memory(error):
             raise

@@ -95,7 +95,10 @@ def test_wrong_usage_ends_in_one_line(
         ("inputt: a\n", "run.yaml: unknown setting 'inputt' (did you mean --input?)"),
         ("input: a\noutput: [\n", "run.yaml: not valid YAML (line 3: "),
         ("input: \ud800\n", "run.yaml: not valid YAML (UnicodeDecodeError); correct the file"),
-        ("input: " + "[" * 5000 + "]" * 5000, "run.yaml: not valid YAML (RecursionError); correct the file"),
+        (
+            "input: " + "[" * 5000 + "]" * 5000,
+            "run.yaml: not valid YAML (line 1: nested more than 100 deep); correct the file",
+        ),
         ("- input\n", "run.yaml: holds no settings, such as 'seed: 1'; correct the file"),
         ("", "run.yaml: holds no settings, such as 'seed: 1'; correct the file"),
         ("short_context: -1\n", "run.yaml: short_context: should be greater than or equal to 2, not '-1'"),

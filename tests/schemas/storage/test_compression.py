@@ -5,12 +5,19 @@ import gzip
 import lzma
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from upath import UPath
 
-from weighted_mtp.schemas.storage.compression import data_suffix, open_stream
+from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 
 CONTENT = b"one\ntwo\n" * 1000
+
+
+def zstd_frame(content: bytes, window_log: int) -> bytes:
+    """A zstd frame of one raw block (RFC 8878), which asks for a window of `2**window_log` bytes."""
+    block = len(content) << 3 | 1
+    return b"\x28\xb5\x2f\xfd\0" + bytes([(window_log - 10) << 3]) + block.to_bytes(3, "little") + content
 
 
 COMPRESSED = {
@@ -18,6 +25,8 @@ COMPRESSED = {
     "a.txt.gz": gzip.compress(CONTENT[:8]) + gzip.compress(CONTENT[8:]),
     "a.txt.bz2": bz2.compress(CONTENT),
     "a.TXT.XZ": lzma.compress(CONTENT),
+    "a.txt.zst": pa.compress(CONTENT, "zstd", asbytes=True),
+    "a.txt.ZSTD": zstd_frame(CONTENT[:8], 10) + zstd_frame(CONTENT[8:], 31),
 }
 
 
@@ -33,7 +42,16 @@ def test_content_by_lines(tmp_path: Path, name: str, store: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("a.JSONL.gz", ".jsonl"), ("a.b.csv", ".csv"), ("a.gz", ""), ("a.gz.jsonl", ".jsonl")]
+    ("name", "suffix"),
+    [("a.JSONL.gz", ".jsonl"), ("a.csv.zstd", ".csv"), ("a.b.csv", ".csv"), ("a.gz", ""), ("a.gz.jsonl", ".jsonl")],
 )
 def test_the_suffix_of_the_data(name: str, suffix: str) -> None:
     assert data_suffix(UPath(name)) == suffix
+
+
+def test_damaged_zstd_is_found(tmp_path: Path) -> None:
+    frame = zstd_frame(CONTENT, 31)
+    for content in (b"", frame[:-1], frame + frame[:20], frame + CONTENT, zstd_frame(CONTENT, 41)):
+        (tmp_path / "a.zst").write_bytes(content)
+        with pytest.raises(DAMAGE), open_stream(UPath(tmp_path / "a.zst")) as stream:
+            stream.read()

@@ -66,6 +66,13 @@ def test_numbers_are_finite_as_float32(value: str, kept: float | str) -> None:
     assert [reject.kind for reject in rejects] == ([kept] if isinstance(kept, str) else [])
 
 
+def test_ids_and_labels_are_bounded() -> None:
+    lines = [json.dumps({"text": "x", "id": "\u00e9" * size}).encode() for size in (1 << 15, (1 << 15) + 1)]
+    documents, rejects = parse(lines, Fields("text", "id"))
+    assert [document.row for document in documents] == [0]
+    assert [reject.reason for reject in rejects] == ["field 'id' is larger than 65,536 bytes"]
+
+
 def test_labels_are_strings_or_integers_and_a_missing_field_is_a_reject() -> None:
     rows = [{"group": "a"}, {"group": 7}, {"group": 7.5}, {}, {"group": "\ud800"}]
     lines = [json.dumps({"text": "x"} | row).encode() for row in rows]

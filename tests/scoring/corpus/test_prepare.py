@@ -24,6 +24,7 @@ from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write,
 from weighted_mtp.schemas.storage.locations import Location, list_files, walk_files
 from weighted_mtp.scoring.corpus import writer
 from weighted_mtp.scoring.corpus.prepare import prepare
+from weighted_mtp.scoring.corpus.writer import CorpusCounts
 
 
 @pytest.fixture
@@ -83,6 +84,29 @@ def test_fields_of_the_corpus_become_columns(tokenizer_dir: Path, tmp_path: Path
         assert (row["reward"], row["prompt"]) == (number / 8, str(number // 2))
     with pytest.raises(UserError, match=r"other inputs or settings \(number_fields"):
         prepare(config(tmp_path / "a.jsonl", tokenizer_dir, tmp_path / "out", **settings | {"number_fields": ()}))
+
+
+def test_special_tokens_as_text_are_recorded(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<s>a</s>")
+    parsed = prepare(config(tmp_path / "a.txt", tokenizer_dir, tmp_path / "parsed"))
+    assert parsed.manifest.tokens == 3
+    assert "special_tokens" not in json.loads((tmp_path / "parsed" / MANIFEST).read_text())["corpus"]
+    settings = config(tmp_path / "a.txt", tokenizer_dir, tmp_path / "text", special_tokens="text")
+    assert prepare(settings).manifest.tokens == 8
+    assert ShardSet.open(tmp_path / "text").manifest.corpus.special_tokens == "text"
+    assert prepare(settings).manifest.tokens == 8
+    for output, special_tokens in (("parsed", "text"), ("text", "parse")):
+        with pytest.raises(UserError, match=r"other inputs or settings \(special_tokens\)"):
+            prepare(config(tmp_path / "a.txt", tokenizer_dir, tmp_path / output, special_tokens=special_tokens))
+
+
+def test_large_documents_are_rejected_and_counted(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("12345678\n123456789\nabc")
+    settings = {"sample_by": "line", "max_document_bytes": 8}
+    seen: list[CorpusCounts] = []
+    prepared = prepare(config(tmp_path / "a.txt", tokenizer_dir, tmp_path / "out", **settings), seen.append)
+    assert (prepared.manifest.corpus.documents, prepared.manifest.corpus.rejects) == (2, 1)
+    assert seen[-1].rejects == {"larger than 8 bytes (--max_document_bytes)": 1}
 
 
 def test_shards_close_at_the_first_sequence_that_fills_them(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from typing import Literal
 
 import pytest
 from datasets import load_dataset_builder
+from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.corpus.documents import Fields
@@ -11,7 +12,7 @@ from weighted_mtp.scoring.corpus.source_files import CorpusFile, Format, find_so
 
 
 def names(input: str | Path, given: Format | Literal["auto"] = "auto") -> list[str]:
-    return [source.name for source in find_sources(str(input), given)]
+    return [source.name for source in find_sources(str(input), given).read]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_directory_gives_known_files_by_relative_name(tree: Path) -> None:
-    found = find_sources(str(tree))
+    found = find_sources(str(tree)).read
     assert [(s.name, s.format) for s in found if isinstance(s, CorpusFile)] == [
         ("a/x.txt", "text"),
         ("a/y.parquet", "parquet"),
@@ -50,10 +51,58 @@ def test_glob_names_are_relative_to_the_fixed_part(tree: Path) -> None:
     assert names(f"{tree}/**/*.json*") == ["b.jsonl", "c.json.gz", "state.json"]
 
 
+def test_what_a_directory_has_besides_is_left_out(tree: Path) -> None:
+    (tree / "d.jsonl.lz4").touch()
+    (tree / "e.jsonl.zstd").touch()
+    (tree / "broken.txt").symlink_to("nowhere")
+    found = find_sources(str(tree))
+    assert [source.name for source in found.read] == ["a/x.txt", "a/y.parquet", "b.jsonl", "c.json.gz", "e.jsonl.zstd"]
+    assert found.left_out == [".hidden.txt", "README.md", "_SUCCESS", "broken.txt", "d.jsonl.lz4", "state.json"]
+    assert find_sources(str(tree / "b.jsonl")).left_out == []
+
+
+def test_directory_and_glob_follow_the_same_links(tmp_path: Path) -> None:
+    for name in ("corpus/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "corpus/own/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    links = {"linked": "../elsewhere", "e.txt": "../elsewhere/b.txt", "broken.txt": "nowhere", "own/circle": ".."}
+    for name, target in links.items():
+        (tmp_path / "corpus" / name).symlink_to(target)
+    below = find_sources(str(tmp_path / "corpus"))
+    matching = find_sources(f"{tmp_path}/corpus/**/*.txt")
+    assert [source.name for source in below.read] == [
+        "a.txt",
+        "e.txt",
+        "linked/b.txt",
+        "linked/deep/c.txt",
+        "own/d.txt",
+    ]
+    assert matching.read == below.read
+    assert (below.left_out, matching.left_out) == (["broken.txt", "own/circle"], ["broken.txt"])
+
+
+def test_directories_that_only_match_a_glob_are_left_out(tree: Path) -> None:
+    (tree / "b").mkdir()
+    (tree / "b" / "x.txt").touch()
+    found = find_sources(f"{tree}/[ab]*")
+    assert [source.name for source in found.read] == ["b.jsonl"]
+    assert found.left_out == ["a", "b"]
+    assert find_sources(f"{tree}/[ab]/**", "text").left_out == []
+
+
+def test_directories_in_a_store_that_only_match_a_glob_are_left_out(tmp_path: Path) -> None:
+    root = UPath(f"memory://{tmp_path}/corpus")
+    for name in ("a.txt", "sub/b.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("text")
+    assert find_sources(f"{root}/*").left_out == ["sub"]
+    assert find_sources(f"{root}/**") == find_sources(str(root))
+
+
 def test_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("text")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
-    [batch] = read_batches(find_sources(str(tmp_path / "a[1].txt")), Fields("text"))
+    [batch] = read_batches(find_sources(str(tmp_path / "a[1].txt")).read, Fields("text"))
     assert batch.rows == [(0, {"text": "text"})]
 
 
@@ -92,7 +141,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hub")
 def test_hub_split_is_streamed() -> None:
-    [batch] = read_batches(find_sources("owner/name", subset="en"), Fields("text"))
+    [batch] = read_batches(find_sources("owner/name", subset="en").read, Fields("text"))
     assert batch.source == "owner/name/en/train"
     assert batch.rows == [(row, {"text": f"row {row}"}) for row in range(600)]
 

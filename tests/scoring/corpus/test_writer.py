@@ -37,7 +37,7 @@ def table(lengths: list[int], first: int = 0) -> pa.Table:
 
 
 def batch(lengths: list[int], rejects: tuple[RejectedDocument, ...] = ()) -> EncodedBatch:
-    return EncodedBatch(table(lengths), len(lengths), sum(lengths), 10 * sum(lengths), list(rejects))
+    return EncodedBatch(table(lengths), len(lengths), sum(lengths), 10 * sum(lengths), list(rejects), 1, len(lengths))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,9 @@ def test_shards_have_their_names_only_at_the_end(output: Path) -> None:
 def test_totals_and_rejects_of_all_batches(output: Path) -> None:
     rejects = [RejectedDocument("a.jsonl", row, f"no text: {row}") for row in (1, 4)]
     rejects.append(RejectedDocument("b.jsonl", 0, "blank"))
-    entries, counts = write_shards(output, [batch([3, 3], (rejects[0],)), batch([1], tuple(rejects[1:]))], 5, ignore)
+    counts = CorpusCounts()
+    batches = [batch([3, 3], (rejects[0],)), batch([1], tuple(rejects[1:]))]
+    entries = write_shards(output, batches, 5, counts, ignore)
     assert [entry.tokens for entry in entries] == [6, 1]
     assert (counts.documents, counts.sequences, counts.tokens, counts.text_bytes) == (3, 3, 7, 70)
     assert (counts.rejects, counts.rejected) == ({"no text": 2, "blank": 1}, 3)
@@ -90,7 +92,7 @@ def test_totals_and_rejects_of_all_batches(output: Path) -> None:
 
 
 def test_without_rejects_there_is_no_file_of_them(output: Path) -> None:
-    write_shards(output, [batch([2])], 5, ignore)
+    write_shards(output, [batch([2])], 5, CorpusCounts(), ignore)
     assert not (output / REJECTS).exists()
 
 
@@ -99,7 +101,7 @@ def test_a_corpus_without_documents_names_the_most_frequent_reason(output: Path)
     rejects = [RejectedDocument("a.jsonl", 0, "blank")]
     rejects += [RejectedDocument("a.jsonl", row, f"no text: {row}") for row in (1, 2)]
     with pytest.raises(UserError) as caught:
-        write_shards(output, [batch([], tuple(rejects))], 5, ignore)
+        write_shards(output, [batch([], tuple(rejects))], 5, CorpusCounts(), ignore)
     assert str(caught.value).startswith(
         "--input: all 3 rows were rejected, 2 of them for the same reason as row 1 of a.jsonl (no text: 1); check "
     )

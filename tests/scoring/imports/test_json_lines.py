@@ -32,7 +32,7 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd, ".zstd": zstd}
 
 
 def test_rows_are_numbered_across_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

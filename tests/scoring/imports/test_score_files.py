@@ -25,6 +25,25 @@ def test_json_lines_may_be_compressed_and_parquet_may_not(tmp_path: Path) -> Non
             find_score_files([str(tmp_path / name)])
 
 
+def test_links_are_followed_and_other_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("scores/a.jsonl.zstd", "scores/b.jsonl.xz", "elsewhere/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "scores" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to("../scores")
+    (tmp_path / "scores" / "broken.jsonl").symlink_to("nowhere")
+    with caplog.at_level("INFO", "weighted_mtp"):
+        found = find_score_files([str(tmp_path / "scores")])
+    assert [str(file.relative_to(tmp_path / "scores")) for file in found] == ["a.jsonl.zstd", "linked/c.jsonl"]
+    [message] = caplog.messages
+    assert message.endswith(
+        "left out 3 files (1 .xz, 1 .jsonl, 1 without suffix): b.jsonl.xz, broken.jsonl, linked/circle"
+    )
+    assert [file.name for file in find_score_files([f"{tmp_path}/scores/**/c.jsonl"])] == ["c.jsonl"]
+    with pytest.raises(FileNotFoundError):
+        open_score_file(find_score_files([f"{tmp_path}/scores/bro*.jsonl"])[0])
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
