@@ -2,12 +2,18 @@
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from weighted_mtp.schemas.shard_set.manifest import SequenceKind
+from weighted_mtp.schemas.shard_set.shards import MOST_TEXT_BYTES
+from weighted_mtp.schemas.text import printable
 
+MOST_NAMES = 20
+MOST_NAMES_SHOWN = 200
+"""Most field names, and characters of them, in a reason."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -91,7 +97,8 @@ def parse_batch(batch: RowBatch, fields: Fields) -> tuple[list[Document], list[R
             record = parse_row(row)
             for field in required:
                 if field not in record:
-                    raise BadRowError(f"no field '{field}': the fields are {', '.join(record) or 'none'}")
+                    names = printable(", ".join(islice(record, MOST_NAMES)))[:MOST_NAMES_SHOWN]
+                    raise BadRowError(f"no field '{field}': the fields are {names or 'none'}")
             name = label(record[fields.id], fields.id) if fields.id else f"{batch.source}#{number}"
             text = document_text(record[fields.text], fields.text)
             values = (finite_number(record[field], field) for field in fields.numbers)
@@ -128,7 +135,10 @@ def label(value: Any, field: str) -> str:
     """The value of field `field` as a label or a document id; raise BadRowError if it cannot be one."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRowError(f"field '{field}' is neither a string nor an integer: {type(value).__name__}")
-    return check_unicode(str(value), field)
+    text = check_unicode(str(value), field)
+    if len(text.encode()) > MOST_TEXT_BYTES:
+        raise BadRowError(f"field '{field}' is longer than {MOST_TEXT_BYTES:,} bytes")
+    return text
 
 
 def finite_number(value: Any, field: str) -> float:

@@ -33,6 +33,7 @@ SampleBy = Literal["document", "paragraph", "line"]
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 20
 ARROW_ROWS = 256
+BINARY_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
 def read_batches(sources: Iterable[Source], fields: Fields, sample_by: SampleBy = "document") -> Iterator[RowBatch]:
@@ -180,6 +181,8 @@ def read_arrow(path: Location, fields: list[str]) -> Iterator[Row]:
             reader = pa.ipc.open_file(file)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
+            for column in batch.columns:
+                check_offsets(column)
             for first in range(0, batch.num_rows, ARROW_ROWS):
                 yield from records(batch.slice(first, ARROW_ROWS), fields)
 
@@ -198,6 +201,20 @@ def records(batch: pa.RecordBatch | pa.Table, fields: list[str]) -> Iterator[Row
         return iter([dict.fromkeys(names)] * batch.num_rows)
     columns = [column_values(batch.column(name)) for name in fields]
     return (dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def check_offsets(column: pa.Array) -> None:
+    """Check an array of a foreign file, which Arrow reads without checks. Strings may be no UTF-8.
+
+    Raises:
+        pa.ArrowInvalid: an offset or an index points outside of its buffers.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        if column.type not in BINARY_TYPES:
+            raise
+        column.cast(BINARY_TYPES[column.type]).validate(full=True)
 
 
 def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:

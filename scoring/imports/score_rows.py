@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shards import MOST_TEXT_BYTES
 from weighted_mtp.scoring.imports.sources import Kind, RowBatch, ScoreSource, damage_reported, quoted
 
 EXCESS_NUMBERS = 1 << 20
@@ -103,6 +104,9 @@ class Collected:
             values: Any
             if kind == "label":
                 values = decode(column).cast(pa.string())
+                for row in np.flatnonzero(pc.greater(pc.binary_length(values), MOST_TEXT_BYTES).fill_null(False))[:1]:
+                    place = self._place(source, batch, row)
+                    raise UserError(f"{place}: '{name}' is longer than {MOST_TEXT_BYTES:,} bytes; shorten it")
                 self._count(source, name, values.nbytes, TEXT_BYTES * self.most_numbers)
             elif kind == "number":
                 with np.errstate(over="ignore"):

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.configs.common import MOST_NAME, check_identifier, is_reserved
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.manifest import MOST_COLUMNS
 
 Kind = Literal["score", "number", "label"]
 KEYS = ("document_id", "start")
@@ -24,8 +25,6 @@ BATCH_ROWS = 256
 SHOWN = 60
 """Most characters of an id or a name in a message."""
 SHOWN_REASON = 200
-MOST_COLUMNS = 1000
-"""Most columns of one import."""
 
 
 class RowBatch(NamedTuple):
