@@ -5,20 +5,26 @@ crash of the interpreter, no case longer than `CASE_SECONDS`, no memory beyond `
 current case, for failures that end the process. Hypothesis shrinks the others.
 """
 
-import copy
+import faulthandler
 import json
+import os
+import resource
 import shutil
+import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from mutations import HOSTILE_JSON, HOSTILE_TEXT, Mutation, mutate, set_mutations, table_mutations
+from mutations import HOSTILE_JSON, HOSTILE_TEXT, Mutation, hostile_json, mutate, set_mutations, table_mutations
 from operations import NEW, OPERATIONS, shown_by
 from pydantic import ValidationError
 
@@ -32,6 +38,12 @@ from weighted_mtp.scoring.corpus.prepare import prepare
 from weighted_mtp.scoring.imports.run import import_scores
 from weighted_mtp.training.weighting.token_weights import token_weights
 
+CASE_SECONDS = 60
+MEMORY_BYTES = 1 << 30
+"""Most memory that a process may need beyond that of its first cases."""
+CASES = 20
+"""Cases of a round; the time is checked between rounds."""
+WARM_UP_ROUNDS = 3
 Check = Callable[[Any], None]
 Target = tuple[st.SearchStrategy, Check]
 
@@ -183,7 +195,7 @@ def settings_of_commands(directory: Path) -> Target:
         for place, value in edits:
             key = [*content][place % len(content)] if content else "a"
             inner = content[key] if isinstance(content.get(key), dict) and place % 3 else content
-            inner[[*inner][place % len(inner)] if inner else "a"] = copy.deepcopy(HOSTILE_JSON[value])
+            inner[[*inner][place % len(inner)] if inner else "a"] = hostile_json(value)
         text = "\n".join([*extra, yaml.dump(content) if len(extra) < 2 else json.dumps(content)])
         file.write_text(text, errors="surrogatepass")
         line = [command, "--config", str(file)]
@@ -207,10 +219,59 @@ def assert_one_line(message: str) -> None:
     assert "\n" not in message, ascii(message)
 
 
+def crash(directory: Path) -> Target:
+    """A crash of the interpreter, to test that it is found."""
+
+    def check(case: str) -> None:
+        os.abort()
+
+    return st.just("a case of crash"), check
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
+    "crash": crash,
     "sets": sets,
     "old_sets": old_sets,
     "corpora": corpora,
     "formulas": formulas,
     "settings": settings_of_commands,
 }
+
+
+def main(target: str, directory: str, log: str, first: str, seconds: str) -> None:
+    """Check cases of a target for some time."""
+    strategy, check = TARGETS[target](Path(directory))
+    end, most = time.monotonic() + float(seconds), sys.maxsize
+    faulthandler.enable()
+    for number in count():
+        if time.monotonic() >= end:
+            break
+        if number == WARM_UP_ROUNDS:
+            most = peak_bytes() + MEMORY_BYTES
+        check_round(strategy, check, Path(log), int(first) + number, most)
+    print(f"{target}: {number * CASES:,} cases, {peak_bytes() >> 20:,} MiB")
+
+
+def check_round(strategy: st.SearchStrategy, check: Check, log: Path, number: int, most_bytes: int) -> None:
+    """Check `CASES` cases with the seed `number`."""
+
+    @seed(number)
+    @settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def test(case: Any) -> None:
+        log.write_text(repr(case))
+        faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
+        check(case)
+        faulthandler.cancel_dump_traceback_later()
+        assert peak_bytes() <= most_bytes, f"{peak_bytes():,} bytes of memory"
+
+    test()
+
+
+def peak_bytes() -> int:
+    """Largest memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,6 +1,5 @@
 """Mutations of shard sets, as values that hypothesis draws and shrinks and whose `repr` reproduces them."""
 
-import copy
 import json
 import os
 import shutil
@@ -49,6 +48,11 @@ HOSTILE_JSON = (
 )  # fmt: skip
 
 
+def hostile_json(number: int) -> Any:
+    """A new copy of a value of `HOSTILE_JSON`. Some are nested too deep for `copy`."""
+    return json.loads(json.dumps(HOSTILE_JSON[number]))
+
+
 def places(value: Any, at: Where = ()) -> Iterator[Where]:
     """The place of every value inside a JSON value."""
     yield at
@@ -69,7 +73,7 @@ class EditJson:
     def apply(self, path: Path) -> None:
         """Edit the file, if the place still exists."""
         content = json.loads((path / self.file).read_text())
-        hostile = copy.deepcopy(HOSTILE_JSON[self.value])
+        hostile = hostile_json(self.value)
         if not self.at:
             content = hostile
         else:
@@ -83,9 +87,9 @@ class EditJson:
                 del holder[last]
             elif self.action == "double":
                 if isinstance(holder, list):
-                    holder.append(copy.deepcopy(holder[last]))
+                    holder.append(holder[last])
                 else:
-                    holder[str(hostile)[:400]] = copy.deepcopy(holder[last])
+                    holder[str(hostile)[:400]] = holder[last]
             elif self.action == "wrap":
                 holder[last] = [holder[last]] if self.value % 2 else {"a": holder[last]}
             elif isinstance(holder[last], int | float):
