@@ -143,6 +143,6 @@ def test_more_than_a_thousand_columns_are_not_imported(directory: Path) -> None:
         add_columns(directory / "good", directory / "new", rows)
 
 
-def test_sequences_longer_than_the_format_allows_are_not_prepared(directory: Path) -> None:
+def test_sequences_longer_than_the_format_allows_are_refused_before_tokenising() -> None:
     with pytest.raises(ValidationError, match="less than or equal to 16777216"):
-        prepared(directory, "corpus.jsonl", max_length=(1 << 24) + 1)
+        PrepareConfig(input="a", tokenizer="b", output="c", max_length=(1 << 24) + 1)

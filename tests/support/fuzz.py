@@ -41,6 +41,8 @@ from weighted_mtp.training.weighting.token_weights import token_weights
 CASE_SECONDS = 60
 MEMORY_BYTES = 1 << 30
 """Most memory that a process may need beyond that of its first cases."""
+MOST_ADDRESSES = 1 << 35
+"""Address space of a process, far more than it needs: a case that would fill the machine ends in a MemoryError."""
 CASES = 20
 """Cases of a round; the time is checked between rounds."""
 WARM_UP_ROUNDS = 3
@@ -243,6 +245,7 @@ def main(target: str, directory: str, log: str, first: str, seconds: str) -> Non
     strategy, check = TARGETS[target](Path(directory))
     end, most = time.monotonic() + float(seconds), sys.maxsize
     faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
     for number in count():
         if time.monotonic() >= end:
             break
