@@ -30,6 +30,7 @@ from weighted_mtp.schemas.shard_set import shards
 from weighted_mtp.schemas.shard_set.shard_set import REJECTS, STATISTICS, ShardSet
 from weighted_mtp.schemas.shard_set.value_counts import TABLE_SCHEMA
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, sha256_file
+from weighted_mtp.schemas.storage.training_run import METRICS, RUN_RECORD, SETTINGS, SUMMARY
 
 SHARD = f"{DATA}/shard-00000-of-00002.parquet"
 OLD_SHARD = "shard-00000-of-00002.parquet"
@@ -81,11 +82,11 @@ def test_huge_files_are_not_read(file: str, directory: Path) -> None:
 def test_a_run_with_pipes_is_listed(directory: Path) -> None:
     run = directory / "run"
     run.mkdir()
-    (run / "run.json").write_text('{"inputs": {}}')
-    (run / "settings.yaml").touch()
-    os.mkfifo(run / "metrics.jsonl")
-    os.mkfifo(run / "summary.json")
-    assert str(directory / "good") in shown_by(list_sets, directory / "good", directory / "good")
+    (run / RUN_RECORD).write_text('{"inputs": {}}')
+    (run / SETTINGS).touch()
+    os.mkfifo(run / METRICS)
+    os.mkfifo(run / SUMMARY)
+    assert f"{run}: unfinished training run, 0 steps" in shown_by(list_sets, directory / "good", directory / "good")
 
 
 def test_counts_that_decompress_to_more_than_a_set_can_have_are_not_decompressed(directory: Path) -> None:
