@@ -79,9 +79,11 @@ def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedT
     if is_missing_directory(source):
         raise UserError(f"{problem} (no such directory); check the path")
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some damage to its files shows only in use
     except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
         raise UserError(f"{problem} ({reason_of(error)}); {remedy}") from error
+    return tokenizer
 
 
 def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attention: str | None = None) -> Any:

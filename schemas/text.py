@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+MOST_SHOWN = 200
+"""Most characters of an id or a label that are shown."""
 SHOWN_FILES = 5
 """Most names of files, and most suffixes, in a message."""
 SHOWN_NAME = 60
@@ -24,9 +26,9 @@ def printable(text: str, kept: str = "") -> str:
     )
 
 
-def shorten(text: str) -> str:
-    """`text`, truncated to `SHOWN_NAME` characters."""
-    return text if len(text) <= SHOWN_NAME else text[:SHOWN_NAME] + "..."
+def shortened(text: str, most: int = MOST_SHOWN) -> str:
+    """The beginning of `text`, if it is longer than `most` characters."""
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def describe_files(names: Sequence[str]) -> str:
@@ -36,8 +38,8 @@ def describe_files(names: Sequence[str]) -> str:
         names: relative names of files, with "/" as separator.
     """
     suffixes = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in names).most_common()
-    kinds = [f"{count:,} {shorten(suffix)}" for suffix, count in suffixes[:SHOWN_FILES]]
-    shown = [shorten(name) for name in names[:SHOWN_FILES]]
+    kinds = [f"{count:,} {shortened(suffix, SHOWN_NAME)}" for suffix, count in suffixes[:SHOWN_FILES]]
+    shown = [shortened(name, SHOWN_NAME) for name in names[:SHOWN_FILES]]
     kinds += ["..."] * (len(suffixes) > SHOWN_FILES)
     shown += ["..."] * (len(names) > SHOWN_FILES)
     return f"{len(names):,} file{'s' * (len(names) > 1)} ({', '.join(kinds)}): {', '.join(shown)}"

@@ -78,8 +78,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Config]:
     """
     try:
         namespace = build_parser().parse_args(list(expand_boolean_flags(arguments)))
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ArgumentError(None, f"Problems parsing config: {type(error).__name__}") from error
+    except (ValueError, RecursionError) as error:
+        reason = type(error).__name__ if isinstance(error, UnicodeError | RecursionError) else str(error)
+        raise ArgumentError(None, f"Problems parsing config: {reason}") from error
     values = namespace[namespace.command].as_dict()
     values.pop("config")
     try:

@@ -64,7 +64,7 @@ def read_run(path: Location, size: int) -> RunEntry:
         UserError: a record is damaged.
     """
     record = read_record(path / RUN_RECORD, RunRecord)
-    summary = read_record(path / SUMMARY, RunSummary) if (path / SUMMARY).exists() else None
+    summary = read_record(path / SUMMARY, RunSummary) if (path / SUMMARY).is_file() else None
     finished = summary is not None and summary.steps >= (record.steps or 0)
     if summary is not None and finished:
         steps, lines = summary.steps, [summary.model_extra or {}]
@@ -99,7 +99,7 @@ def read_record(path: Location, kind: type[Record]) -> Record:
 
 def read_metrics(path: Location) -> Iterator[dict[str, Any]]:
     """The lines of `metrics.jsonl`, last first, without damaged ones; a killed process may have truncated the last."""
-    if not path.exists():
+    if not path.is_file():
         return
     for line in reversed(path.read_bytes().splitlines()):
         try:

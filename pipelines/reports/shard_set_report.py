@@ -13,7 +13,7 @@ from weighted_mtp.pipelines.reports.tokens.token_text import decode
 from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.text import printable
+from weighted_mtp.schemas.text import printable, shortened
 from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 
 SEQUENCE_TOKENS = 32
@@ -101,6 +101,7 @@ def sequences_table(shard_set: ShardSet, samples: int, tokenizer: Any) -> Table:
         held = shard_set.manifest.shards[shard].rows
         line = shard_set.read(shard).slice(int(row - (ends[shard] - held)), 1).to_pylist()[0]
         text = printable(decode(tokenizer, line["input_ids"][:SEQUENCE_TOKENS]))
-        values = [Text(f"{line[name]:g}" if isinstance(line[name], float) else line[name]) for name in carried]
-        table.add_row(Text(line["document_id"]), *values, str(line["start"]), str(len(line["input_ids"])), Text(text))
+        values = [f"{line[name]:g}" if isinstance(line[name], float) else line[name] for name in carried]
+        texts = [Text(shortened(value)) for value in (line["document_id"], *values)]
+        table.add_row(*texts, str(line["start"]), str(len(line["input_ids"])), Text(text))
     return table

@@ -14,7 +14,7 @@ from weighted_mtp.pipelines.reports.tokens.token_classes import CLASSES, classif
 from weighted_mtp.pipelines.reports.weight_statistics import WeightStatistics, position_names
 from weighted_mtp.pipelines.reports.weight_totals import Totals
 from weighted_mtp.schemas.shard_set.manifest import Manifest
-from weighted_mtp.schemas.text import printable
+from weighted_mtp.schemas.text import printable, shortened
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 BAR = 40
@@ -64,7 +64,9 @@ def build_report(
         sections.append(Text(LEGEND, style="dim"))
     for excerpt in excerpts:
         last = excerpt.position + len(excerpt.ids) - 1
-        sections.append(Text(f"\n{excerpt.document_id}, tokens {excerpt.position:,} to {last:,}", style="bold"))
+        sections.append(
+            Text(f"\n{shortened(excerpt.document_id)}, tokens {excerpt.position:,} to {last:,}", style="bold")
+        )
         sections.append(Padding(marked(excerpt, tokenizer, statistics.typical), (0, 2)))
     return Group(*sections)
 
@@ -152,9 +154,7 @@ def totals_table(title: str, names: list[str], totals: Totals) -> Table:
 def label_table(column: str, totals: LabelTotals) -> Table:
     """The weights of the most frequent values of a label column."""
     names, values = totals.most_frequent()
-    return totals_table(
-        column, [name if len(name) <= LONGEST_LABEL else name[:LONGEST_LABEL] + "..." for name in names], values
-    )
+    return totals_table(column, [shortened(name, LONGEST_LABEL) for name in names], values)
 
 
 def classes_table(statistics: WeightStatistics, tokenizer: Any) -> Table:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Positive, check_identifier, is_reserved
+from weighted_mtp.schemas.configs.common import Config, Positive, RowLength, check_identifier, is_reserved
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 
 MAX_DOCUMENT_BYTES = 1 << 23
@@ -33,7 +33,7 @@ class PrepareConfig(Config):
     )
     subset: str | None = Field(None, description="configuration of a Hugging Face dataset")
     split: str = Field("train", description="split of a Hugging Face dataset")
-    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="maximum sequence length, in tokens")
+    max_length: RowLength = Field(4096, description="maximum sequence length, in tokens")
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="put BOS before each document; auto follows the tokenizer's default"
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Annotated, Any, Final, Literal
 
@@ -28,7 +28,11 @@ MAX_LENGTH = 1 << 24
 """Most tokens of a sequence."""
 GROUP_BYTES = 64
 """Fewest bytes of a row group in the footer of its file."""
-Count = Annotated[int, Field(ge=0)]
+MOST_COLUMNS = 1000
+"""Most score and sequence columns of a set. The exact counts of a score column take half a megabyte of memory."""
+MOST_TOKEN_IDS = 1 << 22
+"""Largest vocabulary. Reports have a number for each id."""
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)]
 """A name without separators: shards lie directly in `data/`."""
@@ -46,8 +50,8 @@ class ManifestRecord(BaseModel):
 class ShortContext(ManifestRecord):
     """A short context: windows of `size` tokens every `stride` tokens (see `scoring.conditions.short_context`)."""
 
-    size: int
-    stride: int
+    size: Annotated[int, Field(gt=0, le=MAX_LENGTH)]
+    stride: Annotated[int, Field(gt=0, le=MAX_LENGTH)]
 
 
 class Condition(ManifestRecord):
@@ -78,7 +82,7 @@ class Condition(ManifestRecord):
     engine_version: str
     engine_method: str | None = None
     engine_args: dict[str, Any] = {}
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Count = 1
     window: ShortContext | None = None
     prompt: str | None = None
     quantity: Quantity = "loss"
@@ -168,7 +172,7 @@ class TokenizerInfo(ManifestRecord):
     name: str
     fingerprint: str
     files_sha256: Sha256
-    vocab_size: Annotated[int, Field(gt=0, lt=1 << 31)]
+    vocab_size: Annotated[int, Field(gt=0, le=MOST_TOKEN_IDS)]
     bos_token_id: Count | None
     eos_token_id: Count | None
 
@@ -237,6 +241,17 @@ SHARDS_AT_ONCE = 1000
 """Shards converted to JSON at once; converting all of them would take several times the memory of the manifest."""
 
 
+def find_clash(names: Iterable[str]) -> str | None:
+    """Why a set cannot be made with columns of these names besides `TOKEN_COLUMNS`; None if it can."""
+    known = {name.lower(): name for name in TOKEN_COLUMNS}
+    for name in names:
+        if (other := known.setdefault(name.lower(), name)) != name:
+            return f"columns '{other}' and '{name}' differ only by case, and DuckDB could not read them"
+    if len(known) > len(TOKEN_COLUMNS) + MOST_COLUMNS:
+        return f"there would be more than {MOST_COLUMNS:,} columns"
+    return None
+
+
 class Timings(ManifestRecord):
     """Duration of scoring: seconds per shard, in order, for reading, scoring and writing."""
 
@@ -274,6 +289,10 @@ class Manifest(ManifestRecord):
         columns = [*TOKEN_COLUMNS, *self.corpus.sequence_columns, *self.columns]
         if len(set(columns)) < len(columns):
             raise ValueError("two columns have the same name")
+        if len(columns) > len(TOKEN_COLUMNS) + MOST_COLUMNS:
+            raise ValueError(f"more than {MOST_COLUMNS:,} columns")
+        if self.corpus.documents > self.rows:
+            raise ValueError("more documents than sequences")
         for name, column in self.columns.items():
             if column.statistics.count + column.statistics.missing != self.tokens:
                 raise ValueError(f"the statistics of '{name}' do not count every token")

@@ -1,5 +1,6 @@
 """Opening and finishing shard sets."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,20 @@ from typing import Any
 import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
+from weighted_mtp.schemas.shard_set.bounded_arrow import read_arrow_table
 from weighted_mtp.schemas.shard_set.card import describe_set
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
-from weighted_mtp.schemas.shard_set.manifest import Manifest, read_manifest, write_manifest
+from weighted_mtp.schemas.shard_set.manifest import Manifest, TokenizerInfo, read_manifest, write_manifest
 from weighted_mtp.schemas.shard_set.notebook import describe_html, describe_line
 from weighted_mtp.schemas.shard_set.sequences import TokenSequence, split_sequences
 from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, ShardReader, shard_schema
-from weighted_mtp.schemas.shard_set.value_counts import TABLE_SCHEMA, ValueCounts, from_table, to_table
+from weighted_mtp.schemas.shard_set.value_counts import (
+    TABLE_SCHEMA,
+    ValueCounts,
+    from_table,
+    most_table_bytes,
+    to_table,
+)
 from weighted_mtp.schemas.storage.claims import release_output
 from weighted_mtp.schemas.storage.files import (
     DATA,
@@ -34,6 +42,10 @@ from weighted_mtp.schemas.storage.locations import Location, list_files, locate
 CARD = "README.md"
 STATISTICS = "statistics.arrow"
 REJECTS = "rejects.jsonl"
+MOST_TOKENIZER_BYTES = 1 << 28
+"""Largest file of a tokenizer that is read."""
+MOST_REJECTS_BYTES = 1 << 28
+"""Largest `rejects.jsonl` that is read; a sequence takes about 300 bytes."""
 SAMPLED_FOOTERS = 256
 """Most footers read to measure column sizes, from evenly spaced shards. Each costs requests to an object store."""
 
@@ -61,6 +73,8 @@ class ShardSet:
         """
         path = locate(path)
         manifest = read_manifest(path)
+        if fault := find_foreign_entry(path):
+            raise UserError(f"{fault}; {RESTORE}")
         sizes = list_files(path / DATA)
         for shard in manifest.shards:
             file = path / DATA / shard.name
@@ -71,7 +85,7 @@ class ShardSet:
                 raise UserError(
                     f"{file}: shard has {size} bytes instead of {shard.bytes} (truncated or replaced); {RESTORE}"
                 )
-        if fault := find_link_outside(path) or check_tokenizer(path, manifest):
+        if fault := check_tokenizer(path, manifest.tokenizer):
             raise UserError(f"{fault}; {RESTORE}")
         return cls(path, manifest)
 
@@ -147,42 +161,49 @@ class ShardSet:
         if self.manifest.statistics_sha256 is None:
             return {}
         file = self.path / STATISTICS
+        most = most_table_bytes(self.manifest.columns)
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {RESTORE}")
         try:
-            if sha256_file(file) != self.manifest.statistics_sha256:
+            if file.stat().st_size > most:
+                raise ValueError("too large")
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.manifest.statistics_sha256:
                 raise UserError(f"{file}: content differs from the manifest; {RESTORE}")
-            with file.open("rb") as content, pa.ipc.open_file(content) as reader:
-                if not reader.schema.equals(TABLE_SCHEMA):
-                    raise ValueError("other columns")
-                counts = from_table(reader.read_all())
-        except FileNotFoundError as error:
-            raise UserError(f"{file}: is missing; {RESTORE}") from error
+            counts = from_table(read_arrow_table(content, TABLE_SCHEMA, most), self.manifest.columns)
         except (pa.ArrowException, LookupError, ValueError, OSError) as error:
             of_system = isinstance(error, OSError) and (error.errno is not None or error.__cause__)  # or of a store
             if of_system or lacks_memory(error):
                 raise
             raise UserError(f"{file}: is damaged ({first_line(error)}); {RESTORE}") from error
         for name, column in self.manifest.columns.items():
-            if name not in counts or counts[name].statistics() != column.statistics:
+            if counts[name].statistics() != column.statistics:
                 raise UserError(f"{file}: value counts of '{name}' differ from the manifest; {RESTORE}")
         return counts
 
 
-def find_link_outside(path: Location) -> str | None:
-    """The fault of a symbolic link in a set that leads out of it; None if there is none."""
+def find_foreign_entry(path: Location) -> str | None:
+    """The fault of a set with a link that leads out of it, or with an entry that is neither file nor directory.
+
+    Reading a pipe would never end. None if there is no such entry.
+    """
     if not isinstance(path, Path):
         return None
-    root = path.resolve()
+    root = Path(os.path.realpath(path))
     for directory in filter(Path.is_dir, (path, path / DATA, path / TOKENIZER)):
         with os.scandir(directory) as entries:
             for entry in entries:
-                if entry.is_symlink() and root not in Path(entry.path).resolve().parents:
+                if entry.is_symlink() and root not in Path(os.path.realpath(entry.path)).parents:
                     return f"{entry.path}: is a link out of the shard set"
+                if not (os.path.isfile(entry.path) or os.path.isdir(entry.path)):
+                    return f"{entry.path}: is neither a file nor a directory"
     return None
 
 
-def check_tokenizer(path: Location, manifest: Manifest) -> str | None:
-    """The fault of the tokenizer's files; None if they match the manifest."""
-    same = directory_digest(path / TOKENIZER) == manifest.tokenizer.files_sha256
+def check_tokenizer(path: Location, tokenizer: TokenizerInfo) -> str | None:
+    """The fault of the tokenizer's files in a set; None if they match its manifest."""
+    small = all(size <= MOST_TOKENIZER_BYTES for size in list_files(path / TOKENIZER).values())
+    same = small and directory_digest(path / TOKENIZER) == tokenizer.files_sha256
     return None if same else f"{path / TOKENIZER}: missing, or not the tokenizer of the corpus"
 
 

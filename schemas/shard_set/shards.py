@@ -13,11 +13,13 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from typing_extensions import Buffer
 
@@ -38,6 +40,10 @@ IDS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
 TOKEN_TYPES = (pa.string(), pa.int64(), IDS_TYPE)
 TOKEN_FIELDS = tuple(pa.field(*column, nullable=False) for column in zip(TOKEN_COLUMNS, TOKEN_TYPES, strict=True))
 SEQUENCE_TYPES: dict[SequenceKind, pa.DataType] = {"number": pa.float32(), "label": pa.string()}
+MOST_TEXT_BYTES = 1 << 16
+"""Longest document id or label, as UTF-8."""
+MOST_GROUP_BYTES = 1 << 28
+"""Largest column of ids or labels in a row group, decompressed. A dictionary of few long texts can stand for more."""
 NO_COLUMNS: Mapping[str, SequenceKind] = {}
 
 
@@ -79,6 +85,26 @@ def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which always copies
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is one of strings, perhaps of a dictionary."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def text_sizes(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Bytes of each string of a column as UTF-8, int64 [rows]; 0 for null. A dictionary is not decoded."""
+    if isinstance(column, pa.ChunkedArray):
+        return np.concatenate([np.zeros(0, np.int64), *map(text_sizes, column.chunks)])
+    if pa.types.is_dictionary(column.type):
+        sizes = pa.array(text_sizes(column.dictionary)).take(column.indices)
+    elif pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+        # Arrow does not measure views. The size is the first of four numbers.
+        return np.frombuffer(column.buffers()[1], np.int32)[::4][column.offset :][: len(column)].astype(np.int64)
+    else:
+        sizes = pc.binary_length(column)
+    return sizes.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -147,7 +173,11 @@ def write_shard(path: Location, table: pa.Table) -> ShardEntry:
             write_page_checksum=True,
         ) as writer:
             for first, end in row_groups:
-                writer.write_table(table.slice(first, end - first).cast(schema), row_group_size=end - first)
+                rows = table.slice(first, end - first).cast(schema)
+                for name in schema.names:
+                    if pa.types.is_string(rows[name].type) and text_sizes(rows[name]).sum() > MOST_GROUP_BYTES:
+                        raise UserError(f"{path}: '{name}' is too long for a shard; use shorter ids or labels")
+                writer.write_table(rows, row_group_size=end - first)
             writer.add_key_value_metadata({CONTENT_DIGEST: sink.sha256.hexdigest()})
         footer = footer_bytes(file, sink.size)
     return ShardEntry(
@@ -189,6 +219,11 @@ class ShardReader:
     schema: pa.Schema
     vocab_size: int
 
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """Number and name of each column of strings."""
+        return {index: field.name for index, field in enumerate(self.schema) if pa.types.is_string(field.type)}
+
     def file(self, entry: ShardEntry) -> "ShardFile":
         """The shard with this entry in the manifest."""
         return ShardFile(self, entry)
@@ -216,6 +251,8 @@ class ShardFile:
         """
         with self._damage_reported(), _open(self.path) as file, self._parquet(file) as parquet:
             table = parquet.read(columns) if row_group is None else parquet.read_row_group(row_group, columns)
+            groups = parquet.num_row_groups if row_group is None else 1
+            table = self._decode_texts(table, groups)
         self.check(table)
         return table
 
@@ -230,7 +267,7 @@ class ShardFile:
             if hashlib.sha256(content).hexdigest() != self.entry.sha256:
                 raise self._fault("content differs from the manifest")
             with self._parquet(pa.BufferReader(content)) as parquet:
-                table = parquet.read()
+                table = self._decode_texts(parquet.read(), parquet.num_row_groups)
         self.check(table)
         return table
 
@@ -244,7 +281,24 @@ class ShardFile:
             return self._footer(file)
 
     def _parquet(self, file: Any) -> pq.ParquetFile:
-        return pq.ParquetFile(file, metadata=self._footer(file), page_checksum_verification=True)
+        texts = list(self.reader.texts.values())
+        return pq.ParquetFile(file, metadata=self._footer(file), page_checksum_verification=True, read_dictionary=texts)
+
+    def _decode_texts(self, table: pa.Table, groups: int) -> pa.Table:
+        """The table with the schema of the set: strings in place of dictionaries, and no metadata of the file.
+
+        Raises:
+            UserError: the strings do not fit into memory.
+        """
+        columns = []
+        for name, column in zip(table.schema.names, table.columns, strict=True):
+            if pa.types.is_dictionary(column.type):
+                if text_sizes(column).sum() > groups * MOST_GROUP_BYTES:
+                    raise self._fault(f"'{name}' is too large")
+                column = column.cast(pa.string())
+            columns.append(column)
+        fields = [self.reader.schema.field(name) for name in table.schema.names]
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
     def _footer(self, file: Any) -> pq.FileMetaData:
         size = file.seek(0, io.SEEK_END)
@@ -257,10 +311,15 @@ class ShardFile:
         if not metadata.schema.to_arrow_schema().equals(self.reader.schema):
             raise self._fault("columns differ from the manifest")
         ids = self.reader.schema.get_field_index("input_ids")
-        groups = range(metadata.num_row_groups)
-        tokens = sum(metadata.row_group(group).column(ids).num_values for group in groups)
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        tokens = sum(group.column(ids).num_values for group in groups)
         if (metadata.num_rows, len(groups), tokens) != (self.entry.rows, self.entry.row_groups, self.entry.tokens):
             raise self._fault("the numbers of rows, row groups and tokens differ from the manifest")
+        if not all(group.num_rows > 0 for group in groups):
+            raise self._fault("has an empty row group")
+        for index, name in self.reader.texts.items():
+            if any(group.column(index).total_uncompressed_size > 2 * MOST_GROUP_BYTES for group in groups):
+                raise self._fault(f"'{name}' is too large")
         return metadata
 
     def check(self, table: pa.Table) -> None:
@@ -290,6 +349,8 @@ class ShardFile:
                     column.validate(full=True)
                 except pa.ArrowInvalid as error:
                     raise self._fault(f"'{name}' has a row that is not UTF-8") from error
+                if text_sizes(column).max() > MOST_TEXT_BYTES:
+                    raise self._fault(f"'{name}' has a row of more than {MOST_TEXT_BYTES:,} bytes")
         if "start" in columns and columns["start"].to_numpy().min() < 0:
             raise self._fault("'start' is negative in a row")
 

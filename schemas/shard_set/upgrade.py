@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json
 from weighted_mtp.schemas.shard_set.manifest import (
+    MOST_MANIFEST_BYTES,
     OLD_FORMAT_VERSION,
     CorpusInfo,
     FileName,
@@ -29,11 +30,12 @@ from weighted_mtp.schemas.shard_set.manifest import (
 )
 from weighted_mtp.schemas.shard_set.rounding import round_nats
 from weighted_mtp.schemas.shard_set.shard_set import (
+    MOST_REJECTS_BYTES,
     REJECTS,
     ShardSet,
     check_tokenizer,
     find_finished,
-    find_link_outside,
+    find_foreign_entry,
     finish_shard_set,
 )
 from weighted_mtp.schemas.shard_set.shards import (
@@ -70,7 +72,7 @@ def upgrade(source: Location, output: Location, report: Callable[[ShardEntry], N
         UserError: not a set of format 3, a damaged one, or an output that holds something else.
     """
     content = read_old_manifest(source)
-    if fault := find_link_outside(source):
+    if fault := find_foreign_entry(source):
         raise UserError(f"{fault}; {RESTORE}")
     request = json.dumps({"command": "upgrade", "input": content["digest"]})
     with exclusive(output):
@@ -90,6 +92,8 @@ def read_old_manifest(source: Location) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise FileNotFoundError(path)
+        if path.stat().st_size > MOST_MANIFEST_BYTES:
+            raise ValueError(f"larger than {MOST_MANIFEST_BYTES:,} bytes")
         content = json.loads(path.read_text())
         if content["format_version"] != OLD_FORMAT_VERSION:
             raise UserError(f"{source}: has format version {content['format_version']}; there is nothing to upgrade")
@@ -117,19 +121,21 @@ def write_upgraded(
         columns = {name: ScoreColumn.model_validate(column) for name, column in content["columns"].items()}
         timings = content["timings"] and Timings.model_validate(content["timings"])
         old_shards = [
-            (FILE_NAME.validate_python(shard["name"]), str(shard["sha256"]), int(shard["rejects"]))
+            (FILE_NAME.validate_python(shard["name"]), int(shard["bytes"]), str(shard["sha256"]), int(shard["rejects"]))
             for shard in content["shards"]
         ]
     except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source / MANIFEST}: not a valid manifest ({first_line(error)}); restore the file") from error
+    if fault := check_tokenizer(source, tokenizer):
+        raise UserError(f"{fault}; {RESTORE}")
     copy_files(source / TOKENIZER, output / TOKENIZER)
     (output / DATA).mkdir(exist_ok=True)
     in_nats = [name for name, column in columns.items() if getattr(column.origin, "quantity", "") != "gradient"]
     counts = {name: ValueCounts() for name in columns}
     entries = []
     schema = shard_schema(tuple(columns), corpus.sequence_columns)
-    for name, sha256, rejects in old_shards:
-        table = read_old_shard(source / name, sha256, schema)
+    for name, size, sha256, rejects in old_shards:
+        table = read_old_shard(source / name, size, sha256, schema)
         for column in columns:
             values = flat_values(table[column]).astype(np.float32)
             if column in in_nats:
@@ -142,7 +148,9 @@ def write_upgraded(
         ShardReader(source, schema, tokenizer.vocab_size).file(entry).check(table)
         entries.append(replace(entry, rejects=rejects))
         report(entries[-1])
-    if (source / REJECTS).exists():
+    if (source / REJECTS).is_file():
+        if (source / REJECTS).stat().st_size > MOST_REJECTS_BYTES:
+            raise UserError(f"{source / REJECTS}: larger than {MOST_REJECTS_BYTES:,} bytes; {RESTORE}")
         with atomic_write(output / REJECTS) as file:
             file.write((source / REJECTS).read_bytes())
     scored = {
@@ -159,27 +167,28 @@ def write_upgraded(
             timings=timings,
             request=request,
         )
+        assert manifest.digest  # not for values that are nested too deep
     except ValueError as error:
         raise UserError(f"{source / MANIFEST}: not a valid manifest ({first_line(error)}); restore the file") from error
-    if fault := check_tokenizer(output, manifest):
-        raise UserError(f"{fault}; {RESTORE}")
     return finish_shard_set(output, manifest, counts)
 
 
-def read_old_shard(path: Location, sha256: str, schema: pa.Schema) -> pa.Table:
-    """Read a shard of format 3 whose digest is right. `schema` is that of the new file.
+def read_old_shard(path: Location, size: int, sha256: str, schema: pa.Schema) -> pa.Table:
+    """Read a shard of format 3 whose size and digest are right. `schema` is that of the new file.
 
     Raises:
         UserError: it is missing, another file, or has other columns.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: shard is missing; {RESTORE}")
+    if path.stat().st_size != size:
+        raise UserError(f"{path}: content differs from the manifest; {RESTORE}")
     try:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise UserError(f"{path}: content differs from the manifest; {RESTORE}")
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: shard is missing; {RESTORE}") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # Arrow also raises errors of the system for damaged files
         raise UserError(f"{path}: shard is damaged ({first_line(error)}); {RESTORE}") from error
     old = [field.with_type(OLD_SCORE_TYPE) if field.type == SCORE_TYPE else field for field in schema]
     if not table.schema.equals(pa.schema(old)):

@@ -5,27 +5,32 @@ of a set are the sums of the counts of its shards. They give the exact mean and 
 function of them, so corpus-wide thresholds require no pass over the data.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 1.0)
 ADDED_AT_ONCE = 1 << 20
 """Values counted at once. Counting takes several times the memory of the values."""
+ROW_BYTES = 20
+"""Bytes of a row of the table in memory, without the name: an offset, a value, a count, and bits that mark nulls."""
+MOST_METADATA_BYTES = 1 << 20
 TABLE_SCHEMA = pa.schema({"column": pa.string(), "value": pa.float32(), "count": pa.int64()})
 
 
 class ColumnStatistics(BaseModel):
     """Summary of one score column over a shard set. `missing` counts tokens without a finite score."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    count: int
-    missing: int
+    count: Annotated[int, Field(ge=0)]
+    missing: Annotated[int, Field(ge=0)]
     mean: float | None
     std: float | None
     quantiles: dict[str, float]
@@ -84,26 +89,36 @@ def to_table(columns: dict[str, ValueCounts]) -> pa.Table:
     return pa.concat_tables(tables) if tables else TABLE_SCHEMA.empty_table()
 
 
-def from_table(table: pa.Table) -> dict[str, ValueCounts]:
-    """Inverse of `to_table`.
+def most_table_bytes(columns: Collection[str]) -> int:
+    """Largest size of a table with the counts of these columns, in an Arrow file."""
+    return MOST_METADATA_BYTES + sum((1 << 16) * (ROW_BYTES + len(name)) for name in columns)
+
+
+def from_table(table: pa.Table, columns: Collection[str] | None = None) -> dict[str, ValueCounts]:
+    """Inverse of `to_table`. With `columns`, the result has exactly these; a column without rows has no values.
 
     Raises:
-        ValueError: the table is damaged, a count is not positive, or a value is no float16 or counted twice.
+        ValueError: the table is damaged or has other columns, a count is not positive, or a value is no float16 or
+            counted twice.
     """
     table.validate(full=True)  # Arrow trusts the offsets of strings in a file
     if any(column.null_count for column in table.columns):
         raise ValueError("a value or a count is null")
-    columns: dict[str, ValueCounts] = {}
     names = table["column"].combine_chunks().dictionary_encode()
-    indices = names.indices.to_numpy()
+    present = names.dictionary.to_pylist()
+    if columns is not None and not set(present) <= set(columns):
+        raise ValueError("counts of other columns")
     values = table["value"].to_numpy()
     bits, counts = float16_bits(values), table["count"].to_numpy()
     if (counts <= 0).any() or not np.array_equal(FLOAT16_VALUES[bits], values, equal_nan=True):
         raise ValueError("impossible value counts")
-    for index, name in enumerate(names.dictionary.to_pylist()):
-        of_column = indices == index
-        columns[name] = ValueCounts()
-        columns[name].counts[bits[of_column]] = counts[of_column]
-        if np.count_nonzero(columns[name].counts) != np.count_nonzero(of_column):
+    found = {name: ValueCounts() for name in (present if columns is None else columns)}
+    indices = names.indices.to_numpy()
+    order = np.argsort(indices, kind="stable")  # the rows of each column in turn
+    ends = np.cumsum(np.bincount(indices, minlength=len(present))).tolist()
+    for name, first, end in zip(present, [0, *ends], ends, strict=False):
+        rows = order[first:end]
+        found[name].counts[bits[rows]] = counts[rows]
+        if np.count_nonzero(found[name].counts) != len(rows):
             raise ValueError("a value is counted twice")
-    return columns
+    return found

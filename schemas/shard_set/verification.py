@@ -9,7 +9,7 @@ import pyarrow as pa
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
-from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, check_tokenizer, find_link_outside
+from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, check_tokenizer, find_foreign_entry
 from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import TOKENIZER, sha256_file
@@ -28,7 +28,12 @@ def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
     """Compare every shard, the tokenizer and the statistics with the manifest; continue after a fault.
 
     Shards are compared by digest and by content: schema, lengths, ids, and the value counts of scores.
+
+    Raises:
+        UserError: the set has a link that leads out of it, or an entry that is no file.
     """
+    if fault := find_foreign_entry(path):
+        raise UserError(f"{fault}; {RESTORE}")
     shards = ShardSet(path, manifest)
     found = {name: ValueCounts() for name in manifest.columns}
     damaged = False
@@ -36,7 +41,7 @@ def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
         fault = check_shard(shards.file(number), found)
         damaged |= fault is not None
         yield FileCheck(entry.name, entry.bytes, fault)
-    yield FileCheck(TOKENIZER, 0, find_link_outside(path) or check_tokenizer(path, manifest))
+    yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest.tokenizer))
     if manifest.statistics_sha256 is not None:
         yield FileCheck(STATISTICS, 0, check_statistics(shards, None if damaged else found))
 
@@ -45,7 +50,7 @@ def check_shard(file: ShardFile, counts: dict[str, ValueCounts]) -> str | None:
     """The fault of a shard; None if it is as its entry says. Adds its scores to `counts`."""
     rows = tokens = longest = 0
     try:
-        if sha256_file(file.path) != file.entry.sha256:
+        if file.path.stat().st_size != file.entry.bytes or sha256_file(file.path) != file.entry.sha256:
             return f"{file.path}: content differs from the manifest (sha256)"
         for group in range(file.read_footer().num_row_groups):
             table = file.read(row_group=group)

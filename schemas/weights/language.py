@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 
+from weighted_mtp.schemas.text import printable
 from weighted_mtp.schemas.weights.analysis import is_magnitude
 from weighted_mtp.schemas.weights.function_record import Function
 from weighted_mtp.schemas.weights.functions import FUNCTIONS
@@ -47,21 +48,23 @@ def parse_formula(text: str) -> Node:
     Raises:
         FormulaError: the formula is invalid.
     """
+    shown = _shortened(text.strip())
     try:
         if len(text) > MAX_LENGTH:
             raise FormulaError(f"longer than {MAX_LENGTH:,} characters")
         node = _read(ast.parse(text.strip(), mode="eval").body)
+        if depth(node) > MAX_DEPTH:
+            raise FormulaError(f"more than {MAX_DEPTH} nested operations")
     except FormulaError as error:
-        is_named = str(error).startswith(f"'{text.strip()}' ")
-        raise FormulaError(str(error) if is_named else f"'{_shortened(text)}': {error}") from None
+        is_named = str(error).startswith(f"'{shown}' ")
+        raise FormulaError(str(error) if is_named else f"'{shown}': {error}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
-        raise FormulaError(f"'{_shortened(text)}': cannot be read ({reason})") from None
-    if depth(node) > MAX_DEPTH:
-        raise FormulaError(f"'{_shortened(text)}': more than {MAX_DEPTH} nested operations")
+        deep = isinstance(error, RecursionError | MemoryError)
+        reason = error.msg if isinstance(error, SyntaxError) else "too deeply nested" if deep else "invalid characters"
+        raise FormulaError(f"'{shown}': cannot be read ({reason})") from None
     for inner in walk_nodes(node):
         if is_signed(inner) and inner is not node:
-            raise FormulaError(f"'{_shortened(text)}': signed() must enclose the whole formula")
+            raise FormulaError(f"'{shown}': signed() must enclose the whole formula")
     return node
 
 
@@ -76,7 +79,7 @@ def rename(text: str, names: Mapping[str, str]) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= 100 else text[:97] + "..."
+    return printable(text if len(text) <= 100 else text[:97] + "...")
 
 
 def _read(tree: ast.AST) -> Node:

@@ -250,7 +250,8 @@ def condition_of(column: str, held: Mapping[str, ScoreColumn]) -> Condition | No
     """A condition that a column of the input derives from, or None if it derives from imported columns only."""
     waiting, seen = [column], {column}
     while waiting:
-        match held[waiting.pop()].origin:
+        name = waiting.pop()
+        match held[name].origin if name in held else None:  # a foreign set may lack the columns of a contrast
             case Condition() as condition:
                 return condition
             case Contrast(minuend=minuend, subtrahend=subtrahend):

@@ -3,16 +3,20 @@
 import json
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES
 from weighted_mtp.schemas.shard_set.manifest import SequenceKind
+from weighted_mtp.schemas.shard_set.shards import MOST_TEXT_BYTES
+from weighted_mtp.schemas.text import printable
 
+MOST_NAMES = 20
+MOST_NAMES_SHOWN = 200
+"""Most field names, and characters of them, in a reason."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-MOST_LABEL_BYTES = 1 << 16
-"""Longest id or label. Every sequence of the document repeats it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def parse_batch(
             record = parse_row(row)
             for field in required:
                 if field not in record:
-                    raise BadRowError(f"no field '{field}': the fields are {', '.join(record) or 'none'}")
+                    names = printable(", ".join(islice(record, MOST_NAMES)))[:MOST_NAMES_SHOWN]
+                    raise BadRowError(f"no field '{field}': the fields are {names or 'none'}")
             name = label(record[fields.id], fields.id) if fields.id else f"{batch.source}#{number}"
             text = document_text(record[fields.text], fields.text, max_document_bytes)
             values = (finite_number(record[field], field) for field in fields.numbers)
@@ -147,8 +152,8 @@ def label(value: Any, field: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise BadRowError(f"field '{field}' is neither a string nor an integer: {type(value).__name__}")
     text = str(value)
-    if utf8_size(text, field) > MOST_LABEL_BYTES:
-        raise BadRowError(f"field '{field}' is larger than {MOST_LABEL_BYTES:,} bytes")
+    if utf8_size(text, field) > MOST_TEXT_BYTES:
+        raise BadRowError(f"field '{field}' is larger than {MOST_TEXT_BYTES:,} bytes")
     return text
 
 

@@ -15,7 +15,7 @@ from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
-from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest
+from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, find_clash
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished, finish_shard_set
 from weighted_mtp.schemas.storage.claims import claim_empty_output, clear_directory
 from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER
@@ -44,6 +44,8 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
         UserError: the corpus, the tokenizer or the output cannot be used.
     """
     check_outside(config.output, config.input)
+    if clash := find_clash((*config.number_fields, *config.label_fields)):
+        raise UserError(f"--number_fields and --label_fields: {clash}; rename fields of the corpus, or choose fewer")
     sources = find_sources(config.input, config.format, config.subset, config.split)
     with exclusive(config.output) as held:
         tokenizer = load_tokenizer(

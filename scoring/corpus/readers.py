@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.shard_set.shards import is_text, text_sizes
 from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch, too_large
@@ -41,6 +41,7 @@ ARROW_BYTES = 1 << 26
 """Bytes of Parquet decoded at once, unless a row has more. Smaller row groups are always read."""
 ROW_FACTOR = 4
 """Largest row that is held, in units of the largest document: JSON in ASCII has up to three bytes for one of text."""
+BINARY_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
 def read_batches(
@@ -251,6 +252,8 @@ def read_arrow(path: Location, fields: list[str], most: int) -> Iterator[Row]:
             reader = pa.ipc.open_file(file)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
+            for column in batch.columns:
+                check_offsets(column)
             for first in range(0, batch.num_rows, ARROW_ROWS):
                 yield from records(batch.slice(first, ARROW_ROWS), fields, most)
 
@@ -276,7 +279,8 @@ def records(batch: pa.RecordBatch, fields: list[str], most: int) -> Iterator[Row
     if not set(fields) <= set(names):
         return repeat(dict.fromkeys(names), batch.num_rows)
     columns = [batch.column(name) for name in fields]
-    large = np.any([value_bytes(column) > most for column in columns], axis=0)
+    texts = [column for column in columns if is_text(column.type)]
+    large = np.any([np.zeros(batch.num_rows, bool), *(text_sizes(column) > most for column in texts)], axis=0)
     values = zip(*columns, strict=True)
     return (
         too_large_row(most) if is_large else dict(zip(fields, map(python_value, row), strict=True))
@@ -284,18 +288,18 @@ def records(batch: pa.RecordBatch, fields: list[str], most: int) -> Iterator[Row
     )
 
 
-def value_bytes(column: pa.Array) -> np.ndarray:
-    """Size of each string of a column in bytes, int [rows]; 0 for values of other types."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        sizes = pa.array(value_bytes(column.dictionary)).take(column.indices)
-    elif pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):  # the size is the first of four numbers
-        return np.frombuffer(column.buffers()[1], np.int32)[::4][column.offset :][: len(column)]
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        sizes = pc.binary_length(column)
-    else:
-        return np.zeros(len(column), np.int64)
-    return sizes.fill_null(0).to_numpy(zero_copy_only=False)
+def check_offsets(column: pa.Array) -> None:
+    """Check an array of a foreign file, which Arrow reads without checks. Strings may be no UTF-8.
+
+    Raises:
+        pa.ArrowInvalid: an offset or an index points outside of its buffers.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        if column.type not in BINARY_TYPES:
+            raise
+        column.cast(BINARY_TYPES[column.type]).validate(full=True)
 
 
 def python_value(scalar: pa.Scalar) -> Any:

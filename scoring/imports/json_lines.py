@@ -23,7 +23,8 @@ MOST_BLANK_BYTES = 1 << 23
 """Bytes of blank lines by which they may exceed the other lines before them."""
 MOST_DEPTH = 256
 """Deepest nesting of lists and objects. Arrow's parser recurses and would overflow the stack."""
-NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
+NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}\n'))
+SPACE = b" \t\r\n"
 
 
 class Lines(NamedTuple):
@@ -105,8 +106,10 @@ def parse_objects(lines: list[bytes], schema: pa.Schema | None, unexpected: str)
         content.decode()
     except UnicodeDecodeError as error:
         raise ValueError("is not in UTF-8") from error
-    if depth(content) > MOST_DEPTH:
+    levels, marks = nesting(content)
+    if levels.max(initial=0) > MOST_DEPTH:
         raise ValueError(f"lists and objects are nested more than {MOST_DEPTH} deep")
+    check_objects(lines, levels, marks)
     table = pa.json.read_json(
         pa.BufferReader(content),
         read_options=pa.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
@@ -117,10 +120,33 @@ def parse_objects(lines: list[bytes], schema: pa.Schema | None, unexpected: str)
     return table
 
 
-def depth(content: bytes) -> int:
-    """Most lists and objects inside one another in JSON. It is right up to the first error in the JSON."""
+def check_objects(lines: list[bytes], levels: np.ndarray, marks: np.ndarray) -> None:
+    """Check that nothing is outside of objects, such as null: Arrow's parser crashes there.
+
+    Args:
+        lines: the lines of the content.
+        levels: as `nesting` returns them.
+        marks: as `nesting` returns them.
+
+    Raises:
+        ValueError: a line has something else than one object, or a part of it.
+    """
+    after = [*levels[marks == ord("\n")].tolist(), 0]
+    for line, begins, ends in zip(lines, [True, *(level == 0 for level in after)], after, strict=False):
+        if (begins and line.lstrip(SPACE)[:1] != b"{") or (ends == 0 and line.rstrip(SPACE)[-1:] != b"}"):
+            raise ValueError("not one object in each line")
+    ended = np.cumsum((levels == 0) & (marks != ord("\n")))[marks == ord("\n")]
+    if (ended > np.arange(1, len(ended) + 1)).any():
+        raise ValueError("not one object in each line")
+
+
+def nesting(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Brackets and line breaks of JSON, outside of strings: the number of open brackets after each, and what it is.
+
+    Right up to the first error in the JSON. Both arrays are as long as there are brackets and line breaks.
+    """
     if b"\\" in content:
         content = re.sub(rb"\\.", b"", content, flags=re.DOTALL)
     marks = np.frombuffer(re.sub(rb'"[^"]*"', b"", content.translate(None, NOT_STRUCTURE)), np.uint8)
     opening, closing = (marks == ord("[")) | (marks == ord("{")), (marks == ord("]")) | (marks == ord("}"))
-    return int(np.cumsum(opening.view(np.int8) - closing.view(np.int8), dtype=np.int32).max(initial=0))
+    return np.cumsum(opening.view(np.int8) - closing.view(np.int8), dtype=np.int32), marks

@@ -11,7 +11,7 @@ from typing import Any
 
 from weighted_mtp.schemas.configs import ImportConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Imported, ImportedFile, ImportedValues, Origin
+from weighted_mtp.schemas.shard_set.manifest import Imported, ImportedFile, ImportedValues, Origin, find_clash
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished
 from weighted_mtp.schemas.storage.claims import check_separate, claim_output
 from weighted_mtp.schemas.storage.files import TOKENIZER, copy_files, sha256_file
@@ -140,6 +140,8 @@ def choose_new(sources: Sequence[ScoreSource], wanted: Sequence[str], source: Sh
     for name in kinds:
         if name in held:
             raise UserError(f"{source.path}: already has a column '{name}'; rename yours, or choose other columns")
+    if clash := find_clash([*source.manifest.columns, *source.manifest.corpus.sequence_columns, *kinds]):
+        raise UserError(f"{source.path}: {clash}; rename yours, or choose other columns")
     return kinds
 
 

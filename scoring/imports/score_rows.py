@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shards import MOST_TEXT_BYTES, is_text, text_sizes
 from weighted_mtp.scoring.imports.sources import Kind, RowBatch, ScoreSource, damage_reported, quoted
 
 EXCESS_NUMBERS = 1 << 20
 """Reading stops at this many numbers of a column, or rows, more than twice the tokens of the set."""
 TEXT_BYTES = 64
 """Most bytes of ids, or of labels of a column, for each number that a column of scores may have."""
-MOST_TEXT = 1 << 16
-"""Most bytes of an id or a label."""
 
 
 @dataclass
@@ -118,7 +117,7 @@ class Collected:
             column = batch.table[name].combine_chunks()
             values: Any
             if kind == "label":
-                values = decode(column).cast(pa.string())
+                values = self._texts(source, batch, name)
                 self._count(source, name, values.nbytes, TEXT_BYTES * self.most_numbers)
             elif kind == "number":
                 with np.errstate(over="ignore"):
@@ -164,13 +163,10 @@ class Collected:
             UserError: a row has no id, or an id or a start has the wrong type.
         """
         name, table = self.sources[source].name, batch.table
-        ids = decode(table["document_id"].combine_chunks())
-        if pa.types.is_floating(ids.type) or pa.types.is_boolean(ids.type) or pa.types.is_nested(ids.type):
-            raise UserError(f"{name}: 'document_id' should be a string; it is {ids.type}")
+        ids = self._texts(source, batch, "document_id")
         if ids.null_count:
             row = pc.index(ids.is_null(), True).as_py()
             raise UserError(f"{self._place(source, batch, row)}: has no document_id; add it")
-        ids = ids.cast(pa.string())
         self._count(source, "document_id", ids.nbytes, TEXT_BYTES * self.most_numbers)
         starts = table["start"] if "start" in table.column_names else pa.nulls(table.num_rows, pa.int64())
         if not (pa.types.is_integer(starts.type) or pa.types.is_null(starts.type)):
@@ -183,6 +179,22 @@ class Collected:
                 "row": batch.numbers,
             }
         )
+
+    def _texts(self, source: int, batch: RowBatch, name: str) -> pa.Array:
+        """A column of strings; other values, such as integers and dates, become strings.
+
+        Raises:
+            UserError: it has another type, or a string is too long.
+        """
+        column = batch.table[name].combine_chunks()
+        kind = column.type
+        if is_text(kind):
+            for row in np.flatnonzero(text_sizes(column) > MOST_TEXT_BYTES)[:1]:
+                place = self._place(source, batch, row)
+                raise UserError(f"{place}: '{name}' is longer than {MOST_TEXT_BYTES:,} bytes; shorten it")
+        elif pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_nested(kind):
+            raise UserError(f"{self.sources[source].name}: '{name}' should be a string; it is {kind}")
+        return decode(column).cast(pa.string())
 
     def _place(self, source: int, batch: RowBatch, row: int) -> str:
         return self.sources[source].place(int(batch.numbers[row]))
@@ -200,19 +212,13 @@ class Collected:
 
 
 def decode(column: pa.Array) -> pa.Array:
-    """A column without dictionary.
-
-    Raises:
-        ValueError: a string is longer than `MOST_TEXT`.
-    """
-    values = column.dictionary if pa.types.is_dictionary(column.type) else column
+    """A column without dictionary."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    values = column.dictionary
     if pa.types.is_string_view(values.type):
-        values = values.cast(pa.large_string())  # Arrow can neither measure nor take from views
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        longest = pc.max(pc.binary_length(values)).as_py() or 0
-        if longest > MOST_TEXT:
-            raise ValueError(f"an id or a label has {longest:,} bytes, more than {MOST_TEXT:,}")
-    return values.take(column.indices) if pa.types.is_dictionary(column.type) else values
+        values = values.cast(pa.large_string())  # Arrow cannot take from views
+    return values.take(column.indices)
 
 
 def numbers_of(column: pa.Array) -> np.ndarray:

@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from weighted_mtp.schemas.configs.common import MOST_NAME, check_identifier, is_reserved
 from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
+from weighted_mtp.schemas.shard_set.manifest import MOST_COLUMNS
+from weighted_mtp.schemas.shard_set.shards import is_text
 from weighted_mtp.schemas.storage.compression import DAMAGE
 
 Kind = Literal["score", "number", "label"]
@@ -24,8 +26,6 @@ BATCH_ROWS = 256
 SHOWN = 60
 """Most characters of an id or a name in a message."""
 SHOWN_REASON = 200
-MOST_COLUMNS = 1000
-"""Most columns of one import."""
 
 
 class RowBatch(NamedTuple):
@@ -188,7 +188,7 @@ def kind_of_type(found: pa.DataType) -> Kind | None:
         found = found.value_type
     if is_numeric(found):
         return "number"
-    if types.is_string(found) or types.is_large_string(found) or types.is_string_view(found):
+    if is_text(found):
         return "label"
     if types.is_timestamp(found) or types.is_date(found):
         return "label"  # Arrow takes some strings of JSON for times

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import Manifest, Origin, ScoreColumn, SequenceKind
-from weighted_mtp.schemas.shard_set.shard_set import REJECTS, ShardSet, finish_shard_set
+from weighted_mtp.schemas.shard_set.shard_set import MOST_REJECTS_BYTES, REJECTS, ShardSet, finish_shard_set
 from weighted_mtp.schemas.shard_set.shards import NO_COLUMNS
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import Location
@@ -66,6 +66,8 @@ def earlier_rejects(source: ShardSet) -> list[RejectedSequence]:
     if not any(shard.rejects for shard in source.manifest.shards):
         return []
     try:
+        if file.stat().st_size > MOST_REJECTS_BYTES:
+            raise ValueError(f"larger than {MOST_REJECTS_BYTES:,} bytes")
         return [RejectedSequence.model_validate_json(line) for line in file.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: missing or damaged ({first_line(error)}); restore it") from error

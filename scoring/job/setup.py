@@ -6,7 +6,7 @@ All errors in settings, input and models are detected here, before an engine sta
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ import ray
 import torch
 
 from weighted_mtp.schemas.configs import ScoreConfig
+from weighted_mtp.schemas.configs.common import check_identifier, is_reserved
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Quantity
+from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Quantity, find_clash
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.claims import check_separate
 from weighted_mtp.schemas.storage.locations import Location, resolve
@@ -198,13 +199,32 @@ def set_up(config: ScoreConfig, inputs: ScoringInputs) -> ScoringSetup:
         engine_args=config.engine_args,
     )
     plan = reuse_columns(inputs.plan, describe_conditions(inputs.plan, engine), manifest.columns, config.suffix)
-    if clash := [name for name in plan.columns if name in manifest.corpus.sequence_columns]:
-        raise UserError(
-            f"--input {inputs.source.path}: already has a corpus column '{clash[0]}'; give the contrast another name"
-        )
+    check_names(plan.columns, inputs.source)
     origins = describe_conditions(plan, engine) | plan.contrasts
     request = describe_request(inputs.source, origins)
     return ScoringSetup(inputs.source, config.output, plan, engine, pool, origins, request)
+
+
+def check_names(columns: Collection[str], source: ShardSet) -> None:
+    """Check the names of new columns, with their suffix.
+
+    Raises:
+        UserError: a set with all columns of `source` cannot have a column of such a name.
+    """
+    held = source.manifest.corpus.sequence_columns
+    for name in columns:
+        if name in held:
+            raise UserError(
+                f"--input {source.path}: already has a corpus column '{name}'; give the contrast another name"
+            )
+        try:
+            check_identifier(name)
+        except ValueError as error:
+            raise UserError(f"--suffix: {error}") from error
+        if is_reserved(name):
+            raise UserError(f"--suffix: '{name}' is reserved by wmtp; choose another one")
+    if clash := find_clash([*source.manifest.columns, *held, *columns]):
+        raise UserError(f"--input {source.path}: {clash}; give the new columns other names with --suffix")
 
 
 def count_devices(engine: EngineName) -> tuple[int, int]:

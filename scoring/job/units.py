@@ -224,7 +224,11 @@ def _gather(output: Location, units: list[str]) -> Gathered:
         gathered.timings.read_seconds.append(record.read_seconds)
         gathered.timings.score_seconds.append(record.score_seconds)
         gathered.timings.write_seconds.append(record.write_seconds)
-        for name, of_column in from_table(table).items():
+        try:
+            counts = from_table(table)
+        except ValueError as error:
+            raise DamagedUnitError(output, entry.name) from error
+        for name, of_column in counts.items():
             gathered.counts.setdefault(name, ValueCounts()).merge(of_column)
     return gathered
 

@@ -13,7 +13,7 @@ from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.notebook import score_text
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
-from weighted_mtp.schemas.text import printable
+from weighted_mtp.schemas.text import printable, shortened
 
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
@@ -76,7 +76,9 @@ def extremes_table(title: str, tokens: list[ScoredToken], tokenizer: Any) -> Tab
     for token in tokens:
         before, marked, after = split_text(tokenizer, token)
         text = Text.assemble(before, ("»" + marked + "«", "bold reverse"), after, overflow="fold")
-        table.add_row(score_text(token.score), Text(token.document_id, overflow="fold"), str(token.position), text)
+        table.add_row(
+            score_text(token.score), Text(shortened(token.document_id), overflow="fold"), str(token.position), text
+        )
     if not tokens:
         table.caption = "no token has a score"
     return table

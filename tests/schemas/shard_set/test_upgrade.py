@@ -129,7 +129,7 @@ def test_rows_that_no_reader_accepts_are_not_upgraded(
         index = table.schema.get_field_index(name)
         table = table.set_column(index, table.schema.field(name), pa.array(rows).cast(table.schema.field(name).type))
     pq.write_table(table, file)
-    content["shards"][0]["sha256"] = sha256_file(file)
+    content["shards"][0].update(sha256=sha256_file(file), bytes=file.stat().st_size)
     with pytest.raises(UserError, match=message):
         upgrade(seal(old, content), tmp_path / "new")
 

@@ -1,22 +1,18 @@
 """Forged sets: manifests, statistics and files that agree with each other, but not with the format or the data."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from forging import Json, rewrite_manifest, rewrite_shard, rewrite_statistics
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.fingerprints import digest_json
 from weighted_mtp.schemas.shard_set.manifest import read_manifest
 from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet
-from weighted_mtp.schemas.shard_set.shards import footer_bytes
 from weighted_mtp.schemas.shard_set.value_counts import TABLE_SCHEMA
 from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, sha256_file
@@ -24,7 +20,6 @@ from weighted_mtp.schemas.storage.files import DATA, MANIFEST, TOKENIZER, sha256
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 LOSSES = [[np.nan, 1, 2], [np.nan, 0.5], [np.nan, 4, 4, 4]]
 SHARD = "shard-00000-of-00001.parquet"
-Json = dict[str, Any]
 
 
 @pytest.fixture
@@ -32,40 +27,6 @@ def forged(make_shard_set: Callable[..., ShardSet]) -> Path:
     """A correct set with one shard, to be forged."""
     columns = {"reward": [0.5, -1.0, 3.0], "group": ["a", "b", "a"]}
     return make_shard_set(SEQUENCES, {"loss": LOSSES}, rows_per_shard=3, sequence_columns=columns).path
-
-
-def rewrite_manifest(path: Path, edit: Callable[[Json], object]) -> None:
-    """Edit the manifest and make its digest that of the edited content."""
-    content = json.loads((path / MANIFEST).read_text())
-    edit(content)
-    content["digest"] = digest_json({key: value for key, value in content.items() if key not in ("digest", "timings")})
-    (path / MANIFEST).write_text(json.dumps(content))
-
-
-def describe_file(path: Path) -> Json:
-    """What the manifest says of a shard file, taken from the file."""
-    with open(path, "rb") as file:
-        footer = hashlib.sha256(footer_bytes(file, path.stat().st_size)).hexdigest()
-    metadata = pq.read_metadata(path)
-    sizes = {"rows": metadata.num_rows, "row_groups": metadata.num_row_groups, "bytes": path.stat().st_size}
-    return {**sizes, "sha256": sha256_file(path), "footer_sha256": footer}
-
-
-def rewrite_shard(path: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
-    """Edit the rows of the shard, and make the manifest describe the new file."""
-    shard = path / DATA / SHARD
-    table = edit(pq.ParquetFile(shard).read())
-    pq.write_table(table, shard)
-    rewrite_manifest(path, lambda m: m["shards"][0].update(describe_file(shard)))
-
-
-def rewrite_statistics(path: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
-    """Edit the value counts, and make the manifest describe the new file."""
-    with pa.ipc.open_file(path / STATISTICS) as reader:
-        table = edit(reader.read_all())
-    with pa.ipc.new_file(path / STATISTICS, table.schema) as writer:
-        writer.write_table(table)
-    rewrite_manifest(path, lambda m: m.update(statistics_sha256=sha256_file(path / STATISTICS)))
 
 
 def for_scoring(path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shards import MOST_TEXT_BYTES
 from weighted_mtp.scoring.imports import score_rows
 from weighted_mtp.scoring.imports.score_files import ScoreFile, open_score_file
 from weighted_mtp.scoring.imports.score_rows import read_rows
@@ -47,13 +48,11 @@ def test_reading_stops_at_far_too_long_labels_and_ids(file: ScoreFile, monkeypat
 
 
 def test_ids_and_labels_have_a_largest_size(tmp_path: Path) -> None:
-    rows = [{"document_id": "a", "group": "é" * (score_rows.MOST_TEXT // 2) + tail} for tail in ("", "a")]
+    rows = [{"document_id": "a", "group": "é" * (MOST_TEXT_BYTES // 2) + tail} for tail in ("", "a")]
     for row, name in zip(rows, ("fits", "long"), strict=True):
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
     read_rows([open_score_file(UPath(tmp_path / "fits.parquet"))], {"group": "label"}, 1)
-    with pytest.raises(
-        UserError, match=r"long\.parquet: cannot be read \(an id or a label has 65,537 bytes, more than"
-    ):
+    with pytest.raises(UserError, match=r"long\.parquet: row 1: 'group' is longer than 65,536 bytes; shorten it"):
         read_rows([open_score_file(UPath(tmp_path / "long.parquet"))], {"group": "label"}, 1)
 
 
@@ -68,7 +67,7 @@ LONG = "a" * 1_000_000
         (
             lambda: pa.DictionaryArray.from_arrays([0] * 10_000, [LONG]),
             "label",
-            "has 1,000,000 bytes, more than 65,536",
+            "row 1: 'x' is longer than 65,536 bytes",
         ),
     ],
     ids=["list", "string", "dictionary"],
