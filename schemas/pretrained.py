@@ -1,8 +1,10 @@
 """Loading pretrained causal language models and tokenizers for both stages.
 
-No code of a checkpoint ever runs: transformers would ask on the terminal whether it may. Models are complete, and
-computed as their authors mean it, which transformers does not ensure. Parameters that a checkpoint lacks get random
-values. An attention kernel ignores arguments that it does not know: `sdpa` leaves out the soft-cap of Gemma 2.
+Python code of a checkpoint runs only if the caller says so. transformers would ask on the terminal.
+
+Models are complete, and computed as their authors mean it, which transformers does not ensure. Parameters that a
+checkpoint lacks get random values. An attention kernel ignores arguments that it does not know: `sdpa` leaves out the
+soft-cap of Gemma 2.
 """
 
 import copy
@@ -10,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.locations import is_missing_directory
 
 PROBE_TOKENS = 16
@@ -26,46 +29,87 @@ PROBED_LAYERS = 2
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 NATIVE_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Config entries with the number of multi-token-prediction layers of a checkpoint."""
+MOST_REASON = 160
+"""Most characters of a message of transformers in a message of this project."""
 SHARPENING = 1000.0
 """Factor on the attention scores of a probe, without which small weights would hide a soft-cap."""
 
 
-def reason_of(error: BaseException) -> str:
-    """Why transformers cannot load something, in one line."""
-    if "trust_remote_code" in str(error):
-        return "it needs Python code of its own, which is never run"
-    return first_line(error)
+class OwnCodeError(UserError):
+    """A checkpoint needs Python code of its own, which may not run."""
 
 
-def load_config(source: str | Path) -> Any:
-    """The config of a checkpoint, from a local directory or by its Hugging Face id.
-
-    Raises:
-        OSError, ValueError, KeyError: there is none, it is damaged, or it needs code of its own.
-    """
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
-
-
-def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local directory or by its Hugging Face id.
+def load_error(error: Exception, source: str | Path, problem: str, remedy: str) -> UserError:
+    """The message for an exception of transformers while it loads something, which has any type.
 
     Args:
-        source: directory or id.
-        problem: beginning of the error message.
-        remedy: end of the error message.
+        error: the exception.
+        source: local directory or Hugging Face id.
+        problem: beginning of the message.
+        remedy: end of the message, unless the remedy follows from the exception.
+    """
+    if isinstance(error, UserError):
+        return error
+    if "trust_remote_code" in str(error):
+        return OwnCodeError(f"{problem} (it needs Python code of its own); if you trust it, add --trust_remote_code")
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    reason = shorten(kind + str(error), MOST_REASON, placeholder="...")
+    where = "" if Path(source).is_dir() else "no such directory, and not from the Hugging Face hub: "
+    return UserError(f"{problem} ({where}{reason}); {remedy}")
+
+
+def load_config(name: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint.
+
+    Args:
+        name: the model in messages, with its flag.
+        source: local directory or Hugging Face id.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        UserError: the tokenizer is missing, is damaged, or needs code of its own.
+        UserError: there is none, it is damaged, or it needs code that may not run.
+    """
+    if is_missing_directory(source):
+        raise UserError(f"{name}: no such directory; check the path")
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise UserError(f"{name}: no config.json; give a directory written by save_pretrained")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        remedy = "restore the checkpoint" if Path(source).is_dir() else "check the name and the connection"
+        raise load_error(error, source, f"{name}: config.json cannot be read", remedy) from error
+
+
+def load_tokenizer(
+    source: str | Path, problem: str, remedy: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        source: local directory or Hugging Face id.
+        problem: beginning of the error message.
+        remedy: end of the error message.
+        trust_remote_code: whether Python code in its directory may run.
+
+    Raises:
+        UserError: the tokenizer is missing, is damaged, or needs code that may not run.
     """
     if is_missing_directory(source):
         raise UserError(f"{problem} (no such directory); check the path")
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
-        raise UserError(f"{problem} ({reason_of(error)}); {remedy}") from error
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise load_error(error, source, problem, remedy) from error
 
 
-def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attention: str | None = None) -> Any:
+def load_causal_lm(
+    name: str,
+    source: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load all weights of a causal language model, with an attention kernel that computes all of its attention.
 
     Args:
@@ -74,16 +118,18 @@ def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attenti
         dtype: dtype of the parameters.
         attention: an attention implementation of transformers. None is the default of transformers, or `eager` if the
             default leaves out a part of the model.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        UserError: the model cannot be loaded, lacks weights, or `attention` leaves out a part of it.
+        UserError: the model lacks weights, or `attention` leaves out a part of it.
+        Exception: the model cannot be loaded; see `load_error`.
     """
     with quiet_transformers():
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

@@ -17,6 +17,7 @@ class PrepareConfig(Config):
     )
     tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
     output: LocationSetting = Field(description="directory of the new shard set")
+    trust_remote_code: bool = Field(False, description="run Python code in the directory of --tokenizer")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
         "auto", description="format of the files; auto infers it from the file name"
     )

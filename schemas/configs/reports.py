@@ -15,6 +15,7 @@ class EvaluateConfig(Config):
 
     model: NameSetting = Field(description="directory of a run, or a Hugging Face model: directory or id")
     input: LocationSetting = Field(description="held-out shard set")
+    trust_remote_code: bool = Field(False, description="run Python code in the directory of --model")
     sequence_length: RowLength | None = Field(
         None,
         description="tokens per packed row; default as in training, else the max_length of the shard set",

@@ -50,6 +50,7 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
             local_name(config.tokenizer),
             f"--tokenizer {config.tokenizer}: cannot be loaded",
             "give a directory written by save_pretrained or a Hugging Face id",
+            trust_remote_code=config.trust_remote_code,
         )
         added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
         request = describe_request(config, tokenizer, added, sources)
@@ -78,7 +79,7 @@ def describe_request(
     """Settings and inputs that determine the result, as JSON."""
     request: dict[str, Any] = {
         "command": "prepare",
-        **config.model_dump(mode="json", exclude={"tokenizer", "output", "workers"}),
+        **config.model_dump(mode="json", exclude={"tokenizer", "output", "workers", "trust_remote_code"}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "added": added._asdict(),
         "sources": digest_json([source.describe() for source in sources]),
@@ -115,6 +116,7 @@ def write_shard_set(
             documents=counts.documents,
             rejects=counts.rejected,
             sequence_columns=fields.columns,
+            largest_id=counts.largest_id,
         ),
         tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
         shards=entries,

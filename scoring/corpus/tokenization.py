@@ -22,6 +22,7 @@ class EncodedBatch(NamedTuple):
         documents: documents with at least one sequence.
         tokens: token ids of these documents.
         text_bytes: size of their texts as UTF-8.
+        largest_id: largest of the ids; 0 if there are none.
         rejects: rows without a document.
     """
 
@@ -29,6 +30,7 @@ class EncodedBatch(NamedTuple):
     documents: int
     tokens: int
     text_bytes: int
+    largest_id: int
     rejects: list[RejectedDocument]
 
 
@@ -66,24 +68,26 @@ class BatchEncoder:
             if not text_ids:
                 rejects.append(RejectedDocument(batch.source, document.row, "text without tokens"))
                 continue
-            ids = self.prefix + text_ids + self.suffix
-            for start in range(0, len(ids), self.max_length):
+            of_document = self.prefix + text_ids + self.suffix
+            for start in range(0, len(of_document), self.max_length):
                 owners.append(document)
                 starts.append(start)
-                lengths.append(min(self.max_length, len(ids) - start))
-            flat += ids
+                lengths.append(min(self.max_length, len(of_document) - start))
+            flat += of_document
             kept += 1
             text_bytes += len(document.text.encode())
+        ids = np.array(flat, dtype=np.int32)
         columns = [
             pa.array([owner.id for owner in owners], pa.string()),
             pa.array(starts, pa.int64()),
-            list_column(np.array(flat, dtype=np.int32), np.array(lengths, dtype=np.int64)),
+            list_column(ids, np.array(lengths, dtype=np.int64)),
         ]
         for index, kind in enumerate(self.fields.columns.values()):
             columns.append(pa.array([owner.values[index] for owner in owners], SEQUENCE_TYPES[kind]))
         schema = shard_schema((), self.fields.columns)
         table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
-        return EncodedBatch(table, kept, len(flat), text_bytes, sorted(rejects, key=lambda reject: reject.row))
+        rejects.sort(key=lambda reject: reject.row)
+        return EncodedBatch(table, kept, len(flat), text_bytes, int(ids.max(initial=0)), rejects)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""

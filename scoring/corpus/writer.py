@@ -75,6 +75,7 @@ class CorpusCounts:
         sequences: rows of the shards.
         tokens: tokens of the shards.
         text_bytes: size of the texts as UTF-8.
+        largest_id: largest token id.
         rejects: number of rejected rows by kind.
         examples: first rejected row of each kind.
     """
@@ -83,6 +84,7 @@ class CorpusCounts:
     sequences: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    largest_id: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     examples: dict[str, RejectedDocument] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ class CorpusCounts:
         self.sequences += batch.table.num_rows
         self.tokens += batch.tokens
         self.text_bytes += batch.text_bytes
+        self.largest_id = max(self.largest_id, batch.largest_id)
         for reject in batch.rejects:
             self.rejects[reject.kind] = self.rejects.get(reject.kind, 0) + 1
             self.examples.setdefault(reject.kind, reject)

@@ -1,8 +1,6 @@
 """Models are complete, and their attention kernels compute all of them."""
 
-import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import drops_part, load_causal_lm, load_tokenizer, native_heads
-from weighted_mtp.scoring.conditions.models import check_config
 from weighted_mtp.training.model.mtp_model import build_model
 
 SIZES = {
@@ -148,36 +145,3 @@ def test_tokenizer_that_cannot_be_loaded(content: str | None, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"--tokenizer .*cannot be loaded") as error:
         load_tokenizer(tmp_path, f"--tokenizer {tmp_path}: cannot be loaded", "give another one")
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def stranger(tmp_path: Path, tokenizer_dir: Path) -> Path:
-    """A checkpoint whose classes are in its own Python file, which leaves a mark when it runs."""
-    path = tmp_path / "stranger"
-    make("llama").save_pretrained(path)
-    shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
-    (path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
-    classes = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own", "AutoTokenizer": ["code.Own", "code.Own"]}
-    changes = {"config.json": {"model_type": "own"}, "tokenizer_config.json": {"tokenizer_class": "Own"}}
-    for name, change in changes.items():
-        settings = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps(settings | change | {"auto_map": classes}))
-    return path
-
-
-@pytest.mark.parametrize("answer", ["y\n", ""])
-def test_code_of_a_checkpoint_never_runs(
-    answer: str, stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever a question on the terminal would be answered."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
-    attempts: list[Callable[[], Any]] = [
-        lambda: load_tokenizer(stranger, "--tokenizer stranger: cannot be loaded", "use another"),
-        lambda: build_model(str(stranger), None, from_scratch=False),
-        lambda: build_model(str(stranger), None, from_scratch=True),
-        lambda: check_config(stranger, "--reference stranger"),
-    ]
-    for attempt in attempts:
-        with pytest.raises(UserError, match=r"stranger: .*\(it needs Python code of its own, which is never run\)"):
-            attempt()
-    assert not (tmp_path / "ran").exists()

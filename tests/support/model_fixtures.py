@@ -3,6 +3,7 @@
 Fixtures import torch and transformers, which the process that distributes the tests does not need.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,17 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test tokenizer with the ids of `!` and `"`, 0 and 1, exchanged."""
+    path = tmp_path_factory.mktemp("other") / "tokenizer"
+    shutil.copytree(tokenizer_dir, path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"!": 1, '"': 0}
+    (path / "tokenizer.json").write_text(json.dumps(content))
     return path
 
 

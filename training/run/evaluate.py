@@ -23,8 +23,8 @@ def evaluate(config: EvaluateConfig, progress: MakeBar = hidden_bar) -> list[Hea
         UserError: the model or the set cannot be loaded, or they do not fit each other.
     """
     shards = ShardSet.open(config.input)
-    check_tokenizer(config.model, shards)
-    model = load_model(config.model)
+    check_tokenizer(config.model, shards, trust_remote_code=config.trust_remote_code)
+    model = load_model(config.model, trust_remote_code=config.trust_remote_code)
     record = run_record(locate(config.model))
     trained = record["config"]["sequence_length"] if record else None
     sequence_length = config.sequence_length or trained or shards.manifest.corpus.max_length

@@ -8,9 +8,10 @@ from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import sha256_file
 from weighted_mtp.schemas.storage.locations import local_name, locate
+from weighted_mtp.schemas.tokenizers import check_same_tokenizer
 from weighted_mtp.training.data.mixing import mix_identity, open_mix
 from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, saved_heads
-from weighted_mtp.training.run.compatibility import check_same_tokenizer, check_settings, check_tokenizer
+from weighted_mtp.training.run.compatibility import check_settings, check_tokenizer
 from weighted_mtp.training.weighting.stored import check_formula
 
 
@@ -51,7 +52,7 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
     mixed = open_mix(config.mix)
-    check_tokenizer(config.model, shards.first)
+    check_tokenizer(config.model, shards.first, trust_remote_code=config.trust_remote_code)
     for data in filter(None, (*mixed, held_out)):
         check_same_tokenizer(shards.first, data.first)
     for data in (shards, *mixed):
@@ -74,4 +75,4 @@ def model_identity(config: TrainConfig) -> str:
         return config.model
     if config.from_scratch and (directory / "config.json").exists():
         return sha256_file(directory / "config.json")
-    return model_fingerprint(directory, locate(config.model))
+    return model_fingerprint(directory, locate(config.model), code=config.trust_remote_code)

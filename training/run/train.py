@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+import tempfile
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -123,7 +125,13 @@ def build(
     config = inputs.config
     set_seed(config.seed)
     attention = choose_attention(config.attention, accelerator.device)
-    mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
+    mtp_model = build_model(
+        config.model,
+        config.heads,
+        from_scratch=config.from_scratch,
+        attention=attention,
+        trust_remote_code=config.trust_remote_code,
+    )
     if native := native_heads(mtp_model.trunk.config):
         raise UserError(
             f"--model {config.model}: announces {native} multi-token-prediction layers of its own, which training "
@@ -131,6 +139,7 @@ def build(
         )
     for data in filter(None, (inputs.shards, *inputs.mixed, inputs.held_out)):
         check_model(mtp_model, config.model, data.first, inputs.sequence_length)
+    check_saving(mtp_model, config.model)
     select_trainable(mtp_model.trunk, config)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = make_loader(config, inputs.shards, inputs.mixed, inputs.sequence_length, progress)
@@ -146,6 +155,20 @@ def build(
         run.claim(loop.step, loop.steps)
     accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
     return Training(mtp_model, model, loop, state)
+
+
+def check_saving(model: MTPModel, name: str) -> None:
+    """Save a model without its weights, to find out before training what would stop that after it.
+
+    Raises:
+        UserError: the model cannot be saved.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model.save(scratch, {})
+        except Exception as error:  # of transformers, or of the code of a model
+            reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+            raise UserError(f"--model {name}: could not be saved after training ({reason}); correct it") from error
 
 
 def place_model(accelerator: Accelerator, model: MTPModel, config: TrainConfig, *, shard: bool) -> nn.Module:

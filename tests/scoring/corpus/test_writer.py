@@ -37,7 +37,8 @@ def table(lengths: list[int], first: int = 0) -> pa.Table:
 
 
 def batch(lengths: list[int], rejects: tuple[RejectedDocument, ...] = ()) -> EncodedBatch:
-    return EncodedBatch(table(lengths), len(lengths), sum(lengths), 10 * sum(lengths), list(rejects))
+    tokens = sum(lengths)
+    return EncodedBatch(table(lengths), len(lengths), tokens, 10 * tokens, max(0, tokens - 1), list(rejects))
 
 
 @pytest.mark.parametrize(

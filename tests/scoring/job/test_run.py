@@ -420,8 +420,8 @@ def test_pinned_revision_of_a_model_from_the_hub(tokens, reference_model, tmp_pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, commit in {"team/small@v1": "1" * 40, "team/small": "2" * 40, f"team/small@{'1' * 40}": "1" * 40}.items():
-        model = check_model(name, "--reference", tokens.manifest.tokenizer)
+        model = check_model(name, "--reference", tokens)
         assert (model.name, model.revision, model.directory.name) == (name, commit, commit)
-    assert check_model(str(reference_model), "--reference", tokens.manifest.tokenizer).revision is None
+    assert check_model(str(reference_model), "--reference", tokens).revision is None
     with pytest.raises(UserError, match="--reference team/small@v2: no such directory, and not available"):
-        check_model("team/small@v2", "--reference", tokens.manifest.tokenizer)
+        check_model("team/small@v2", "--reference", tokens)

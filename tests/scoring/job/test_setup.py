@@ -14,6 +14,7 @@ from weighted_mtp.schemas.shard_set.manifest import Contrast, ShortContext
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import ScoringPlan, plan_columns
+from weighted_mtp.scoring.conditions.prompts import Prompt
 from weighted_mtp.scoring.engines.base import EngineConfig
 from weighted_mtp.scoring.job.setup import (
     ModelFinder,
@@ -86,14 +87,14 @@ def test_models_are_checked_once_and_their_length_for_every_prompt(
     tokens: ShardSet, make_model: Callable[..., Path]
 ) -> None:
     path = str(make_model(max_position_embeddings=10))
-    find = ModelFinder(tokens)
+    find = ModelFinder(tokens, trust_remote_code=False)
     model = find(path, "--reference")
     assert model.max_length == 10
-    assert find(path, "--conditions.a", prompt_tokens=7) is model
+    assert find(path, "--conditions.a", Prompt("", (1,) * 7)) is model
     with pytest.raises(
         UserError, match=r"--conditions\.b: .* reads at most 10 tokens, but the corpus has a sequence of 3"
     ):
-        find(path, "--conditions.b", prompt_tokens=8)
+        find(path, "--conditions.b", Prompt("", (1,) * 8))
 
 
 def test_inputs_that_cannot_be(config: Callable[..., ScoreConfig], tokens: ShardSet) -> None:
