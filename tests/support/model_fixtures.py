@@ -70,6 +70,56 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
+OWN_CODE = {
+    "configuration_own.py": """
+from transformers import LlamaConfig
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+""",
+    "modeling_own.py": """
+from transformers import LlamaForCausalLM, LlamaModel
+from .configuration_own import OwnConfig
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+""",
+    "tokenization_own.py": """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+""",
+}
+OWN_CLASSES = {
+    "AutoConfig": "configuration_own.OwnConfig",
+    "AutoModel": "modeling_own.OwnModel",
+    "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+}
+
+
+@pytest.fixture(scope="session")
+def make_own_code(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    """The checkpoint of `make_model` with Python code of its own, which transformers needs for model and tokenizer."""
+
+    def make(seed: int = 0) -> Path:
+        path = make_model(seed)
+        for name, code in OWN_CODE.items():
+            (path / name).write_text(code)
+        changes = {
+            "config.json": {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": OWN_CLASSES},
+            "tokenizer_config.json": {
+                "tokenizer_class": "OwnTokenizer",
+                "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+            },
+        }
+        for name, change in changes.items():
+            content = json.loads((path / name).read_text())
+            (path / name).write_text(json.dumps(content | change))
+        return path
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def vllm_installed() -> None:
     """Skip if vLLM is not installed; in CI, fail instead."""

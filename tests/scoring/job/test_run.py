@@ -100,6 +100,20 @@ def short_losses(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.integration
+def test_a_model_with_code_of_its_own(config, running_ray, make_own_code):
+    """It has the weights of the reference, and workers run its code, too."""
+    own = make_own_code()
+    with pytest.raises(UserError, match=r"--base .*: config.json cannot be read \(it needs Python code of its own\)"):
+        run(config(base=str(own)))
+    scored = run(config(base=str(own), trust_remote_code=True))
+    table = scored.read(0)
+    np.testing.assert_array_equal(flat_values(table["loss_base"]), flat_values(table["loss_reference"]))
+    before = scored.manifest.columns["loss_base"].origin.fingerprint
+    (own / "modeling_own.py").write_text((own / "modeling_own.py").read_text() + "# changed\n")
+    assert check_model(str(own), "--base", scored, trust_remote_code=True).fingerprint != before
+
+
+@pytest.mark.integration
 def test_scores_of_a_corpus_equal_the_definitions(
     request, config, tokens, sequences, reference_model, base_model, capfd
 ):
@@ -364,8 +378,8 @@ class TestRefusedBeforeAnyWork:
             run(config(reference=str(path)))
 
     def test_too_few_token_ids(self, config, make_model):
-        path = make_model(seed=1, vocab_size=257)
-        with pytest.raises(UserError, match="has 257 token ids, but the corpus's tokenizer has 258"):
+        path = make_model(seed=1, vocab_size=250)
+        with pytest.raises(UserError, match="has 250 token ids, but the corpus has the id 256"):
             run(config(reference=str(path)))
 
     def test_no_weights(self, config, make_model):

@@ -113,6 +113,29 @@ def test_contrasts_of_stored_columns_need_no_model(config: Callable[..., ScoreCo
     assert (found.engine, found.method) == ("transformers", None)
 
 
+def test_an_engine_has_room_for_its_probe(
+    config: Callable[..., ScoreConfig], make_shard_set: Callable[..., ShardSet]
+) -> None:
+    """Also if no document has more than one token."""
+    single = make_shard_set([[1], [2]], name="single")
+    plan = plan_columns(MODEL, None, None)
+    setup = set_up(config(input=single.path), ScoringInputs(single, plan, "transformers", None))
+    assert setup.engine.max_length == 2
+
+
+def test_ids_beyond_the_embeddings_are_refused(
+    make_shard_set: Callable[..., ShardSet], make_model: Callable[..., Path]
+) -> None:
+    """The ids of the corpus and of prompts count, not those of the tokenizer, which has 258."""
+    path = str(make_model(vocab_size=200))
+    find = ModelFinder(make_shard_set([[1, 199]], name="fits"), trust_remote_code=False)
+    find(path, "--reference", Prompt("", (199,)))
+    with pytest.raises(UserError, match=r"--conditions\.a: .* has 200 token ids, but the corpus has the id 201; use"):
+        find(path, "--conditions.a", Prompt("", (3, 201)))
+    with pytest.raises(UserError, match=r"--base: .* has 200 token ids, but the corpus has the id 200"):
+        ModelFinder(make_shard_set([[1, 200]], name="beyond"), trust_remote_code=False)(path, "--base")
+
+
 def test_settings_become_an_engine_a_pool_and_a_request(config: Callable[..., ScoreConfig], tokens: ShardSet) -> None:
     plan = plan_columns(MODEL, None, ShortContext(size=8, stride=6))
     settings = config(batch_tokens=128, workers=2, cpus_per_worker=3, dtype="float32", suffix="_2")
