@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import OwnCodeError, load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 from weighted_mtp.scoring.conditions.models import check_model
-from weighted_mtp.training.model.mtp_model import build_model
+from weighted_mtp.training.model.mtp_model import build_model, load_model
 from weighted_mtp.training.run.compatibility import check_tokenizer
+from weighted_mtp.training.run.train import train
 
 MakeModel = Callable[..., Path]
 MakeSet = Callable[..., ShardSet]
@@ -175,3 +177,27 @@ def test_deep_nesting(depth: int, make_model: MakeModel, make_shard_set: MakeSet
     if depth > 10_000:
         with pytest.raises(UserError, match=r"run.json: is damaged"):
             read_json_file(record)
+
+
+def test_files_of_a_shard_set_stay_out_of_the_trained_model(
+    make_own_code: Callable[..., Path], make_shard_set: MakeSet, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """The user trusts the code of the model, not that of the set, which is stored beside the set's tokenizer."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, tokenizer)
+    (tokenizer / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name in ("config.json", "adapter_config.json", "model.safetensors"):
+        (tokenizer / name).write_text("{}")
+    classes = {"AutoTokenizer": [None, "somebody/code--modeling_own.Evil"]}
+    edit(tokenizer / "tokenizer_config.json", auto_map=classes)
+    shards = make_shard_set([list(range(9)), [1, 2, 3]], tokenizer=tokenizer)
+    own = make_own_code()
+    settings = {"max_steps": 1, "batch_size": 1, "heads": {"offsets": [1]}, "trust_remote_code": True}
+    train(TrainConfig(input=shards.path, model=str(own), output=tmp_path / "run", **settings))
+    saved = tmp_path / "run" / "model"
+    assert (saved / "modeling_own.py").read_text() == (own / "modeling_own.py").read_text()
+    assert not (saved / "adapter_config.json").exists()
+    assert "Evil" not in "".join(file.read_text() for file in saved.glob("*.json"))
+    load_model(str(tmp_path / "run"), trust_remote_code=True)
+    load_tokenizer(saved, "saved", "", trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()

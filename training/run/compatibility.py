@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
+from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
@@ -11,7 +12,7 @@ from weighted_mtp.schemas.pretrained import load_config, load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
-from weighted_mtp.schemas.storage.training_run import MODEL, RUN_RECORD, trained_model
+from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.schemas.tokenizers import fits
 from weighted_mtp.training.model.mtp_model import MTPModel
 
@@ -39,23 +40,32 @@ def check_tokenizer(model: str, shards: ShardSet, *, trust_remote_code: bool) ->
     Raises:
         UserError: it splits text differently, it has other tokens for ids of the corpus, or it cannot be loaded.
     """
-    source = local_name(model)
-    if (record := run_record(locate(model))) is not None:
-        if record["inputs"]["tokenizer"] == shards.manifest.tokenizer.fingerprint:
-            return
-        source = local_name(str(locate(model) / MODEL))
-    is_directory = Path(source).is_dir()
-    if is_directory and not any(Path(source).glob("tokenizer*.json")):
+    record = run_record(locate(model))
+    if record is not None and record["inputs"]["tokenizer"] == shards.manifest.tokenizer.fingerprint:
         return
-    load_config(f"--model {model}", source, trust_remote_code=trust_remote_code)  # loading the tokenizer reads it, too
-    problem = f"--model {model}: its tokenizer cannot be loaded"
-    remedy = "restore it" if is_directory else "check the name, or use a directory"
-    tokenizer = load_tokenizer(source, problem, remedy, trust_remote_code=trust_remote_code)
-    if not fits(tokenizer, shards):
+    tokenizer = model_tokenizer(model, trust_remote_code=trust_remote_code)
+    if tokenizer is not None and not fits(tokenizer, shards):
         raise UserError(
             f"--model {model}: its tokenizer is not that of {shards.path} ({shards.manifest.tokenizer.name}); "
             "prepare the corpus with this model's tokenizer"
         )
+
+
+def model_tokenizer(model: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model or a finished run; None for a directory without one.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    trained = trained_model(locate(model), "--model")
+    source = local_name(model if trained is None else str(trained))
+    is_directory = Path(source).is_dir()
+    if is_directory and not any(Path(source).glob("tokenizer*.json")):
+        return None
+    load_config(f"--model {model}", source, trust_remote_code=trust_remote_code)  # loading the tokenizer reads it, too
+    problem = f"--model {model}: its tokenizer cannot be loaded"
+    remedy = "restore it" if is_directory else "check the name, or use a directory"
+    return load_tokenizer(source, problem, remedy, trust_remote_code=trust_remote_code)
 
 
 def run_record(place: Location) -> dict[str, Any] | None:
