@@ -9,6 +9,7 @@ soft-cap of Gemma 2.
 
 import copy
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +49,6 @@ def load_error(error: Exception, source: str | Path, problem: str, remedy: str) 
         problem: beginning of the message.
         remedy: end of the message, unless the remedy follows from the exception.
     """
-    if isinstance(error, UserError):
-        return error
     if "trust_remote_code" in str(error):
         return OwnCodeError(f"{problem} (it needs Python code of its own); if you trust it, add --trust_remote_code")
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
@@ -133,9 +132,27 @@ def load_causal_lm(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    check_code(name, source, model)
     check_complete(name, report, model.config)
     settle_attention(name, model, attention)
     return model
+
+
+def check_code(name: str, source: str | Path, model: Any) -> None:
+    """Check that a loaded model runs the code in its directory, if it has code of its own.
+
+    transformers keeps one model class for each config class in a process. Two models may share the code of their
+    configs and differ in that of their layers.
+
+    Raises:
+        UserError: it runs that of another model.
+    """
+    file = Path(str(sys.modules[type(model).__module__].__file__))
+    own = Path(source) / file.name
+    if model.is_remote_code() and own.exists() and own.read_bytes() != file.read_bytes():
+        raise UserError(
+            f"{name}: another model of this process has the same config class and other code; use them in separate runs"
+        )
 
 
 def check_complete(name: str, report: Mapping[str, Any], config: Any) -> None:

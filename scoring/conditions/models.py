@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import check_complete, load_config, load_error, load_tokenizer, quiet_transformers
+from weighted_mtp.schemas.pretrained import (
+    check_code,
+    check_complete,
+    load_config,
+    load_error,
+    load_tokenizer,
+    quiet_transformers,
+)
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.locations import (
@@ -157,6 +164,7 @@ def check_weights(directory: Path, name: str, trust_remote_code: bool) -> int:
             )
     except Exception as error:  # libraries raise various exceptions for damaged files
         raise load_error(error, directory, f"{name}: its weights cannot be read", "restore the checkpoint") from error
+    check_code(name, directory, model)
     check_complete(name, report, model.config)
     return model.num_parameters()
 

@@ -145,3 +145,15 @@ def test_tokenizer_that_cannot_be_loaded(content: str | None, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"--tokenizer .*cannot be loaded") as error:
         load_tokenizer(tmp_path, f"--tokenizer {tmp_path}: cannot be loaded", "give another one")
     assert "\n" not in str(error.value)
+
+
+def test_code_of_another_model_does_not_run(make_own_code: Callable[..., Path]) -> None:
+    """transformers gives both the model class that it registered first for their config class."""
+    first, second = make_own_code(seed=1), make_own_code(seed=2)
+    for path in (first, second):  # a config class that no other test uses
+        (path / "configuration_own.py").write_text((path / "configuration_own.py").read_text() + "    of_two = True\n")
+    load_causal_lm("--base first", first, dtype=torch.float32, trust_remote_code=True)
+    load_causal_lm("--base second", second, dtype=torch.float32, trust_remote_code=True)
+    (second / "modeling_own.py").write_text((second / "modeling_own.py").read_text() + "    twice = True\n")
+    with pytest.raises(UserError, match="--base second: another model of this process has the same config class"):
+        load_causal_lm("--base second", second, dtype=torch.float32, trust_remote_code=True)

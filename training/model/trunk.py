@@ -63,6 +63,8 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None, t
         trunk = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **settings)
         settle_attention(name, trunk, attention)
         return trunk
+    except UserError:
+        raise
     except Exception as error:
         hint = "give the directory or id of a causal language model"
         if isinstance(error, ImportError):
