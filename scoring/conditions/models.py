@@ -127,6 +127,8 @@ def check_config(directory: Path, name: str, trust_remote_code: bool) -> Any:
     config = load_config(name, directory, trust_remote_code=trust_remote_code)
     if not is_causal_lm(config):
         raise UserError(f"{name}: {architectures(config)[0]} is not a causal language model; use another model")
+    if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
+        raise UserError(f"{name}: config.json has no vocab_size; restore the checkpoint")
     return config
 
 

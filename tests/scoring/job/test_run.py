@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.verification import verify
@@ -97,20 +98,6 @@ def short_losses(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
             window = [BOS, *window[1:]]
         losses = np.append(losses, model_losses(model, window)[-1])
     return losses
-
-
-@pytest.mark.integration
-def test_a_model_with_code_of_its_own(config, running_ray, make_own_code):
-    """It has the weights of the reference, and workers run its code, too."""
-    own = make_own_code()
-    with pytest.raises(UserError, match=r"--base .*: config.json cannot be read \(it needs Python code of its own\)"):
-        run(config(base=str(own)))
-    scored = run(config(base=str(own), trust_remote_code=True))
-    table = scored.read(0)
-    np.testing.assert_array_equal(flat_values(table["loss_base"]), flat_values(table["loss_reference"]))
-    before = scored.manifest.columns["loss_base"].origin.fingerprint
-    (own / "modeling_own.py").write_text((own / "modeling_own.py").read_text() + "# changed\n")
-    assert check_model(str(own), "--base", scored, trust_remote_code=True).fingerprint != before
 
 
 @pytest.mark.integration
@@ -246,6 +233,19 @@ def test_only_missing_parts_are_scored(config, score_here, tmp_path):
     assert [old == new for old, new in zip(modified, again, strict=True)] == [True, False, True]
     for name in shards:
         assert (scored.path / DATA / name).read_bytes() == (tmp_path / "copy" / DATA / name).read_bytes()
+
+
+def test_a_model_with_code_of_its_own(config, running_ray, make_own_code):
+    """It has the weights of the reference, and workers run its code, too."""
+    own = make_own_code()
+    with pytest.raises(UserError, match=r"--base .*: config.json cannot be read \(it needs Python code of its own\)"):
+        run(config(base=str(own)))
+    scored = run(config(base=str(own), trust_remote_code=True))
+    table = scored.read(0)
+    np.testing.assert_array_equal(flat_values(table["loss_base"]), flat_values(table["loss_reference"]))
+    before = scored.manifest.columns["loss_base"].origin.fingerprint
+    (own / "modeling_own.py").write_text((own / "modeling_own.py").read_text() + "# changed\n")
+    assert model_fingerprint(own, code=True) != before
 
 
 def test_model_without_finite_losses(config, running_ray, make_model):
