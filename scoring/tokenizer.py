@@ -11,6 +11,14 @@ from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.storage.files import copy_files
 from weighted_mtp.schemas.storage.locations import Location
 
+MOST_IDS = 1 << 24
+"""Token ids of a tokenizer are below this number: some tables have an entry for each."""
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id plus 1, which is more than the number of tokens if some ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values())
+
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Location) -> None:
     """Write the tokenizer's files into `directory`.
@@ -32,7 +40,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, directory:
         name=name,
         fingerprint=tokenizer_fingerprint(tokenizer),
         files_sha256=directory_digest(directory),
-        vocab_size=1 + max(tokenizer.get_vocab().values()),
+        vocab_size=count_ids(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -28,7 +28,7 @@ from weighted_mtp.scoring.corpus.source_files import Source, find_sources
 from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, choose_added_tokens
 from weighted_mtp.scoring.corpus.tokenization import BatchEncoder
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, write_shards
-from weighted_mtp.scoring.tokenizer import describe_tokenizer, save_tokenizer
+from weighted_mtp.scoring.tokenizer import MOST_IDS, count_ids, describe_tokenizer, save_tokenizer
 
 Report = Callable[[CorpusCounts], None]
 
@@ -52,6 +52,10 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
             "give a directory written by save_pretrained or a Hugging Face id",
             trust_remote_code=config.trust_remote_code,
         )
+        if (ids := count_ids(tokenizer)) > MOST_IDS:
+            raise UserError(
+                f"--tokenizer {config.tokenizer}: has the token id {ids - 1}; use one with ids below {MOST_IDS}"
+            )
         added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
         request = describe_request(config, tokenizer, added, sources)
         if finished := find_finished(config.output, request):

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.configs import PrepareConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import OwnCodeError, load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 from weighted_mtp.scoring.conditions.models import check_model
+from weighted_mtp.scoring.corpus.prepare import prepare
 from weighted_mtp.training.model.mtp_model import build_model, load_model
 from weighted_mtp.training.run.compatibility import check_tokenizer
 from weighted_mtp.training.run.train import train
@@ -177,6 +178,19 @@ def test_deep_nesting(depth: int, make_model: MakeModel, make_shard_set: MakeSet
     if depth > 10_000:
         with pytest.raises(UserError, match=r"run.json: is damaged"):
             read_json_file(record)
+
+
+@pytest.mark.parametrize("token_id", [1 << 24, 1 << 31])
+def test_a_token_id_that_no_model_has(token_id: int, tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, tokenizer)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = token_id
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "corpus.txt").write_text("a")
+    settings = PrepareConfig(input=str(tmp_path / "corpus.txt"), tokenizer=str(tokenizer), output=tmp_path / "set")
+    with pytest.raises(UserError, match=f"--tokenizer .*: has the token id {token_id}; use one with ids below"):
+        prepare(settings)
 
 
 def test_files_of_a_shard_set_stay_out_of_the_trained_model(
