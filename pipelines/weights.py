@@ -16,10 +16,9 @@ from weighted_mtp.schemas.progress import ProgressBar
 from weighted_mtp.schemas.shard_set.manifest import Manifest
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.tokenizers import check_same_tokenizer, load_corpus_tokenizer
 from weighted_mtp.schemas.weights.presets import PRESETS
-from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
 from weighted_mtp.training.data.mixing import open_mix
-from weighted_mtp.training.run.compatibility import check_same_tokenizer
 from weighted_mtp.training.weighting import Weighting, make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting
 from weighted_mtp.training.weighting.tables import scored_tokens

@@ -1,15 +1,19 @@
 """Loading pretrained causal language models and tokenizers for both stages.
 
-No code of a checkpoint ever runs: transformers would ask on the terminal whether it may. Models are complete, and
-computed as their authors mean it, which transformers does not ensure. Parameters that a checkpoint lacks get random
-values. An attention kernel ignores arguments that it does not know: `sdpa` leaves out the soft-cap of Gemma 2.
+Python code of a checkpoint runs only if the caller says so. transformers would ask on the terminal.
+
+Models are complete, and computed as their authors mean it, which transformers does not ensure. Parameters that a
+checkpoint lacks get random values. An attention kernel ignores arguments that it does not know: `sdpa` leaves out the
+soft-cap of Gemma 2.
 """
 
 import copy
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.locations import is_missing_directory
 
 PROBE_TOKENS = 16
@@ -32,26 +36,14 @@ LIMITS = (
     (re.compile(r"(?:size|dim|embd|heads)$"), 1 << 24),
 )
 """Largest values of config entries, by their names. Thousands of layers take minutes to build, even without weights."""
+MOST_REASON = 160
+"""Most characters of a message of transformers in a message of this project."""
 SHARPENING = 1000.0
 """Factor on the attention scores of a probe, without which small weights would hide a soft-cap."""
 
 
-def reason_of(error: BaseException) -> str:
-    """Why transformers cannot load something, in one line."""
-    if "trust_remote_code" in str(error):
-        return "it needs Python code of its own, which is never run"
-    return first_line(error)
-
-
-def load_config(source: str | Path) -> Any:
-    """The config of a checkpoint, from a local directory or by its Hugging Face id.
-
-    Raises:
-        OSError, ValueError, KeyError: there is none, it is damaged, needs code of its own, or has impossible sizes.
-    """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    check_sizes(config.to_dict())
-    return config
+class OwnCodeError(UserError):
+    """A checkpoint needs Python code of its own, which may not run."""
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
@@ -65,28 +57,79 @@ def check_sizes(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} is {value:,}, and at most {most:,} are possible")
 
 
-def load_tokenizer(source: str | Path, problem: str, remedy: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local directory or by its Hugging Face id.
+def load_error(error: Exception, source: str | Path, problem: str, remedy: str) -> UserError:
+    """The message for an exception of transformers while it loads something, which has any type.
 
     Args:
-        source: directory or id.
-        problem: beginning of the error message.
-        remedy: end of the error message.
+        error: the exception.
+        source: local directory or Hugging Face id.
+        problem: beginning of the message.
+        remedy: end of the message, unless the remedy follows from the exception.
+    """
+    if "trust_remote_code" in str(error):
+        return OwnCodeError(f"{problem} (it needs Python code of its own); if you trust it, add --trust_remote_code")
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    reason = shorten(kind + str(error), MOST_REASON, placeholder="...")
+    where = "" if Path(source).is_dir() else "no such directory, and not from the Hugging Face hub: "
+    return UserError(f"{problem} ({where}{reason}); {remedy}")
+
+
+def load_config(name: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint.
+
+    Args:
+        name: the model in messages, with its flag.
+        source: local directory or Hugging Face id.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        UserError: the tokenizer is missing, is damaged, or needs code of its own.
+        UserError: there is none, it is damaged, or it needs code that may not run.
+    """
+    if is_missing_directory(source):
+        raise UserError(f"{name}: no such directory; check the path")
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise UserError(f"{name}: no config.json; give a directory written by save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_sizes(config.to_dict())
+        return config
+    except Exception as error:
+        remedy = "restore the checkpoint" if Path(source).is_dir() else "check the name and the connection"
+        raise load_error(error, source, f"{name}: config.json cannot be read", remedy) from error
+
+
+def load_tokenizer(
+    source: str | Path, problem: str, remedy: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        source: local directory or Hugging Face id.
+        problem: beginning of the error message.
+        remedy: end of the error message.
+        trust_remote_code: whether Python code in its directory may run.
+
+    Raises:
+        UserError: the tokenizer is missing, is damaged, or needs code that may not run.
     """
     if is_missing_directory(source):
         raise UserError(f"{problem} (no such directory); check the path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer.decode(tokenizer("a")["input_ids"])  # some damage to its files shows only in use
-    except Exception as error:  # a dozen types from OSError to KeyError, and bare Exception
-        raise UserError(f"{problem} ({reason_of(error)}); {remedy}") from error
+    except Exception as error:
+        raise load_error(error, source, problem, remedy) from error
     return tokenizer
 
 
-def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attention: str | None = None) -> Any:
+def load_causal_lm(
+    name: str,
+    source: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load all weights of a causal language model, with an attention kernel that computes all of its attention.
 
     The shapes of its weights are compared with its config before memory is allocated.
@@ -97,12 +140,15 @@ def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attenti
         dtype: dtype of the parameters.
         attention: an attention implementation of transformers. None is the default of transformers, or `eager` if the
             default leaves out a part of the model.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        UserError: the model cannot be loaded, lacks weights, or `attention` leaves out a part of it.
+        UserError: the model lacks weights, or `attention` leaves out a part of it.
+        Exception: the model cannot be loaded; see `load_error`.
     """
     # First as shapes alone, which needs no memory. Quantised models have other shapes until they are loaded.
-    quantised = getattr(load_config(source), "quantization_config", None)
+    config = load_config(name, source, trust_remote_code=trust_remote_code)
+    quantised = getattr(config, "quantization_config", None)
     for device_map in (None,) if quantised else ("meta", None):
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -110,13 +156,31 @@ def load_causal_lm(name: str, source: str | Path, *, dtype: torch.dtype, attenti
                 dtype=dtype,
                 attn_implementation=attention,
                 device_map=device_map,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+        check_code(name, source, model)
         check_complete(name, report, model.config)
     settle_attention(name, model, attention)
     return model
+
+
+def check_code(name: str, source: str | Path, model: Any) -> None:
+    """Check that a loaded model runs the code in its directory, if it has code of its own.
+
+    transformers keeps one model class for each config class in a process. Two models may share the code of their
+    configs and differ in that of their layers.
+
+    Raises:
+        UserError: it runs that of another model.
+    """
+    file = Path(str(sys.modules[type(model).__module__].__file__))
+    own = Path(source) / file.name
+    if model.is_remote_code() and own.exists() and own.read_bytes() != file.read_bytes():
+        raise UserError(
+            f"{name}: another model of this process has the same config class and other code; use them in separate runs"
+        )
 
 
 def check_complete(name: str, report: Mapping[str, Any], config: Any) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a shard set: load, save, describe in the manifest."""
+"""The tokenizer of a new shard set: save it, and describe it in the manifest."""
 
 import tempfile
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest, tokenizer_fingerprint
 from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
-from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import copy_files
-from weighted_mtp.schemas.storage.locations import Location, local_copy
+from weighted_mtp.schemas.storage.locations import Location
+
+MOST_IDS = 1 << 24
+"""Token ids of a tokenizer are below this number: some tables have an entry for each."""
 
 
-def load_corpus_tokenizer(shards: ShardSet) -> PreTrainedTokenizerBase:
-    """Load the tokenizer stored in a shard set."""
-    path = shards.tokenizer_path
-    return load_tokenizer(local_copy(path), f"{path}: cannot be loaded", "restore it or rewrite the set")
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id plus 1, which is more than the number of tokens if some ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Location) -> None:
@@ -40,7 +40,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, directory:
         name=name,
         fingerprint=tokenizer_fingerprint(tokenizer),
         files_sha256=directory_digest(directory),
-        vocab_size=len(tokenizer),
+        vocab_size=count_ids(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -14,7 +14,7 @@ from weighted_mtp.schemas.shard_set.manifest import Contrast, Manifest
 from weighted_mtp.schemas.shard_set.notebook import STATISTICS, statistics_cells
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.text import printable, shortened
-from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
+from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 
 SEQUENCE_TOKENS = 32
 """Number of tokens to show per sequence."""

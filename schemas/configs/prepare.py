@@ -19,6 +19,7 @@ class PrepareConfig(Config):
     input: NameSetting = Field(description="file, directory, glob, or Hugging Face dataset id")
     tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
     output: LocationSetting = Field(description="directory of the new shard set")
+    trust_remote_code: bool = Field(False, description="run Python code in the directory of --tokenizer")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(
         "auto", description="format of the files; auto infers it from the file name"
     )

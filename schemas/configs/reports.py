@@ -14,6 +14,7 @@ class EvaluateConfig(Config):
 
     model: NameSetting = Field(description="directory of a run, or a Hugging Face model: directory or id")
     input: LocationSetting = Field(description="held-out shard set")
+    trust_remote_code: bool = Field(False, description="run Python code in the directory of --model")
     sequence_length: RowLength | None = Field(
         None,
         description="tokens per packed row, in which longer sequences are cut; default as in training, else the "

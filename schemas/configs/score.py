@@ -60,6 +60,9 @@ class ScoreConfig(Config):
     suffix: Annotated[str, Field(pattern="^[a-zA-Z0-9_]*$")] = Field(
         "", description="suffix of new column names, if --input already has columns with these names"
     )
+    trust_remote_code: bool = Field(
+        False, description="run Python code in the directories of the models, which some architectures need"
+    )
     engine: EngineChoice = Field("auto", description="auto uses vllm if installed, else transformers")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute dtype; auto is bfloat16 on a GPU and float32 on a CPU"

@@ -78,7 +78,9 @@ class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
     HELP_GROUPS: ClassVar = {
-        "model and trainable parameters": ("model", "from_scratch", "trainable", "attention", "dtype"),
+        "model and trainable parameters": (
+            "model", "from_scratch", "trust_remote_code", "trainable", "attention", "dtype",
+        ),
         "steps": (
             "batch_size", "sequence_length", "max_steps", "epochs", "continue_steps", "normalization", "seed",
             "max_bad_steps",
@@ -103,6 +105,7 @@ class TrainConfig(Config):
     )
     output: LocationSetting = Field(description="directory of the run")
     from_scratch: bool = Field(False, description="start from random weights, using only the model's config")
+    trust_remote_code: bool = Field(False, description="run Python code in the directory of --model")
     weights: WeightsConfig = Field(WeightsConfig(), description="token weights")
     heads: HeadsConfig = Field(HeadsConfig(), description="prediction heads")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="training objective")

@@ -37,18 +37,26 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     of plain text: padding, truncation, chat template, and the post-processor that adds BOS or EOS, which the manifest
     records separately.
     """
+    return digest_json(tokenizer_content(tokenizer))
+
+
+def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
+    """The JSON content of a Hugging Face tokenizer that its fingerprint covers."""
     if not tokenizer.is_fast:
-        return digest_json({"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()})
+        # Some tokenizers with code of their own have bytes as tokens.
+        vocabulary = {str(token): token_id for token, token_id in tokenizer.get_vocab().items()}
+        return {"class": type(tokenizer).__name__, "vocab": vocabulary}
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    return digest_json({k: v for k, v in content.items() if k not in ("padding", "truncation", "post_processor")})
+    return {k: v for k, v in content.items() if k not in ("padding", "truncation", "post_processor")}
 
 
-def model_fingerprint(directory: Path, source: Location | None = None) -> str:
+def model_fingerprint(directory: Path, source: Location | None = None, *, code: bool = False) -> str:
     """Fingerprint of a Hugging Face checkpoint directory: its config and its weight files.
 
     Args:
         directory: local directory.
         source: original location of a copy, for messages.
+        code: whether its Python files may run, and count, too.
 
     Raises:
         UserError: the directory has no `config.json` or no weight files.
@@ -61,4 +69,5 @@ def model_fingerprint(directory: Path, source: Location | None = None) -> str:
         trained = source / "model"
         remedy = trained if (trained / "config.json").exists() else "a directory written by save_pretrained"
         raise UserError(f"{source}: no {missing}; give {remedy}")
-    return digest_json({file.name: sha256_file(file) for file in [config, *weights]})
+    scripts = directory.glob("*.py") if code else ()
+    return digest_json({file.name: sha256_file(file) for file in [config, *weights, *scripts]})

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.shard_set.fingerprints import canonical_json, tokenizer_fingerprint
+from weighted_mtp.schemas.shard_set.fingerprints import canonical_json
 from weighted_mtp.schemas.shard_set.value_counts import ColumnStatistics
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS, atomic_write
 from weighted_mtp.schemas.storage.locations import Location
@@ -167,7 +167,11 @@ class ScoreColumn(ManifestRecord):
 
 
 class TokenizerInfo(ManifestRecord):
-    """The tokenizer of a corpus. `files_sha256` is the digest of its files in `tokenizer/` inside the shard set."""
+    """The tokenizer of a corpus.
+
+    `files_sha256` is the digest of its files in `tokenizer/` inside the shard set. All its token ids are below
+    `vocab_size`; not every number below it has to be one.
+    """
 
     name: str
     fingerprint: str
@@ -176,10 +180,6 @@ class TokenizerInfo(ManifestRecord):
     bos_token_id: Count | None
     eos_token_id: Count | None
 
-    def matches(self, tokenizer: Any) -> bool:
-        """Whether a loaded Hugging Face tokenizer maps text to the same ids."""
-        return tokenizer_fingerprint(tokenizer) == self.fingerprint
-
 
 class CorpusInfo(ManifestRecord):
     """The corpus and its tokenisation settings.
@@ -187,6 +187,7 @@ class CorpusInfo(ManifestRecord):
     `sequence_columns` maps document fields stored as columns to their kinds: `number` is float32, `label` is string.
     `special_tokens` says what strings of special tokens in documents became: control tokens (`parse`, which is not
     written), or ordinary text (`text`).
+    `largest_id` is the largest token id that occurs; None in sets of versions that did not record it.
     """
 
     input: str
@@ -197,7 +198,9 @@ class CorpusInfo(ManifestRecord):
     documents: Count
     rejects: Count
     sequence_columns: dict[ColumnName, SequenceKind] = {}
+    # Both are left out at their defaults, to leave the digests of older sets as they are.
     special_tokens: Literal["parse", "text"] = Field("parse", exclude_if=lambda value: value == "parse")
+    largest_id: Annotated[Count | None, Field(exclude_if=lambda value: value is None)] = None
 
     def describe_columns(self) -> str:
         """The sequence columns and their kinds in one line."""
@@ -296,9 +299,9 @@ class Manifest(ManifestRecord):
         for name, column in self.columns.items():
             if column.statistics.count + column.statistics.missing != self.tokens:
                 raise ValueError(f"the statistics of '{name}' do not count every token")
-        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        if any(token is not None and token >= self.tokenizer.vocab_size for token in special):
-            raise ValueError("bos_token_id or eos_token_id is outside the vocabulary")
+        ids = (self.corpus.largest_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        if any(token is not None and token >= self.tokenizer.vocab_size for token in ids):
+            raise ValueError("largest_id, bos_token_id or eos_token_id is outside the vocabulary")
         return self
 
     @property

@@ -18,7 +18,7 @@ from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Manifest, TokenizerInfo, read_manifest, write_manifest
 from weighted_mtp.schemas.shard_set.notebook import describe_html, describe_line
 from weighted_mtp.schemas.shard_set.sequences import TokenSequence, split_sequences
-from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, ShardReader, shard_schema
+from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, ShardReader, flat_values, shard_schema
 from weighted_mtp.schemas.shard_set.value_counts import (
     TABLE_SCHEMA,
     ValueCounts,
@@ -97,8 +97,30 @@ class ShardSet:
     @cached_property
     def reader(self) -> ShardReader:
         """Reads shards of the set."""
-        schema = shard_schema(tuple(self.manifest.columns), self.manifest.corpus.sequence_columns)
-        return ShardReader(self.path / DATA, schema, self.manifest.tokenizer.vocab_size)
+        corpus = self.manifest.corpus
+        schema = shard_schema(tuple(self.manifest.columns), corpus.sequence_columns)
+        limit = self.manifest.tokenizer.vocab_size if corpus.largest_id is None else corpus.largest_id + 1
+        return ShardReader(self.path / DATA, schema, limit)
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id that occurs. Reads the whole set if its manifest does not record it.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        if (recorded := self.manifest.corpus.largest_id) is not None:
+            return recorded
+        tables = (self.read(shard, ["input_ids"], row_group) for shard, row_group in self.manifest.row_groups())
+        return max((int(flat_values(table["input_ids"]).max(initial=0)) for table in tables), default=0)
+
+    def fits_ids(self, size: int) -> bool:
+        """Whether a model with embeddings for the ids below `size` can read the set.
+
+        Raises:
+            UserError: as for `largest_id`, which is needed only if the tokenizer has more ids.
+        """
+        return self.manifest.tokenizer.vocab_size <= size or self.largest_id < size
 
     def file(self, shard: int) -> ShardFile:
         """The file of a shard, for reading."""

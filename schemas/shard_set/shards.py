@@ -212,12 +212,12 @@ class ShardReader:
     Attributes:
         directory: location of the files.
         schema: Arrow schema of the files.
-        vocab_size: number of token ids of the tokenizer.
+        id_limit: all token ids are below this number.
     """
 
     directory: Location
     schema: pa.Schema
-    vocab_size: int
+    id_limit: int
 
     @cached_property
     def texts(self) -> dict[int, str]:
@@ -336,8 +336,8 @@ class ShardFile:
             ids = flat_values(columns["input_ids"])
             if not 1 <= lengths.min() <= lengths.max() <= self.entry.longest:
                 raise self._fault("has a sequence of a length that the manifest excludes")
-            if not 0 <= ids.min() <= ids.max() < self.reader.vocab_size:
-                raise self._fault(f"has a token id outside the vocabulary of {self.reader.vocab_size:,}")
+            if not 0 <= ids.min() <= ids.max() < self.reader.id_limit:
+                raise self._fault(f"has a token id outside the range 0 to {self.reader.id_limit - 1:,}")
         for name, column in columns.items():
             if column.type == SCORE_TYPE:
                 if lengths is not None and not np.array_equal(list_lengths(column), lengths):

@@ -121,7 +121,7 @@ def read_json_file(path: Location) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); restore it, or remove its directory and start again") from error
 
 

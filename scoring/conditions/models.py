@@ -1,5 +1,6 @@
 """Scoring models: find a checkpoint and check that it fits the corpus."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import check_complete, load_config, load_tokenizer, quiet_transformers, reason_of
+from weighted_mtp.schemas.pretrained import (
+    check_code,
+    check_complete,
+    load_config,
+    load_error,
+    load_tokenizer,
+    quiet_transformers,
+)
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
-from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
+from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.locations import (
     Location,
     is_address,
@@ -22,6 +30,7 @@ from weighted_mtp.schemas.storage.locations import (
     resolve,
 )
 from weighted_mtp.schemas.storage.training_run import trained_model
+from weighted_mtp.schemas.tokenizers import fits
 from weighted_mtp.scoring.engines.architectures import architectures, is_causal_lm, is_recurrent
 
 CHECKPOINT_FILES = ["*.json", "*.model", "*.txt", "*.safetensors"]
@@ -39,6 +48,7 @@ class ScoringModel:
         revision: commit of a model from the hub.
         recurrent: whether the model has a recurrent state in addition to the key-value cache.
         parameters: number of parameters; 0 if unknown.
+        vocab_size: number of its token ids.
     """
 
     name: str
@@ -48,6 +58,7 @@ class ScoringModel:
     revision: str | None = None
     recurrent: bool = False
     parameters: int = 0
+    vocab_size: int = 0
 
     @property
     def directory(self) -> Path:
@@ -55,17 +66,18 @@ class ScoringModel:
         return local_copy(self.source)
 
 
-def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
+def check_model(name: str, flag: str, shards: ShardSet, *, trust_remote_code: bool = False) -> ScoringModel:
     """Find a model, download it if necessary, and check it against the corpus's tokenizer.
 
     Args:
         name: directory, address or id; `id@revision` for a branch, tag or commit. A finished training run is the
             checkpoint in its `model` directory.
         flag: command line flag of this model, for messages.
-        tokenizer: the corpus's tokenizer.
+        shards: the corpus.
+        trust_remote_code: whether Python code of the model may run.
 
     Raises:
-        UserError: not found, not a causal language model, no weights, a tokenizer other than the corpus's, or a
+        UserError: not found, not a causal language model, no weights, a tokenizer that does not fit the corpus, or a
             training run that is not finished.
     """
     logging.set_verbosity_error()
@@ -73,18 +85,13 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
     if (trained := trained_model(location, flag)) is not None:
         name, location = str(trained), trained
     from_hub = not is_address(name) and not location.is_dir()
-    source = download(name, flag) if from_hub else resolve(location)
+    source = download(name, flag, trust_remote_code) if from_hub else resolve(location)
     directory = local_copy(source)
-    fingerprint = model_fingerprint(directory, source)
-    config = check_config(directory, f"{flag} {name}")
-    check_tokenizer(directory, f"{flag} {name}", tokenizer)
-    parameters = check_weights(directory, f"{flag} {name}")
+    fingerprint = model_fingerprint(directory, source, code=trust_remote_code)
+    config = check_config(directory, f"{flag} {name}", trust_remote_code)
+    check_tokenizer(directory, f"{flag} {name}", shards, trust_remote_code)
+    parameters = check_weights(directory, f"{flag} {name}", trust_remote_code)
     text_config = config.get_text_config()
-    if text_config.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"{flag} {name}: has {text_config.vocab_size} token ids, but the corpus's tokenizer has "
-            f"{tokenizer.vocab_size}; use a model made for this tokenizer"
-        )
     return ScoringModel(
         name=name,
         source=source,
@@ -93,16 +100,21 @@ def check_model(name: str, flag: str, tokenizer: TokenizerInfo) -> ScoringModel:
         revision=directory.name if from_hub else None,
         recurrent=is_recurrent(config),
         parameters=parameters,
+        vocab_size=text_config.vocab_size,
     )
 
 
-def download(name: str, flag: str) -> Path:
-    """Directory of a snapshot in the Hugging Face cache, named by its commit. Downloaded if missing."""
+def download(name: str, flag: str, code: bool) -> Path:
+    """Directory of a snapshot in the Hugging Face cache, named by its commit. Downloaded if missing.
+
+    Its Python files are needed only if its `code` may run.
+    """
     if is_missing_directory(name):
         raise UserError(f"{flag} {name}: no such directory; check the path")
     repository, _, revision = name.partition("@")
+    patterns = [*CHECKPOINT_FILES, *["*.py"] * code]
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES)).resolve()
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns)).resolve()
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"{flag} {name}: no such directory, and not available from the Hugging Face hub or its local cache; "
@@ -110,28 +122,29 @@ def download(name: str, flag: str) -> Path:
         ) from error
 
 
-def check_config(directory: Path, name: str) -> Any:
+def check_config(directory: Path, name: str, trust_remote_code: bool) -> Any:
     """Config of a checkpoint; raise UserError unless it is a causal language model."""
-    try:
-        config = load_config(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: config.json cannot be read ({reason_of(error)}); restore the checkpoint") from error
+    config = load_config(name, directory, trust_remote_code=trust_remote_code)
     if not is_causal_lm(config):
         raise UserError(f"{name}: {architectures(config)[0]} is not a causal language model; use another model")
+    if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
+        raise UserError(f"{name}: config.json has no vocab_size; restore the checkpoint")
     return config
 
 
-def check_tokenizer(directory: Path, name: str, corpus: TokenizerInfo) -> None:
-    """Raise UserError unless the checkpoint has the corpus's tokenizer."""
-    tokenizer = load_tokenizer(directory, f"{name}: has no usable tokenizer", "save the tokenizer with it")
-    if not corpus.matches(tokenizer):
+def check_tokenizer(directory: Path, name: str, shards: ShardSet, trust_remote_code: bool) -> None:
+    """Raise UserError unless the checkpoint has a tokenizer that fits the corpus."""
+    problem, remedy = f"{name}: has no usable tokenizer", "save the tokenizer with it"
+    tokenizer = load_tokenizer(directory, problem, remedy, trust_remote_code=trust_remote_code)
+    if not fits(tokenizer, shards):
         raise UserError(
-            f"{name}: its tokenizer differs from the corpus's ({corpus.name}); token losses are comparable "
-            "only between models that share the corpus's tokenizer: use one, or prepare the corpus with this tokenizer"
+            f"{name}: its tokenizer differs from the corpus's ({shards.manifest.tokenizer.name}); token losses are "
+            "comparable only between models that share the corpus's tokenizer: use one, or prepare the corpus with "
+            "this tokenizer"
         )
 
 
-def check_weights(directory: Path, name: str) -> int:
+def check_weights(directory: Path, name: str, trust_remote_code: bool) -> int:
     """Check that the checkpoint has every weight of its architecture, in its shape; return the number of parameters.
 
     Engines fill missing weights with random numbers or uninitialised memory. Quantised checkpoints are not checked
@@ -140,29 +153,37 @@ def check_weights(directory: Path, name: str) -> int:
     Raises:
         UserError: a weight is missing or has another shape, or the files cannot be read.
     """
-    if getattr(load_config(directory), "quantization_config", None):
+    if getattr(load_config(name, directory, trust_remote_code=trust_remote_code), "quantization_config", None):
         return 0
     try:
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
                 device_map="meta",
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # libraries raise various exceptions for damaged files
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise UserError(f"{name}: its weights cannot be read ({reason}); restore the checkpoint") from error
+        raise load_error(error, directory, f"{name}: its weights cannot be read", "restore the checkpoint") from error
+    check_code(name, directory, model)
     check_complete(name, report, model.config)
     return model.num_parameters()
 
 
-def check_length(model: ScoringModel, flag: str, longest: int, prompt: int = 0) -> None:
-    """Raise UserError unless a model accepts sequences of `longest` tokens after a prompt of `prompt` tokens."""
-    if model.max_length is None or longest + prompt <= model.max_length:
+def check_sequences(model: ScoringModel, flag: str, shards: ShardSet, prompt: Sequence[int] = ()) -> None:
+    """Raise UserError unless a model accepts the ids and the lengths of all sequences after a prompt of these ids."""
+    if not shards.fits_ids(model.vocab_size) or max(prompt, default=0) >= model.vocab_size:
+        raise UserError(
+            f"{flag}: {model.name} has {model.vocab_size} token ids, but the corpus has the id "
+            f"{max((shards.largest_id, *prompt))}; use a model made for its tokenizer"
+        )
+    longest = shards.manifest.longest
+    if model.max_length is None or longest + len(prompt) <= model.max_length:
         return
     limit = f"{flag}: {model.name} reads at most {model.max_length} tokens, but the corpus has a sequence of {longest}"
     if not prompt:
         raise UserError(f"{limit}; rerun 'wmtp prepare' with --max_length {model.max_length}")
-    raise UserError(f"{limit} and the prompt has {prompt}; shorten the prompt, or the sequences with 'wmtp prepare'")
+    raise UserError(
+        f"{limit} and the prompt has {len(prompt)}; shorten the prompt, or the sequences with 'wmtp prepare'"
+    )

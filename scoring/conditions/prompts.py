@@ -6,7 +6,7 @@ import numpy as np
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.scoring.tokenizer import load_corpus_tokenizer
+from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 
 
 @dataclass(frozen=True)

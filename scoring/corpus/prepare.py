@@ -28,7 +28,7 @@ from weighted_mtp.scoring.corpus.source_files import CorpusFile, Source, Sources
 from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, check_text_mode, choose_added_tokens
 from weighted_mtp.scoring.corpus.tokenization import BatchEncoder
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, write_shards
-from weighted_mtp.scoring.tokenizer import describe_tokenizer, save_tokenizer
+from weighted_mtp.scoring.tokenizer import MOST_IDS, count_ids, describe_tokenizer, save_tokenizer
 
 Report = Callable[[CorpusCounts], None]
 
@@ -52,7 +52,12 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
             local_name(config.tokenizer),
             f"--tokenizer {config.tokenizer}: cannot be loaded",
             "give a directory written by save_pretrained or a Hugging Face id",
+            trust_remote_code=config.trust_remote_code,
         )
+        if (ids := count_ids(tokenizer)) > MOST_IDS:
+            raise UserError(
+                f"--tokenizer {config.tokenizer}: has the token id {ids - 1}; use one with ids below {MOST_IDS}"
+            )
         added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
         if config.special_tokens == "text":
             check_text_mode(tokenizer)
@@ -82,7 +87,7 @@ def describe_request(
     """Settings and inputs that determine the result, as JSON."""
     request: dict[str, Any] = {
         "command": "prepare",
-        **config.model_dump(mode="json", exclude={"tokenizer", "output", "workers"}),
+        **config.model_dump(mode="json", exclude={"tokenizer", "output", "workers", "trust_remote_code"}),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "added": added._asdict(),
         "sources": digest_json([source.describe() for source in sources]),
@@ -124,6 +129,7 @@ def write_shard_set(
             rejects=counts.rejected,
             sequence_columns=fields.columns,
             special_tokens=config.special_tokens,
+            largest_id=counts.largest_id,
         ),
         tokenizer=describe_tokenizer(tokenizer, config.tokenizer, config.output / TOKENIZER),
         shards=entries,

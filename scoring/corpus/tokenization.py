@@ -26,6 +26,7 @@ class EncodedBatch(NamedTuple):
         documents: documents with at least one sequence.
         tokens: token ids of these documents.
         text_bytes: size of their texts as UTF-8.
+        largest_id: largest of the ids; 0 if there are none.
         rejects: rows without a document.
         double_bos: documents whose first two ids are BOS.
         with_special_tokens: documents whose text contains the string of a special token.
@@ -35,6 +36,7 @@ class EncodedBatch(NamedTuple):
     documents: int
     tokens: int
     text_bytes: int
+    largest_id: int
     rejects: list[RejectedDocument]
     double_bos: int
     with_special_tokens: int
@@ -83,27 +85,38 @@ class BatchEncoder:
             if not text_ids:
                 rejects.append(RejectedDocument(batch.source, document.row, "text without tokens"))
                 continue
-            ids = self.prefix + text_ids + self.suffix
-            for start in range(0, len(ids), self.max_length):
+            of_document = self.prefix + text_ids + self.suffix
+            for start in range(0, len(of_document), self.max_length):
                 owners.append(document)
                 starts.append(start)
-                lengths.append(min(self.max_length, len(ids) - start))
-            flat += ids
+                lengths.append(min(self.max_length, len(of_document) - start))
+            flat += of_document
             kept += 1
             text_bytes += len(document.text.encode())
-            double_bos += ids[0] == self.tokenizer.bos_token_id and ids[:1] == ids[1:2]
+            starts_twice = of_document[0] == self.tokenizer.bos_token_id and of_document[:1] == of_document[1:2]
+            double_bos += starts_twice
             with_special_tokens += self.special_pattern is not None and bool(self.special_pattern.search(document.text))
+        ids = np.array(flat, dtype=np.int32)
         columns = [
             pa.array([owner.id for owner in owners], pa.string()),
             pa.array(starts, pa.int64()),
-            list_column(np.array(flat, dtype=np.int32), np.array(lengths, dtype=np.int64)),
+            list_column(ids, np.array(lengths, dtype=np.int64)),
         ]
         for index, kind in enumerate(self.fields.columns.values()):
             columns.append(pa.array([owner.values[index] for owner in owners], SEQUENCE_TYPES[kind]))
         schema = shard_schema((), self.fields.columns)
         table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
         rejects.sort(key=lambda reject: reject.row)
-        return EncodedBatch(table, kept, len(flat), text_bytes, rejects, double_bos, with_special_tokens)
+        return EncodedBatch(
+            table,
+            documents=kept,
+            tokens=len(flat),
+            text_bytes=text_bytes,
+            largest_id=int(ids.max(initial=0)),
+            rejects=rejects,
+            double_bos=double_bos,
+            with_special_tokens=with_special_tokens,
+        )
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS around it."""

@@ -75,6 +75,7 @@ class CorpusCounts:
         sequences: rows of the shards.
         tokens: tokens of the shards.
         text_bytes: size of the texts as UTF-8.
+        largest_id: largest token id.
         rejects: number of rejected rows by kind.
         examples: first rejected row of each kind.
         double_bos: documents whose first two tokens are BOS.
@@ -87,6 +88,7 @@ class CorpusCounts:
     sequences: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    largest_id: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     examples: dict[str, RejectedDocument] = field(default_factory=dict)
     double_bos: int = 0
@@ -107,6 +109,7 @@ class CorpusCounts:
         self.text_bytes += batch.text_bytes
         self.double_bos += batch.double_bos
         self.with_special_tokens += batch.with_special_tokens
+        self.largest_id = max(self.largest_id, batch.largest_id)
         for reject in batch.rejects:
             self.rejects[reject.kind] = self.rejects.get(reject.kind, 0) + 1
             self.examples.setdefault(reject.kind, reject)

@@ -67,6 +67,7 @@ class EngineConfig:
         on_gpu: whether models run on a GPU.
         tensor_parallel_size: GPUs that share one model, or processes on a CPU.
         engine_args: additional arguments for vLLM's `EngineArgs`.
+        trust_remote_code: whether Python code of the models may run.
     """
 
     name: EngineName
@@ -78,6 +79,7 @@ class EngineConfig:
     on_gpu: bool = False
     tensor_parallel_size: int = 1
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
     @property
     def batch(self) -> int:

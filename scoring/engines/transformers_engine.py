@@ -33,7 +33,8 @@ class TransformersEngine:
         self.batch_tokens = config.batch_tokens
         self.computed_tokens = 0
         self.device = torch.device("cuda" if config.on_gpu else "cpu")
-        loaded = load_causal_lm(str(model), model, dtype=getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+        loaded = load_causal_lm(str(model), model, dtype=dtype, trust_remote_code=config.trust_remote_code)
         self.model = loaded.to(self.device).eval().requires_grad_(False)
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ RESERVED_ARGS = {
     "runner": "use --engine_method",
     "convert": "use --engine_method",
     "max_model_len": "it depends on the corpus",
+    "trust_remote_code": "use --trust_remote_code",
     "enable_prefix_caching": "cached tokens would have no losses",
     "logprobs_mode": "losses need the default",
     "pooler_config": "scoring has its own pooler",
@@ -80,6 +81,7 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
         "runner": "pooling" if pooler else "generate",
         "dtype": config.dtype,
         "skip_tokenizer_init": True,
+        "trust_remote_code": config.trust_remote_code,
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "max_model_len": config.max_length + room,
@@ -96,7 +98,7 @@ def engine_arguments(model: Path, config: EngineConfig) -> dict[str, Any]:
         # Two batches, the longest sequence, one block per sequence and one for vLLM always suffice. A larger cache does
         # not help sequences that are read once, takes memory from other engines, and is slow to allocate on a CPU.
         tokens = 2 * batch_tokens + config.max_length + (sequences + 1) * block_tokens
-        states = RECURRENT_STATE_BYTES if is_recurrent(load_config(model)) else 0
+        states = RECURRENT_STATE_BYTES if is_recurrent(engine_config(model, config)) else 0
         arguments["kv_cache_memory_bytes"] = states + tokens * cache_token_bytes(arguments)
         if config.on_gpu:
             arguments["gpu_memory_utilization"] = 0.01  # vLLM only compares it with the free memory at the start
@@ -110,8 +112,13 @@ def head_overrides(model: Path, config: EngineConfig) -> dict[str, str]:
     """
     if config.method == "pooler":
         return {"head_dtype": "model"}  # the scorer has its own float32 head
-    quantised = getattr(load_config(model), "quantization_config", None)
+    quantised = getattr(engine_config(model, config), "quantization_config", None)
     return {} if quantised else {"head_dtype": "float32"}
+
+
+def engine_config(model: Path, config: EngineConfig) -> Any:
+    """The Hugging Face config of a checkpoint."""
+    return load_config(str(model), model, trust_remote_code=config.trust_remote_code)
 
 
 def cache_token_bytes(arguments: dict[str, Any]) -> int:

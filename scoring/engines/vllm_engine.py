@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from weighted_mtp.schemas.pretrained import load_config
 from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.scoring.engines.architectures import architectures
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
-from weighted_mtp.scoring.engines.vllm_arguments import engine_arguments
+from weighted_mtp.scoring.engines.vllm_arguments import engine_arguments, engine_config
 from weighted_mtp.scoring.engines.vllm_plugin import SCORE_TOKENS, register
 
 VLLM_ENVIRONMENT = {
@@ -41,7 +40,7 @@ class VllmEngine:
         from vllm import EngineArgs, LLMEngine
 
         if config.method == "pooler":
-            os.environ[SCORE_TOKENS] = ",".join(architectures(load_config(model)))
+            os.environ[SCORE_TOKENS] = ",".join(architectures(engine_config(model, config)))
             register()  # vLLM calls plugins only once per process; this may not be its first engine
             self.make_params, self.read = pooling_params, pooled_scores
         else:

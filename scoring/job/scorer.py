@@ -57,7 +57,7 @@ def load_scoring_engine(model: ScoringModel, config: EngineConfig) -> Engine:
         UserError: its files on this machine differ from the driver's.
     """
     directory = model.directory
-    if model_fingerprint(directory) != model.fingerprint:
+    if model_fingerprint(directory, code=config.trust_remote_code) != model.fingerprint:
         raise UserError(
             f"{model.name}: {directory} on {socket.gethostname()} does not hold the checkpoint that the run "
             "started with; restore it there and rerun the same command"

@@ -20,7 +20,7 @@ from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast, Quantit
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.claims import check_separate
 from weighted_mtp.schemas.storage.locations import Location, resolve
-from weighted_mtp.scoring.conditions.models import ScoringModel, check_length, check_model
+from weighted_mtp.scoring.conditions.models import ScoringModel, check_model, check_sequences
 from weighted_mtp.scoring.conditions.plan import (
     ScoringPlan,
     measure_condition,
@@ -28,7 +28,7 @@ from weighted_mtp.scoring.conditions.plan import (
     plan_columns,
     reuse_columns,
 )
-from weighted_mtp.scoring.conditions.prompts import make_prompt
+from weighted_mtp.scoring.conditions.prompts import Prompt, make_prompt
 from weighted_mtp.scoring.conditions.short_context import make_short_context
 from weighted_mtp.scoring.engines.base import EngineConfig, EngineMethod, EngineName
 from weighted_mtp.scoring.engines.choice import (
@@ -40,7 +40,7 @@ from weighted_mtp.scoring.engines.choice import (
 )
 from weighted_mtp.scoring.engines.vllm_arguments import SPEED_ARGS, check_engine_args
 from weighted_mtp.scoring.job.finish import earlier_rejects
-from weighted_mtp.scoring.job.scorer import ScoringTask
+from weighted_mtp.scoring.job.scorer import PROBE_REQUEST, ScoringTask
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 
@@ -98,14 +98,14 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
     check_separate(config.output, config.input)
     source = ShardSet.open(config.input)
     source.value_counts(), earlier_rejects(source)  # both are needed at the end: fail now if they are damaged
-    find = ModelFinder(source)
+    find = ModelFinder(source, config.trust_remote_code)
     reference = find(config.reference, "--reference") if config.reference else None
     base = find(config.base, "--base") if config.base else None
     window = make_short_context(config.short_context, config.short_stride) if config.short_context else None
     plan = plan_columns(reference, base, window, extra_quantities(config.entropy, config.gradient))
     for name, condition in config.conditions.items():
         prompt = make_prompt(condition.prompt, f"--conditions.{name}.prompt", source)
-        model = find(condition.model, f"--conditions.{name}", len(prompt.input_ids) if prompt else 0)
+        model = find(condition.model, f"--conditions.{name}", prompt)
         extra = extra_quantities(condition.entropy, condition.gradient)
         plan.measurements.update(measure_condition(name, model, prompt, extra))
     plan.contrasts.update({name: parse_contrast(difference) for name, difference in config.contrasts.items()})
@@ -118,18 +118,20 @@ def check_inputs(config: ScoreConfig, warn: Callable[[str], None]) -> ScoringInp
 class ModelFinder:
     """Finds each model of a run once and checks that it fits the corpus."""
 
-    def __init__(self, source: ShardSet) -> None:
-        self.corpus = source.manifest
+    def __init__(self, source: ShardSet, trust_remote_code: bool) -> None:
+        self.source = source
+        self.trust_remote_code = trust_remote_code
         self.found: dict[str, ScoringModel] = {}
 
-    def __call__(self, name: str, flag: str, prompt_tokens: int = 0) -> ScoringModel:
-        """The model named `name`; `flag` is for messages, `prompt_tokens` the length of its prompt.
+    def __call__(self, name: str, flag: str, prompt: Prompt | None = None) -> ScoringModel:
+        """The model named `name`, for sequences after a prompt; `flag` is for messages.
 
         Raises:
-            UserError: not found, another tokenizer, or a context that is too short.
+            UserError: not found, another tokenizer, too few token ids, or a context that is too short.
         """
-        model = self.found[name] = self.found.get(name) or check_model(name, flag, self.corpus.tokenizer)
-        check_length(model, flag, self.corpus.longest, prompt_tokens)
+        model = self.found.get(name) or check_model(name, flag, self.source, trust_remote_code=self.trust_remote_code)
+        self.found[name] = model
+        check_sequences(model, flag, self.source, prompt.input_ids if prompt else ())
         return model
 
 
@@ -192,11 +194,12 @@ def set_up(config: ScoreConfig, inputs: ScoringInputs) -> ScoringSetup:
         method=inputs.method,
         dtype=("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype,
         batch_tokens=config.batch_tokens,
-        max_length=manifest.longest,
+        max_length=max(manifest.longest, len(PROBE_REQUEST.input_ids)),
         threads=max(1, int(config.cpus_per_worker or cpus / pool.max_workers)),
         on_gpu=gpus > 0,
         tensor_parallel_size=config.tensor_parallel_size,
         engine_args=config.engine_args,
+        trust_remote_code=config.trust_remote_code,
     )
     plan = reuse_columns(inputs.plan, describe_conditions(inputs.plan, engine), manifest.columns, config.suffix)
     check_names(plan.columns, inputs.source)

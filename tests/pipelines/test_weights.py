@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from weighted_mtp.pipelines.weights import EXCERPT_TOKENS, RowGroup, draw_groups, run, weigh_row_groups
 from weighted_mtp.schemas.configs import WeightsConfig, WeightsReportConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Manifest, ShardEntry, write_manifest
+from weighted_mtp.schemas.shard_set.manifest import Manifest, ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.training.data.loader import RowLoader
@@ -270,7 +270,7 @@ def test_weights_by_set_of_a_mixture(make_shard_set: MakeShardSet, capsys: pytes
 
 
 def test_sets_of_a_mixture_must_suit_the_weights(
-    make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str]
+    make_shard_set: MakeShardSet, capsys: pytest.CaptureFixture[str], other_tokenizer: Path
 ) -> None:
     first = make_shard_set([[1, 2]], {"excess_loss": [[NAN, 2.0]]}, "first")
     bare, short = make_shard_set([[1, 2]], name="bare"), make_shard_set([[1]], {"excess_loss": [[NAN]]}, "short")
@@ -279,7 +279,6 @@ def test_sets_of_a_mixture_must_suit_the_weights(
         report(capsys, first, mix={str(bare.path): 0.1}, weights=weights)
     with pytest.raises(UserError, match=r"/short: no sequence has two tokens"):
         report(capsys, first, mix={str(short.path): 0.1}, weights=weights)
-    tokenizer = bare.manifest.tokenizer.model_copy(update={"fingerprint": "other"})
-    write_manifest(bare.path, bare.manifest.model_copy(update={"tokenizer": tokenizer}))
-    with pytest.raises(UserError, match=r"/bare: its tokenizer is not that of .*/first"):
-        report(capsys, first, mix={str(bare.path): 0.1}, weights=weights)
+    other = make_shard_set([[1, 2]], name="other", tokenizer=other_tokenizer)
+    with pytest.raises(UserError, match=r"/other: its tokenizer is not that of .*/first"):
+        report(capsys, first, mix={str(other.path): 0.1}, weights=weights)

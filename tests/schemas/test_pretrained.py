@@ -1,8 +1,6 @@
 """Models are complete, and their attention kernels compute all of them."""
 
-import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import drops_part, load_causal_lm, load_tokenizer, native_heads
-from weighted_mtp.scoring.conditions.models import check_config
 from weighted_mtp.training.model.mtp_model import build_model
 
 SIZES = {
@@ -150,34 +147,13 @@ def test_tokenizer_that_cannot_be_loaded(content: str | None, tmp_path: Path) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def stranger(tmp_path: Path, tokenizer_dir: Path) -> Path:
-    """A checkpoint whose classes are in its own Python file, which leaves a mark when it runs."""
-    path = tmp_path / "stranger"
-    make("llama").save_pretrained(path)
-    shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
-    (path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
-    classes = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own", "AutoTokenizer": ["code.Own", "code.Own"]}
-    changes = {"config.json": {"model_type": "own"}, "tokenizer_config.json": {"tokenizer_class": "Own"}}
-    for name, change in changes.items():
-        settings = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps(settings | change | {"auto_map": classes}))
-    return path
-
-
-@pytest.mark.parametrize("answer", ["y\n", ""])
-def test_code_of_a_checkpoint_never_runs(
-    answer: str, stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever a question on the terminal would be answered."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
-    attempts: list[Callable[[], Any]] = [
-        lambda: load_tokenizer(stranger, "--tokenizer stranger: cannot be loaded", "use another"),
-        lambda: build_model(str(stranger), None, from_scratch=False),
-        lambda: build_model(str(stranger), None, from_scratch=True),
-        lambda: check_config(stranger, "--reference stranger"),
-    ]
-    for attempt in attempts:
-        with pytest.raises(UserError, match=r"stranger: .*\(it needs Python code of its own, which is never run\)"):
-            attempt()
-    assert not (tmp_path / "ran").exists()
+def test_code_of_another_model_does_not_run(make_own_code: Callable[..., Path]) -> None:
+    """transformers gives both the model class that it registered first for their config class."""
+    first, second = make_own_code(seed=1), make_own_code(seed=2)
+    for path in (first, second):  # a config class that no other test uses
+        (path / "configuration_own.py").write_text((path / "configuration_own.py").read_text() + "    of_two = True\n")
+    load_causal_lm("--base first", first, dtype=torch.float32, trust_remote_code=True)
+    load_causal_lm("--base second", second, dtype=torch.float32, trust_remote_code=True)
+    (second / "modeling_own.py").write_text((second / "modeling_own.py").read_text() + "    twice = True\n")
+    with pytest.raises(UserError, match="--base second: another model of this process has the same config class"):
+        load_causal_lm("--base second", second, dtype=torch.float32, trust_remote_code=True)

@@ -3,6 +3,7 @@
 Fixtures import torch and transformers, which the process that distributes the tests does not need.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -31,6 +32,17 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_tokenizer(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test tokenizer with the ids of `!` and `"`, 0 and 1, exchanged."""
+    path = tmp_path_factory.mktemp("other") / "tokenizer"
+    shutil.copytree(tokenizer_dir, path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"!": 1, '"': 0}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="session")
 def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a Llama checkpoint with the test tokenizer and random weights, large enough to affect the losses.
 
@@ -53,6 +65,56 @@ def make_model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         }
         LlamaForCausalLM(LlamaConfig(**sizes | settings, initializer_range=0.2)).save_pretrained(path)
         shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
+        return path
+
+    return make
+
+
+OWN_CODE = {
+    "configuration_own.py": """
+from transformers import LlamaConfig
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+""",
+    "modeling_own.py": """
+from transformers import LlamaForCausalLM, LlamaModel
+from .configuration_own import OwnConfig
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+""",
+    "tokenization_own.py": """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+""",
+}
+OWN_CLASSES = {
+    "AutoConfig": "configuration_own.OwnConfig",
+    "AutoModel": "modeling_own.OwnModel",
+    "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+}
+
+
+@pytest.fixture(scope="session")
+def make_own_code(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    """The checkpoint of `make_model` with Python code of its own, which transformers needs for model and tokenizer."""
+
+    def make(seed: int = 0) -> Path:
+        path = make_model(seed)
+        for name, code in OWN_CODE.items():
+            (path / name).write_text(code)
+        changes = {
+            "config.json": {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": OWN_CLASSES},
+            "tokenizer_config.json": {
+                "tokenizer_class": "OwnTokenizer",
+                "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+            },
+        }
+        for name, change in changes.items():
+            content = json.loads((path / name).read_text())
+            (path / name).write_text(json.dumps(content | change))
         return path
 
     return make

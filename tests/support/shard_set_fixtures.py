@@ -41,9 +41,11 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
         sequence_columns: dict[str, list[float] | list[str]] | None = None,
         document_starts: list[int] | None = None,
         document_ids: list[str] | None = None,
+        tokenizer: Path = tokenizer_dir,
+        largest_id: int | None = None,
     ) -> ShardSet:
         path = parent / name
-        copy_files(tokenizer_dir, path / TOKENIZER)
+        copy_files(tokenizer, path / TOKENIZER)
         (path / DATA).mkdir(exist_ok=True)
         scores = {
             column: [np.array(row, np.float16).astype(np.float32) for row in rows]
@@ -84,10 +86,11 @@ def make_shard_set(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., ShardSe
                     column: "label" if pa.types.is_string(values.type) else "number"
                     for column, values in carried.items()
                 },
+                largest_id=largest_id,
             ),
             tokenizer=TokenizerInfo(
                 name="bytes",
-                fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(tokenizer_dir)),
+                fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(tokenizer)),
                 files_sha256=directory_digest(path / TOKENIZER),
                 vocab_size=258,
                 bos_token_id=256,

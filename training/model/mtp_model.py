@@ -4,7 +4,8 @@
 unembedding.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.schemas.errors import UserError, first_line
@@ -208,7 +210,7 @@ class MTPModel(nn.Module):
         state = self.state_dict() if state is None else state
         trunk = _under("trunk.", state)
         heads = _under("heads.", state) | {name: value for name, value in state.items() if name.startswith(TOP)}
-        with quiet_transformers():
+        with quiet_transformers(), _generation_settings_kept(self.trunk, directory / "model"):
             self.trunk.save_pretrained(directory / "model", state_dict=merge_adapters(self.trunk, trunk))
         (directory / "heads").mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
@@ -220,6 +222,25 @@ def _sums(losses: HeadLosses, rows: Tensor, documents: Tensor | None) -> HeadSum
     if documents is None:
         return HeadSums.of_rows(*losses[1:])
     return HeadSums.of_documents(*losses[1:], documents[rows], int(documents[-1]) + 1)
+
+
+@contextmanager
+def _generation_settings_kept(trunk: Any, directory: Path) -> Iterator[None]:
+    """Write the generation settings of a trunk as they are after the block, which saves it to `directory`.
+
+    transformers loads settings that contradict each other, such as a temperature without sampling, but does not save
+    them.
+    """
+    settings = getattr(trunk, "generation_config", None)
+    if settings is None:
+        yield
+        return
+    trunk.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        trunk.generation_config = settings
+    settings.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,7 +273,14 @@ def _own_hidden_states(inputs: Any, rows: Any) -> list[Tensor]:
     return [inputs[0].flatten(0, 1)[rows[0]]]
 
 
-def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, attention: str | None = None) -> MTPModel:
+def build_model(
+    name: str,
+    config: HeadsConfig | None,
+    *,
+    from_scratch: bool,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> MTPModel:
     """Build the model for training in float32, from pretrained weights or from the config alone.
 
     With decoder heads, a pretrained trunk keeps all layers, and each extra head starts as a copy of the last layer.
@@ -267,7 +295,7 @@ def build_model(name: str, config: HeadsConfig | None, *, from_scratch: bool, at
     saved = saved_heads(name)
     config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / "model")
-    trunk = load_trunk(source, from_scratch=from_scratch, attention=attention)
+    trunk = load_trunk(source, from_scratch=from_scratch, attention=attention, trust_remote_code=trust_remote_code)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     check_trunk(trunk, name)
     if config.dmtd.cycle > 1:
@@ -299,13 +327,14 @@ def _structure(config: HeadsConfig) -> tuple[str, ...]:
     return config.kind, config.block, f"offsets {list(config.offsets)}", *order, *(split,) * (dmtd.cycle > 1)
 
 
-def load_model(name: str, heads: HeadsConfig | None = None) -> MTPModel:
+def load_model(name: str, heads: HeadsConfig | None = None, *, trust_remote_code: bool = False) -> MTPModel:
     """Load a Hugging Face causal language model with new heads, or a training run with its own, in float32.
 
     Args:
         name: directory, address in an object store, or Hugging Face id; or the directory of a run or of
             `MTPModel.save`, whose heads are loaded.
         heads: the heads; by default those that are saved, or none. New ones start from torch's random state.
+        trust_remote_code: whether Python code of the model may run.
 
     Raises:
         UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or was
@@ -313,7 +342,7 @@ def load_model(name: str, heads: HeadsConfig | None = None) -> MTPModel:
     """
     if heads is not None and heads.warmup_ratio:
         raise UserError("heads: warmup_ratio needs the number of steps of a run; leave it out, or use train()")
-    return build_model(name, heads, from_scratch=False)
+    return build_model(name, heads, from_scratch=False, trust_remote_code=trust_remote_code)
 
 
 def saved_heads(name: str) -> HeadsConfig | None:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, reason_of, settle_attention
+from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, load_error, settle_attention
 from weighted_mtp.schemas.storage.locations import local_name
 
 LAYER_NAMES = ("layers", "h")
@@ -42,7 +41,7 @@ class LayerCall:
         return output[0] if isinstance(output, tuple) else output
 
 
-def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -> Any:
+def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load a causal language model in float32, from its weights or from its config alone.
 
     Args:
@@ -50,26 +49,29 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None) -
         from_scratch: start from random weights.
         attention: an attention implementation of transformers; None for the default, or `eager` where that leaves out
             a part of the model.
+        trust_remote_code: whether Python code of the model may run.
 
     Raises:
         UserError: the model cannot be loaded, lacks weights, or has a part that `attention` leaves out.
     """
     source = local_name(name)
+    config = load_config(name, source, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     try:
         if not from_scratch:
-            return load_causal_lm(name, source, dtype=torch.float32, attention=attention)
-        trunk = AutoModelForCausalLM.from_config(
-            load_config(source), dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-        )
+            return load_causal_lm(name, source, attention=attention, **settings)
+        trunk = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **settings)
         settle_attention(name, trunk, attention)
         return trunk
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         hint = "give the directory or id of a causal language model"
         if isinstance(error, ImportError):
             hint = "choose another --attention"
         elif not from_scratch and (Path(source) / "config.json").exists():
             hint += ", or start from its config with 'wmtp train --from_scratch true'"
-        raise UserError(f"{name}: cannot load the model ({reason_of(error)}); {hint}") from error
+        raise load_error(error, source, f"{name}: cannot load the model", hint) from error
 
 
 def choose_attention(wanted: str, device: torch.device) -> str | None:
@@ -152,9 +154,7 @@ def check_trunk(trunk: Any, name: str) -> None:
     if attention in ON_GPU_ONLY:
         config = copy.deepcopy(trunk.config)
         shorten_config(config, min(2, config.num_hidden_layers))
-        trunk = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
-        ).cuda()
+        trunk = type(trunk)._from_config(config, dtype=torch.bfloat16, attn_implementation=attention).cuda()
     tolerance = 1e-3 if trunk.dtype == torch.float32 else 5e-2
     training = trunk.training
     trunk.eval()

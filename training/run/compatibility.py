@@ -5,15 +5,17 @@ from typing import Any
 
 from accelerate.tracking import get_available_trackers
 from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.configs.common import RowLength
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import load_tokenizer
+from weighted_mtp.schemas.pretrained import load_config, load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
+from weighted_mtp.schemas.tokenizers import fits
 from weighted_mtp.training.model.mtp_model import MTPModel
 
 
@@ -34,28 +36,38 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
         raise UserError(f"--trackers: the package for '{name}' is not installed; install it or remove '{name}'")
 
 
-def check_tokenizer(model: str, shards: ShardSet) -> None:
-    """Check that model and corpus have the same tokenizer. Accepts a model directory without a tokenizer.
+def check_tokenizer(model: str, shards: ShardSet, *, trust_remote_code: bool) -> None:
+    """Check that the tokenizer of a model fits a corpus. Accepts a model directory without a tokenizer.
 
     Raises:
-        UserError: the fingerprints differ, or the tokenizer cannot be loaded.
+        UserError: it splits text differently, it has other tokens for ids of the corpus, or it cannot be loaded.
     """
-    if (record := run_record(locate(model))) is not None:
-        if record["inputs"]["tokenizer"] != shards.manifest.tokenizer.fingerprint:
-            raise UserError(f"{shards.path}: its tokenizer is not that of {model}; prepare the corpus with that one")
+    record = run_record(locate(model))
+    if record is not None and record["inputs"]["tokenizer"] == shards.manifest.tokenizer.fingerprint:
         return
-    source = local_name(model)
-    is_directory = Path(source).is_dir()
-    if is_directory and not any(Path(source).glob("tokenizer*.json")):
-        return
-    remedy = "restore it" if is_directory else "check the name, or use a directory"
-    tokenizer = load_tokenizer(source, f"--model {model}: its tokenizer cannot be loaded", remedy)
-    expected = shards.manifest.tokenizer
-    if not expected.matches(tokenizer):
+    tokenizer = model_tokenizer(model, trust_remote_code=trust_remote_code)
+    if tokenizer is not None and not fits(tokenizer, shards):
         raise UserError(
-            f"--model {model}: its tokenizer is not that of {shards.path} ({expected.name}); "
+            f"--model {model}: its tokenizer is not that of {shards.path} ({shards.manifest.tokenizer.name}); "
             "prepare the corpus with this model's tokenizer"
         )
+
+
+def model_tokenizer(model: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model or a finished run; None for a directory without one.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    trained = trained_model(locate(model), "--model")
+    source = local_name(model if trained is None else str(trained))
+    is_directory = Path(source).is_dir()
+    if is_directory and not any(Path(source).glob("tokenizer*.json")):
+        return None
+    load_config(f"--model {model}", source, trust_remote_code=trust_remote_code)  # loading the tokenizer reads it, too
+    problem = f"--model {model}: its tokenizer cannot be loaded"
+    remedy = "restore it" if is_directory else "check the name, or use a directory"
+    return load_tokenizer(source, problem, remedy, trust_remote_code=trust_remote_code)
 
 
 def run_record(place: Location) -> dict[str, Any] | None:
@@ -75,27 +87,17 @@ def run_record(place: Location) -> dict[str, Any] | None:
     return record
 
 
-def check_same_tokenizer(shards: ShardSet, other: ShardSet) -> None:
-    """Check that two shard sets have the same tokenizer.
-
-    Raises:
-        UserError: the fingerprints differ.
-    """
-    if shards.manifest.tokenizer.fingerprint != other.manifest.tokenizer.fingerprint:
-        raise UserError(f"{other.path}: its tokenizer is not that of {shards.path}; prepare both with the same one")
-
-
 def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:
     """Check that a model has enough embeddings for the token ids and enough positions for the sequences.
 
     Raises:
         UserError: the model is too small for the shard set.
     """
-    size, needed = model.trunk.get_output_embeddings().weight.shape[0], shards.manifest.tokenizer.vocab_size
-    if size < needed:
+    size = model.trunk.get_output_embeddings().weight.shape[0]
+    if not shards.fits_ids(size):
         raise UserError(
-            f"--model {name}: has only {size} embeddings, but the tokenizer of {shards.path} has {needed} ids; "
-            "use a model made for this tokenizer"
+            f"--model {name}: has only {size} embeddings, but {shards.path} has the token id {shards.largest_id}; "
+            "use a model made for its tokenizer"
         )
     if (furthest := model.heads_config.offsets[-1]) >= sequence_length:
         raise UserError(f"--sequence_length {sequence_length}: too short for a head {furthest} tokens ahead")

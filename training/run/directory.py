@@ -30,11 +30,12 @@ logger = logging.getLogger("weighted_mtp")
 CHANGEABLE_ON_RESUME = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
     "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
-    "max_bad_steps", "ray_workers", "ray_address", "continue_steps",
+    "max_bad_steps", "ray_workers", "ray_address", "continue_steps", "trust_remote_code",
 }  # fmt: skip
 """Settings that may change when a stopped run is resumed, because they do not affect the result of its steps.
 
-With live weights `micro_batch_size` affects the result and must not change."""
+With live weights `micro_batch_size` affects the result and must not change. The digest of the model covers its code if
+the code may run."""
 
 TRACKING = "wmtp"
 """Project name for trackers, and directory of trackers that write files."""

@@ -42,8 +42,8 @@ def evaluate(config: EvaluateConfig, progress: MakeBar = hidden_bar) -> Evaluati
     """
     shards = ShardSet.open(config.input)
     check_targets(shards)
-    check_tokenizer(config.model, shards)
-    model = load_model(config.model)
+    check_tokenizer(config.model, shards, trust_remote_code=config.trust_remote_code)
+    model = load_model(config.model, trust_remote_code=config.trust_remote_code)
     length, source = choose_length(config, shards)
     check_model(model, config.model, shards, length)
     with sharding_requested(False):  # every process holds the whole model, even under `accelerate launch --use_fsdp`

@@ -8,10 +8,11 @@ from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import sha256_file
 from weighted_mtp.schemas.storage.locations import local_name, locate
+from weighted_mtp.schemas.tokenizers import check_same_tokenizer
 from weighted_mtp.training.data.loader import check_targets
 from weighted_mtp.training.data.mixing import mix_identity, open_mix
 from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, saved_heads
-from weighted_mtp.training.run.compatibility import check_same_tokenizer, check_settings, check_tokenizer
+from weighted_mtp.training.run.compatibility import check_settings, check_tokenizer
 from weighted_mtp.training.weighting.stored import check_formula
 
 
@@ -52,7 +53,7 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
     shards = ZippedSets.open(config.input)
     held_out = ZippedSets.open(config.eval_input) if config.eval_input else None
     mixed = open_mix(config.mix)
-    check_tokenizer(config.model, shards.first)
+    check_tokenizer(config.model, shards.first, trust_remote_code=config.trust_remote_code)
     if held_out is not None:
         check_targets(held_out.first)
     for data in filter(None, (*mixed, held_out)):
@@ -77,4 +78,4 @@ def model_identity(config: TrainConfig) -> str:
         return config.model
     if config.from_scratch and (directory / "config.json").exists():
         return sha256_file(directory / "config.json")
-    return model_fingerprint(directory, locate(config.model))
+    return model_fingerprint(directory, locate(config.model), code=config.trust_remote_code)

@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+import tempfile
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import NATIVE_HEADS, native_heads
+from weighted_mtp.schemas.pretrained import NATIVE_HEADS, OwnCodeError, native_heads
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import copy_files, fsync, fsync_tree
+from weighted_mtp.schemas.storage.files import fsync, fsync_tree
 from weighted_mtp.schemas.storage.locks import exclusive
 from weighted_mtp.schemas.storage.training_run import MODEL
+from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 from weighted_mtp.training.data.mixing import make_loader
 from weighted_mtp.training.evaluation import evaluate_model
 from weighted_mtp.training.model.decoder_layers import checkpoint_activations, compile_layers
@@ -31,7 +34,7 @@ from weighted_mtp.training.model.trainable_parameters import select_trainable
 from weighted_mtp.training.model.trunk import choose_attention
 from weighted_mtp.training.optimizer import make_optimizer
 from weighted_mtp.training.run.checkpoint import TrainingState
-from weighted_mtp.training.run.compatibility import check_model
+from weighted_mtp.training.run.compatibility import check_model, model_tokenizer
 from weighted_mtp.training.run.directory import TRACKING, RunDirectory
 from weighted_mtp.training.run.inputs import RunInputs, open_inputs
 from weighted_mtp.training.run.object_store import ObjectStoreCopy
@@ -123,7 +126,13 @@ def build(
     config = inputs.config
     set_seed(config.seed)
     attention = choose_attention(config.attention, accelerator.device)
-    mtp_model = build_model(config.model, config.heads, from_scratch=config.from_scratch, attention=attention)
+    mtp_model = build_model(
+        config.model,
+        config.heads,
+        from_scratch=config.from_scratch,
+        attention=attention,
+        trust_remote_code=config.trust_remote_code,
+    )
     if native := native_heads(mtp_model.trunk.config):
         raise UserError(
             f"--model {config.model}: announces {native} multi-token-prediction layers of its own, which training "
@@ -131,6 +140,7 @@ def build(
         )
     for data in filter(None, (inputs.shards, *inputs.mixed, inputs.held_out)):
         check_model(mtp_model, config.model, data.first, inputs.sequence_length)
+    check_saving(mtp_model, config, inputs.shards.first)
     select_trainable(mtp_model.trunk, config)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = make_loader(config, inputs.shards, inputs.mixed, inputs.sequence_length, progress)
@@ -146,6 +156,42 @@ def build(
         run.claim(loop.step, loop.steps)
     accelerator.init_trackers(TRACKING, config={"config": json.dumps(config.model_dump(mode="json"))})
     return Training(mtp_model, model, loop, state)
+
+
+def check_saving(model: MTPModel, config: TrainConfig, shards: ShardSet) -> None:
+    """Save a model without its weights, to find out before training what would stop that after it.
+
+    Raises:
+        UserError: the model cannot be saved.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model.save(scratch, {})
+            save_tokenizer(config, shards, Path(scratch) / MODEL)
+        except UserError:
+            raise
+        except Exception as error:  # of transformers, or of the code of a model
+            reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+            raise UserError(
+                f"--model {config.model}: could not be saved after training ({reason}); correct it"
+            ) from error
+
+
+def save_tokenizer(config: TrainConfig, shards: ShardSet, directory: Path) -> None:
+    """Write the tokenizer of the corpus beside the model; if it needs code of its own, that of `config.model`.
+
+    No other file of a shard set gets into the model, and no reference to code, which could run with that of the model.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    try:
+        tokenizer: Any = load_corpus_tokenizer(shards)
+        tokenizer.init_kwargs.pop("auto_map", None)
+    except OwnCodeError:
+        tokenizer = model_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 def place_model(accelerator: Accelerator, model: MTPModel, config: TrainConfig, *, shard: bool) -> nn.Module:
@@ -245,9 +291,9 @@ def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, ru
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save(partial, weights)
+        save_tokenizer(run.config, shards, partial / MODEL)
     except Exception as error:  # safetensors and torch have exceptions of their own for a full disk
         raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
-    copy_files(shards.tokenizer_path, partial / MODEL)
     fsync_tree(partial)
     run.reopen()
     for name in (MODEL, "heads"):

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from transformers import AutoTokenizer
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json
@@ -93,16 +92,6 @@ def test_long_prompts_are_shortened_where_they_are_shown():
     )
     shown = condition.describe()
     assert shown == 'm, after "' + "x\\n" * 20 + '...", full context, float32, e 1'
-
-
-def test_a_tokenizer_matches_if_it_gives_the_same_ids(make_shard_set: MakeShardSet, tokenizer_dir: Path) -> None:
-    info = make_shard_set([[1, 2]]).manifest.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    assert info.matches(tokenizer)
-    tokenizer.padding_side = "left"
-    assert info.matches(tokenizer)
-    tokenizer.add_tokens(["one more"])
-    assert not info.matches(tokenizer)
 
 
 def imported(*names: str, column: str = "mine") -> Imported:

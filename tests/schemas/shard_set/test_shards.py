@@ -38,7 +38,7 @@ def token_table(lengths: list[int], **scores: np.ndarray) -> pa.Table:
 def shard_file(path: Path, entry: ShardEntry) -> ShardFile:
     """The shard `path`, with the schema in its footer."""
     schema = pq.read_schema(path) if path.exists() and entry.bytes else shard_schema()
-    return ShardFile(ShardReader(path.parent, schema, vocab_size=1 << 20), entry)
+    return ShardFile(ShardReader(path.parent, schema, id_limit=1 << 20), entry)
 
 
 def test_shards_round_trip_bit_for_bit(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def test_a_remote_model_is_the_local_one_on_every_machine(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     directory = make_model()
     copy_files(directory, s3 / "model")
-    tokenizer = make_shard_set([[1, 2]]).manifest.tokenizer
-    local = check_model(str(directory), "--reference", tokenizer)
-    remote = check_model(str(s3 / "model"), "--reference", tokenizer)
+    shards = make_shard_set([[1, 2]])
+    local = check_model(str(directory), "--reference", shards)
+    remote = check_model(str(s3 / "model"), "--reference", shards)
     assert local.directory == directory
     assert remote.directory.is_relative_to(tmp_path / "here")
     assert (remote.fingerprint, remote.max_length, remote.revision) == (local.fingerprint, local.max_length, None)
@@ -45,18 +45,18 @@ def test_a_remote_model_is_the_local_one_on_every_machine(
     assert (there / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
 
     with pytest.raises(UserError, match=f"{s3}/nothing: no such directory"):
-        check_model(str(s3 / "nothing"), "--reference", tokenizer)
+        check_model(str(s3 / "nothing"), "--reference", shards)
 
 
 def test_a_finished_run_is_its_trunk(
     make_model: Callable[..., Path], make_shard_set: Callable[..., ShardSet], tmp_path: Path
 ) -> None:
     """Name and fingerprint are those of its `model` directory."""
-    tokenizer = make_shard_set([[1, 2]]).manifest.tokenizer
+    shards = make_shard_set([[1, 2]])
     run = tmp_path / "run"
     shutil.copytree(make_model(), run / "model")
     (run / "run.json").write_text("{}")
     with pytest.raises(UserError, match=f"--base {run}: this training run is not finished; repeat its command"):
-        check_model(str(run), "--base", tokenizer)
+        check_model(str(run), "--base", shards)
     (run / "summary.json").write_text("{}")
-    assert check_model(str(run), "--base", tokenizer) == check_model(str(run / "model"), "--base", tokenizer)
+    assert check_model(str(run), "--base", shards) == check_model(str(run / "model"), "--base", shards)

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.pipelines.verify import run as verify_command
+from weighted_mtp.schemas.configs import PrepareConfig, VerifyConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import CARD, REJECTS, ShardSet
 from weighted_mtp.schemas.shard_set.verification import verify
@@ -247,7 +248,8 @@ def test_a_remote_output_lies_outside_the_input(tokenizer_dir: Path, s3: UPath) 
 WRITE_AND_DIE = """
 import os, signal
 from weighted_mtp.scoring.corpus.prepare import prepare
-from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.pipelines.verify import run as verify_command
+from weighted_mtp.schemas.configs import PrepareConfig, VerifyConfig
 from weighted_mtp.scoring.corpus import writer
 write = writer.write_shard
 def write_and_die(path, table):
@@ -377,3 +379,31 @@ def test_progress_is_tracked_by_batch_and_only_if_there_is_work(
     assert seen == sorted(set(seen))
     assert len(seen) > 1
     assert seen[-1] == 2500
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tokenizer_with_code_of_its_own(
+    workers: int, make_own_code: Callable[..., Path], tokenizer_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    own = make_own_code()
+    with pytest.raises(UserError, match=r"--tokenizer .*it needs Python code of its own.* add --trust_remote_code"):
+        prepare(config(corpus, own, tmp_path / "own", workers=workers))
+    settings = {"workers": workers, "trust_remote_code": True}
+    prepared = prepare(config(corpus, own, tmp_path / "own", **settings))
+    plain = prepare(config(corpus, tokenizer_dir, tmp_path / "plain"))
+    assert prepared.read(0).equals(plain.read(0))
+    verify_command(VerifyConfig(set=prepared.path))
+
+
+def test_a_vocabulary_with_a_gap(tokenizer_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    """258 tokens, of which `u` has the id 300."""
+    copy_files(tokenizer_dir, tmp_path / "gap")
+    content = json.loads((tmp_path / "gap" / "tokenizer.json").read_text())
+    content["model"]["vocab"]["u"] = 300
+    (tmp_path / "gap" / "tokenizer.json").write_text(json.dumps(content))
+    prepared = prepare(config(corpus, tmp_path / "gap", tmp_path / "set"))
+    assert prepared.manifest.tokenizer.vocab_size == 301
+    assert prepared.largest_id == prepared.manifest.corpus.largest_id == 300
+    assert (prepared.fits_ids(300), prepared.fits_ids(301)) == (False, True)
+    assert max(max(row) for row in prepared.read(0)["input_ids"].to_pylist()) == 300
+    verify_command(VerifyConfig(set=prepared.path))

@@ -37,7 +37,9 @@ def table(lengths: list[int], first: int = 0) -> pa.Table:
 
 
 def batch(lengths: list[int], rejects: tuple[RejectedDocument, ...] = ()) -> EncodedBatch:
-    return EncodedBatch(table(lengths), len(lengths), sum(lengths), 10 * sum(lengths), list(rejects), 1, len(lengths))
+    tokens = sum(lengths)
+    largest = max(0, tokens - 1)
+    return EncodedBatch(table(lengths), len(lengths), tokens, 10 * tokens, largest, list(rejects), 1, len(lengths))
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,13 @@ def test_losses_and_entropies_equal_transformers(name, make_engine, requests, tm
     assert largest_difference(make_engine(model).score(requests), expected) < TOLERANCE
 
 
+def test_a_model_with_code_of_its_own(make_engine, requests, make_own_code, reference_model, largest_difference):
+    expected = make_engine(reference_model, "transformers").score(requests)
+    assert (
+        largest_difference(make_engine(make_own_code(), trust_remote_code=True).score(requests), expected) < TOLERANCE
+    )
+
+
 def test_entropies_equal_the_definition(make_engine, requests, reference_model):
     model = transformers.AutoModelForCausalLM.from_pretrained(reference_model).eval()
     for scores, request in zip(make_engine(reference_model, "transformers").score(requests), requests, strict=True):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from weighted_mtp.pipelines.score import run
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.verification import verify
@@ -234,6 +235,19 @@ def test_only_missing_parts_are_scored(config, score_here, tmp_path):
         assert (scored.path / DATA / name).read_bytes() == (tmp_path / "copy" / DATA / name).read_bytes()
 
 
+def test_a_model_with_code_of_its_own(config, running_ray, make_own_code):
+    """It has the weights of the reference, and workers run its code, too."""
+    own = make_own_code()
+    with pytest.raises(UserError, match=r"--base .*: config.json cannot be read \(it needs Python code of its own\)"):
+        run(config(base=str(own)))
+    scored = run(config(base=str(own), trust_remote_code=True))
+    table = scored.read(0)
+    np.testing.assert_array_equal(flat_values(table["loss_base"]), flat_values(table["loss_reference"]))
+    before = scored.manifest.columns["loss_base"].origin.fingerprint
+    (own / "modeling_own.py").write_text((own / "modeling_own.py").read_text() + "# changed\n")
+    assert model_fingerprint(own, code=True) != before
+
+
 def test_model_without_finite_losses(config, running_ray, make_model):
     path = make_model(seed=5)
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -364,8 +378,8 @@ class TestRefusedBeforeAnyWork:
             run(config(reference=str(path)))
 
     def test_too_few_token_ids(self, config, make_model):
-        path = make_model(seed=1, vocab_size=257)
-        with pytest.raises(UserError, match="has 257 token ids, but the corpus's tokenizer has 258"):
+        path = make_model(seed=1, vocab_size=250)
+        with pytest.raises(UserError, match="has 250 token ids, but the corpus has the id 256"):
             run(config(reference=str(path)))
 
     def test_no_weights(self, config, make_model):
@@ -420,8 +434,8 @@ def test_pinned_revision_of_a_model_from_the_hub(tokens, reference_model, tmp_pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, commit in {"team/small@v1": "1" * 40, "team/small": "2" * 40, f"team/small@{'1' * 40}": "1" * 40}.items():
-        model = check_model(name, "--reference", tokens.manifest.tokenizer)
+        model = check_model(name, "--reference", tokens)
         assert (model.name, model.revision, model.directory.name) == (name, commit, commit)
-    assert check_model(str(reference_model), "--reference", tokens.manifest.tokenizer).revision is None
+    assert check_model(str(reference_model), "--reference", tokens).revision is None
     with pytest.raises(UserError, match="--reference team/small@v2: no such directory, and not available"):
-        check_model("team/small@v2", "--reference", tokens.manifest.tokenizer)
+        check_model("team/small@v2", "--reference", tokens)

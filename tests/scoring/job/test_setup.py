@@ -14,6 +14,7 @@ from weighted_mtp.schemas.shard_set.manifest import Contrast, ShortContext
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import ScoringPlan, plan_columns
+from weighted_mtp.scoring.conditions.prompts import Prompt
 from weighted_mtp.scoring.engines.base import EngineConfig
 from weighted_mtp.scoring.job.setup import (
     ModelFinder,
@@ -86,14 +87,14 @@ def test_models_are_checked_once_and_their_length_for_every_prompt(
     tokens: ShardSet, make_model: Callable[..., Path]
 ) -> None:
     path = str(make_model(max_position_embeddings=10))
-    find = ModelFinder(tokens)
+    find = ModelFinder(tokens, trust_remote_code=False)
     model = find(path, "--reference")
     assert model.max_length == 10
-    assert find(path, "--conditions.a", prompt_tokens=7) is model
+    assert find(path, "--conditions.a", Prompt("", (1,) * 7)) is model
     with pytest.raises(
         UserError, match=r"--conditions\.b: .* reads at most 10 tokens, but the corpus has a sequence of 3"
     ):
-        find(path, "--conditions.b", prompt_tokens=8)
+        find(path, "--conditions.b", Prompt("", (1,) * 8))
 
 
 def test_inputs_that_cannot_be(config: Callable[..., ScoreConfig], tokens: ShardSet) -> None:
@@ -110,6 +111,29 @@ def test_contrasts_of_stored_columns_need_no_model(config: Callable[..., ScoreCo
     assert found.source.manifest == tokens.manifest
     assert found.plan == ScoringPlan({}, {"new": Contrast(minuend="loss_old", subtrahend="loss_old")})
     assert (found.engine, found.method) == ("transformers", None)
+
+
+def test_an_engine_has_room_for_its_probe(
+    config: Callable[..., ScoreConfig], make_shard_set: Callable[..., ShardSet]
+) -> None:
+    """Also if no document has more than one token."""
+    single = make_shard_set([[1], [2]], name="single")
+    plan = plan_columns(MODEL, None, None)
+    setup = set_up(config(input=single.path), ScoringInputs(single, plan, "transformers", None))
+    assert setup.engine.max_length == 2
+
+
+def test_ids_beyond_the_embeddings_are_refused(
+    make_shard_set: Callable[..., ShardSet], make_model: Callable[..., Path]
+) -> None:
+    """The ids of the corpus and of prompts count, not those of the tokenizer, which has 258."""
+    path = str(make_model(vocab_size=200))
+    find = ModelFinder(make_shard_set([[1, 199]], name="fits"), trust_remote_code=False)
+    find(path, "--reference", Prompt("", (199,)))
+    with pytest.raises(UserError, match=r"--conditions\.a: .* has 200 token ids, but the corpus has the id 201; use"):
+        find(path, "--conditions.a", Prompt("", (3, 201)))
+    with pytest.raises(UserError, match=r"--base: .* has 200 token ids, but the corpus has the id 200"):
+        ModelFinder(make_shard_set([[1, 200]], name="beyond"), trust_remote_code=False)(path, "--base")
 
 
 def test_settings_become_an_engine_a_pool_and_a_request(config: Callable[..., ScoreConfig], tokens: ShardSet) -> None:

@@ -1,5 +1,6 @@
 """The weighted multi-token-prediction loss over packed rows, against documents run one by one."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,20 @@ def test_targets_without_weight_change_nothing_but_the_count(model_dir: Callable
     loss.backward()
     assert loss.item() == 0
     assert sums.selected.tolist() == [0]
+
+
+def test_generation_settings_that_transformers_does_not_save_stay(
+    model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A temperature without sampling: transformers loads it and refuses to save it."""
+    path = model_dir()
+    settings = {"eos_token_id": 257, "temperature": 0.6, "top_p": 0.9}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    model = load_model(str(path))
+    model.save(tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert settings.items() <= saved.items()
+    assert load_model(str(tmp_path / "run")).trunk.generation_config.temperature == 0.6
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -8,7 +8,6 @@ import pytest
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import write_manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.training.run.train import train
 
@@ -45,7 +44,10 @@ def test_wrong_tokenizer_is_refused(config: Callable[..., TrainConfig]) -> None:
 
 
 def test_mixed_sets_are_checked_like_the_first(
-    config: Callable[..., TrainConfig], scored_set: Callable[..., ShardSet], make_shard_set: Callable[..., ShardSet]
+    config: Callable[..., TrainConfig],
+    scored_set: Callable[..., ShardSet],
+    make_shard_set: Callable[..., ShardSet],
+    other_tokenizer: Path,
 ) -> None:
     long = scored_set([300, 20], name="long")
     with pytest.raises(UserError, match=r"/long has sequences of up to 300; give --sequence_length 128"):
@@ -53,10 +55,7 @@ def test_mixed_sets_are_checked_like_the_first(
     bare = make_shard_set([[1, 2, 3]], name="bare")
     with pytest.raises(UserError, match=r"no column 'long_short' in .*/bare"):
         train(config("run", mix={str(bare.path): 0.1}))
-    manifest = bare.manifest.model_copy(
-        update={"tokenizer": bare.manifest.tokenizer.model_copy(update={"fingerprint": "other"})}
-    )
-    write_manifest(bare.path, manifest)
-    with pytest.raises(UserError, match=r"/bare: its tokenizer is not that of .*/set"):
-        train(config("run", mix={str(bare.path): 0.1}))
+    other = make_shard_set([[1, 2, 3]], name="other", tokenizer=other_tokenizer)
+    with pytest.raises(UserError, match=r"/other: its tokenizer is not that of .*/set"):
+        train(config("run", mix={str(other.path): 0.1}))
     assert not config("run").output.exists()

@@ -12,13 +12,15 @@ import torch
 from comparing import LENGTHS, metrics, trained
 from format_3 import write_format_3
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.configs import EvaluateConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.upgrade import upgrade
 from weighted_mtp.training.run import directory as run_module
+from weighted_mtp.training.run.evaluate import evaluate
 from weighted_mtp.training.run.train import train
 
 pytestmark = pytest.mark.integration
@@ -272,3 +274,45 @@ def test_a_finished_run_without_checkpoints_cannot_continue(config: Callable[...
         train(config("run", continue_steps=2))
     assert train(run)["already_complete"]
     assert all(torch.equal(value, finished[name]) for name, value in trained(run).items())
+
+
+def test_a_model_with_code_of_its_own(config: Callable[..., TrainConfig], make_own_code: Callable[..., Path]) -> None:
+    own = make_own_code()
+    run = config("run", model=str(own), weights={"preset": "uniform"}, max_steps=2)
+    with pytest.raises(UserError, match=r"--model .*it needs Python code of its own.*; if you trust it, add --trust"):
+        train(run)
+    assert not run.output.exists()
+    trusted = run.model_copy(update={"trust_remote_code": True})
+    train(trusted)
+    assert train(trusted)["already_complete"]
+    held_out = EvaluateConfig(model=str(run.output), input=run.eval_input[0])
+    with pytest.raises(UserError, match=r"/run/model: config.json cannot be read \(it needs Python code of its own\)"):
+        evaluate(held_out)
+    assert len(evaluate(held_out.model_copy(update={"trust_remote_code": True}))) == 2
+    (own / "modeling_own.py").write_text((own / "modeling_own.py").read_text() + "# changed\n")
+    with pytest.raises(UserError, match=r"holds a run with other settings \(inputs.model\)"):
+        train(trusted)
+
+
+def test_a_model_that_cannot_be_saved_is_not_trained(
+    config: Callable[..., TrainConfig], make_own_code: Callable[..., Path]
+) -> None:
+    own = make_own_code()
+    refusal = "    def save_pretrained(self, *args, **settings):\n        raise RuntimeError('not this one')\n"
+    # transformers keeps the model class of a config class that it has seen in this process.
+    for name, code in (("modeling_own.py", refusal), ("configuration_own.py", "    refuses = True\n")):
+        (own / name).write_text((own / name).read_text() + code)
+    run = config("run", model=str(own), weights={"preset": "uniform"}, trust_remote_code=True)
+    with pytest.raises(UserError, match=r"could not be saved after training \(RuntimeError: not this one\)"):
+        train(run)
+    assert not (run.output / "metrics.jsonl").exists()
+
+
+def test_a_padding_token_of_the_model_does_not_matter(config: Callable[..., TrainConfig]) -> None:
+    """Its tokenizer has an id more than the corpus's, and its trunk has no embedding for it."""
+    run = config("run", weights={"preset": "uniform"}, max_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(run.model)
+    assert len(tokenizer) == 259
+    assert train(run)["steps"] == 1
