@@ -2,8 +2,9 @@
 
 Each sequence takes one forward pass of the model's own code. Padding is on the right, masked by causal attention.
 
-Gradients are computed with respect to the input embeddings only, with one backward pass per batch. The activations,
-logits and float32 log-softmax of the batch stay in memory until then.
+Logits exist for a bounded number of positions at once, if the model's logits depend on its final hidden states alone.
+Gradients are computed with respect to the input embeddings only, with one backward pass per batch. The activations of
+the batch stay in memory until then.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,12 @@ from weighted_mtp.schemas.pretrained import load_causal_lm
 from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
+from weighted_mtp.scoring.engines.logits import rows_of_logits, separate_logits
 
-LOSS_ROWS = 1024
-"""Positions per chunk of the float32 log-softmax, which bounds its memory."""
+UNPADDED_TOKENS = 512
+"""Size up to which a batch may have any padding. Two batches would take longer."""
+PADDING = 0.05
+"""Largest share of padding in larger batches."""
 
 
 class TransformersEngine:
@@ -36,6 +40,8 @@ class TransformersEngine:
         dtype = getattr(torch, config.dtype)
         loaded = load_causal_lm(str(model), model, dtype=dtype, trust_remote_code=config.trust_remote_code)
         self.model = loaded.to(self.device).eval().requires_grad_(False)
+        self.logits_of = separate_logits(self.model)
+        self.vocab_size = self.model.config.get_text_config().vocab_size
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         """See `Engine.score`."""
@@ -52,44 +58,56 @@ class TransformersEngine:
         return results
 
     def _score_batch(self, requests: list[Request], quantities: frozenset[Quantity]) -> dict[Quantity, np.ndarray]:
-        """Scores of a padded batch, each float32 [requests, longest]; entries of padding are meaningless."""
+        """Scores of a padded batch, each float32 [requests, longest], NaN where none are requested."""
         shape = len(requests), max(len(request.input_ids) for request in requests)
         input_ids = torch.zeros(shape, dtype=torch.int64)
+        scored = torch.zeros(shape, dtype=torch.bool)
         for row, request in enumerate(requests):
             input_ids[row, : len(request.input_ids)] = torch.from_numpy(request.input_ids.astype(np.int64))
+            scored[row, max(1, request.first_scored) : len(request.input_ids)] = True
         scores = {quantity: torch.full(shape, torch.nan) for quantity in quantities}
-        if shape[1] > 1:
-            for quantity, flat in self._measure(input_ids.to(self.device), requests, quantities).items():
-                scores[quantity][:, 1:] = flat.view(shape[0], -1).cpu()
+        if scored.any():
+            found = self._measure(input_ids.to(self.device), scored.to(self.device), quantities)
+            for quantity, values in found.items():
+                scores[quantity][scored] = values.cpu()
         return {quantity: rows.numpy() for quantity, rows in scores.items()}
 
     def _measure(
-        self, input_ids: torch.Tensor, requests: list[Request], quantities: frozenset[Quantity]
+        self, input_ids: torch.Tensor, scored: torch.Tensor, quantities: frozenset[Quantity]
     ) -> dict[Quantity, torch.Tensor]:
-        """Quantities of all tokens except the first of each row of `input_ids` [requests, longest].
+        """Quantities of the tokens of `input_ids` [requests, longest] that are `scored`, of the same shape.
 
         Returns:
-            A flat float32 tensor [requests * (longest - 1)] for each quantity.
+            A float32 tensor [scored tokens] for each quantity.
         """
         gradient = "gradient" in quantities
         with torch.inference_mode(not gradient):
             embeddings = self.model.get_input_embeddings()(input_ids).requires_grad_() if gradient else None
             inputs = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
-            logits = self.model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)  # [positions, vocabulary]
-            targets = input_ids[:, 1:].flatten()  # [positions]
-            chunks = list(zip(logits.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True))
-            losses = torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in chunks])
-            found: dict[Quantity, torch.Tensor] = {"loss": losses.detach()}
-            if "entropy" in quantities:
-                found["entropy"] = torch.cat([entropies(rows.detach().float()) for rows, _ in chunks])
+            if self.logits_of:
+                outputs = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            else:
+                outputs = self.model(**inputs, use_cache=False).logits
+            # Position t predicts token t + 1. The hidden states or logits, [scored tokens, size]:
+            states = outputs[:, :-1][scored[:, 1:]]
+            leaf = states.detach().requires_grad_(gradient)
+            targets = input_ids[scored]
+            found: dict[Quantity, torch.Tensor] = {
+                quantity: torch.empty(len(targets), device=self.device) for quantity in quantities - {"gradient"}
+            }
+            rows = rows_of_logits(states, self.vocab_size)
+            for start in range(0, len(targets), rows):
+                part = slice(start, start + rows)
+                logits = (self.logits_of(leaf[part]) if self.logits_of else leaf[part]).float()
+                losses = F.cross_entropy(logits, targets[part], reduction="none")
+                found["loss"][part] = losses.detach()
+                if "entropy" in quantities:
+                    found["entropy"][part] = entropies(logits.detach())
+                if gradient:
+                    losses.sum().backward()
             if embeddings is not None:
-                positions = torch.arange(1, input_ids.shape[1])
-                scored = [
-                    (positions >= request.first_scored) & (positions < len(request.input_ids)) for request in requests
-                ]
-                total_loss = losses[torch.cat(scored).to(self.device)].sum()
-                (gradients,) = torch.autograd.grad(total_loss, embeddings)  # [requests, longest, hidden size]
-                found["gradient"] = gradients[:, 1:].float().norm(dim=-1).clamp(max=FLOAT16_MAX).flatten()
+                (gradients,) = torch.autograd.grad(states, embeddings, leaf.grad)  # [requests, longest, hidden size]
+                found["gradient"] = gradients[scored].float().norm(dim=-1).clamp(max=FLOAT16_MAX)
         return found
 
 
@@ -113,16 +131,20 @@ def by_quantities(requests: list[Request]) -> list[tuple[frozenset[Quantity], li
 def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     """Group rows of similar length. A group padded to its longest row has at most `batch_tokens` tokens.
 
-    A longer row forms its own group. The longest rows come first, to run out of memory immediately or never.
+    A longer row forms its own group. The longest rows come first, to run out of memory immediately or never. A group
+    ends where one more row would make the share of padding larger than `PADDING`, unless it is small.
     """
     group: list[int] = []
-    longest = 0
+    longest = tokens = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if group and longest * (len(group) + 1) > batch_tokens:
+        padded = longest * (len(group) + 1)
+        padding = padded - tokens - lengths[row]
+        if group and (padded > batch_tokens or (padded > UNPADDED_TOKENS and padding > PADDING * padded)):
             yield group
             group = []
         if not group:
-            longest = lengths[row]
+            longest, tokens = lengths[row], 0
         group.append(row)
+        tokens += lengths[row]
     if group:
         yield group

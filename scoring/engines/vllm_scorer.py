@@ -19,13 +19,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from weighted_mtp.scoring.engines.logits import rows_of_logits
+
 TASK = "token_classify"
-LOGITS_BYTES = 1 << 28
-"""Float32 logits per chunk. Log-probabilities and other intermediates take up to three times as much in addition."""
-CACHED_LOGITS_BYTES = 1 << 24
-"""The same on a CPU in float32, where chunks that fit in the caches are fastest."""
-MIN_ROWS = 256
-"""Smallest chunk: with fewer rows, reading the weights dominates the matrix product."""
 
 
 class TokenScorer(Pooler):
@@ -106,8 +102,7 @@ class TokenScorer(Pooler):
         rows = rows.to(hidden_states.device, non_blocking=True)
         targets = targets.to(hidden_states.device, non_blocking=True)
         scores = hidden_states.new_empty((1 + entropy, len(rows)), dtype=torch.float32)
-        in_caches = hidden_states.dtype == torch.float32 and not hidden_states.is_cuda
-        chunk = max(MIN_ROWS, (CACHED_LOGITS_BYTES if in_caches else LOGITS_BYTES) // (4 * self.vocab_size))
+        chunk = rows_of_logits(hidden_states, self.vocab_size)
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             self.score_chunk(hidden_states[rows[part]], targets[part], scores[:, part])

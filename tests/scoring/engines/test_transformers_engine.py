@@ -6,14 +6,26 @@ import numpy as np
 import pytest
 import torch
 from plain_gradients import plain_gradient
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+)
 
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
+from weighted_mtp.scoring.engines import logits
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
 from weighted_mtp.scoring.engines.transformers_engine import TransformersEngine, batches
 
 TOLERANCE = 1e-4
 BOTH = ("loss", "gradient")
+SIZES = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def engine(model: Path, batch_tokens: int = 8192, dtype: str = "float32") -> TransformersEngine:
@@ -43,10 +55,59 @@ def test_logits_are_the_models_own(tmp_path, sequences, loop_losses):
     np.testing.assert_allclose(losses, loop_losses(model, sequences[0]), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, intermediate_size=64),
+        GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2),
+        MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=64, num_local_experts=2),
+        GraniteConfig(**SIZES, intermediate_size=64, logits_scaling=4.0),
+        CohereConfig(**SIZES, intermediate_size=64, logit_scale=0.1),
+        MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logits_of_a_few_rows_at_a_time(config, tmp_path, sequences, monkeypatch):
+    """Losses, entropies and gradients are those from whole logits, with no more rows of logits than allowed."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(logits, "MIN_ROWS", 7)
+    monkeypatch.setattr(logits, "CACHED_LOGITS_BYTES", 0)
+    loaded = engine(tmp_path)
+    requests = [Request(ids, len(ids) // 3, (*BOTH, "entropy")) for ids in sequences]
+    rows: list[int] = []
+    head = loaded.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0][..., 0].numel()))
+    scores = loaded.score(requests)
+    assert max(rows) == 7
+    assert sum(rows) == sum(len(ids) - max(1, len(ids) // 3) for ids in sequences)
+    loaded.logits_of = None
+    for one, other in zip(scores, loaded.score(requests), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert max(rows) > 40
+
+
+def test_models_whose_layers_cannot_be_replaced(tmp_path, sequences, loop_losses):
+    """OPT calls its decoder, not its layers as a whole."""
+    sizes = {"vocab_size": 258, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(OPTConfig(**sizes, word_embed_proj_dim=32)).save_pretrained(tmp_path)
+    loaded = engine(tmp_path)
+    assert loaded.logits_of is None
+    [[losses]] = loaded.score([Request(sequences[0])])
+    np.testing.assert_allclose(losses, loop_losses(loaded.model, sequences[0]), rtol=0, atol=TOLERANCE)
+
+
 def test_batches_hold_at_most_batch_tokens_with_padding():
     lengths = [5, 1, 9, 30, 2, 5, 4]
     groups = list(batches(lengths, 12))
     assert groups == [[3], [2], [0, 5], [6, 4, 1]]
+
+
+def test_long_batches_have_little_padding():
+    lengths = [1000, 40, 960, 880, 300, 10, 950, 200]
+    assert list(batches(lengths, 8192)) == [[0, 2, 6], [3], [4], [7, 1], [5]]
+    assert list(batches([600, 570, 540], 8192)) == [[0, 1, 2]], "60 + 30 of 1,800 tokens are 5 %"
+    assert list(batches([600, 570, 539], 8192)) == [[0, 1], [2]]
 
 
 def test_gradients_equal_autograd_on_one_sequence_at_a_time(reference_model, sequences):
@@ -80,9 +141,9 @@ def test_only_sequences_with_gradients_take_a_backward_pass(reference_model, seq
     kept: list[tuple[int, bool]] = []
 
     def keep(module: torch.nn.Module, args: object, kwargs: object, output: object) -> None:
-        kept.append((len(output.logits), output.logits.requires_grad))
+        kept.append((len(output[0]), output[0].requires_grad))
 
-    loaded.model.register_forward_hook(keep, with_kwargs=True)
+    loaded.model.base_model.register_forward_hook(keep, with_kwargs=True)
     wanted = [("loss",), BOTH, ("loss", "entropy"), ("loss",), BOTH, ("entropy",)]
     requests = [Request(ids, 0, quantities) for ids, quantities in zip(sequences, wanted, strict=True)]
     together = loaded.score(requests)
