@@ -110,6 +110,7 @@ def test_code_of_a_shard_set_never_runs(stranger: Path, tmp_path: Path, make_sha
     ],
     ids=lambda change: "-".join(change),
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_impossible_configs_take_one_line(
     change: dict[str, Any], make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_config_without_heads_is_named_before_the_tokenizer(
 
 
 @pytest.mark.parametrize("content", ["trap", "garbage", "empty"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_are_not_executed(content: str, make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path) -> None:
     path = tmp_path / "pickled"
     shutil.copytree(make_model(), path)
