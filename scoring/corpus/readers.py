@@ -195,8 +195,14 @@ def read_hub(source: HubSplit, fields: list[str]) -> Iterator[Row]:
 
 
 def records(batch: pa.RecordBatch | pa.Table, fields: list[str]) -> Iterator[Row]:
-    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the existing names."""
+    """Rows of an Arrow batch with the required fields. If one is missing, rows hold only the existing names.
+
+    Raises:
+        ValueError: two columns have the name of a field.
+    """
     names = batch.schema.names
+    if twice := [name for name in fields if names.count(name) > 1]:
+        raise ValueError(f"two columns have the name '{twice[0]}'")
     if not set(fields) <= set(names):
         return iter([dict.fromkeys(names)] * batch.num_rows)
     columns = [column_values(batch.column(name)) for name in fields]
