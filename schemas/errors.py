@@ -31,5 +31,6 @@ def first_line(error: BaseException) -> str:
     """The message of an exception in one line. For a pydantic error: the first problem and its field."""
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
+        found = ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
+        return " ".join(found.splitlines())  # a foreign key may have line breaks
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -167,6 +167,11 @@ def test_impossible_numbers_are_refused(at: tuple[str, ...], value: Any, reason:
     assert f"not a valid manifest ({reason}" in refused(directory / "good", *READERS, verify_set)
 
 
+def test_a_key_with_a_line_break_cannot_break_the_message(directory: Path) -> None:
+    edit_manifest(directory / "good", ("tokenizer", "a\nb"), 1)
+    assert "not a valid manifest (tokenizer.a b: " in refused(directory / "good", *READERS, verify_set)
+
+
 def test_thousands_of_columns_are_refused(directory: Path) -> None:
     def add(manifest: dict[str, Any]) -> None:
         manifest["columns"] |= {f"x{number}": manifest["columns"]["loss_a"] for number in range(1000)}
