@@ -11,9 +11,6 @@ from weighted_mtp.schemas.shard_set.manifest import TokenizerInfo
 from weighted_mtp.schemas.storage.files import copy_files
 from weighted_mtp.schemas.storage.locations import Location
 
-MOST_IDS = 1 << 24
-"""Token ids of a tokenizer are below this number: some tables have an entry for each."""
-
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest token id plus 1, which is more than the number of tokens if some ids are left out."""

@@ -15,7 +15,7 @@ from weighted_mtp.schemas.configs import PrepareConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
-from weighted_mtp.schemas.shard_set.manifest import CorpusInfo, Manifest, find_clash
+from weighted_mtp.schemas.shard_set.manifest import MOST_TOKEN_IDS, CorpusInfo, Manifest, find_clash
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet, find_finished, finish_shard_set
 from weighted_mtp.schemas.storage.claims import claim_empty_output, clear_directory
 from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER
@@ -28,7 +28,7 @@ from weighted_mtp.scoring.corpus.source_files import CorpusFile, Source, Sources
 from weighted_mtp.scoring.corpus.special_tokens import AddedTokens, added_ids, check_text_mode, choose_added_tokens
 from weighted_mtp.scoring.corpus.tokenization import BatchEncoder
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, write_shards
-from weighted_mtp.scoring.tokenizer import MOST_IDS, count_ids, describe_tokenizer, save_tokenizer
+from weighted_mtp.scoring.tokenizer import count_ids, describe_tokenizer, save_tokenizer
 
 Report = Callable[[CorpusCounts], None]
 
@@ -54,9 +54,10 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
             "give a directory written by save_pretrained or a Hugging Face id",
             trust_remote_code=config.trust_remote_code,
         )
-        if (ids := count_ids(tokenizer)) > MOST_IDS:
+        if (ids := count_ids(tokenizer)) > MOST_TOKEN_IDS:
             raise UserError(
-                f"--tokenizer {config.tokenizer}: has the token id {ids - 1}; use one with ids below {MOST_IDS}"
+                f"--tokenizer {config.tokenizer}: has the token id {ids - 1:,}; use one with ids below "
+                f"{MOST_TOKEN_IDS:,}"
             )
         added = choose_added_tokens(tokenizer, config.bos, config.append_eos)
         if config.special_tokens == "text":

@@ -74,18 +74,6 @@ def test_texts_of_arrow_files_that_are_no_unicode_are_rejected_alone(name: str, 
     assert prepared(directory, name).manifest.corpus.documents == 2
 
 
-@pytest.mark.parametrize("name", ["corpus.parquet", "corpus.arrow"])
-def test_two_columns_of_the_same_name_are_refused(name: str, directory: Path) -> None:
-    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
-    if name == "corpus.parquet":
-        pq.write_table(table, directory / "files" / name)
-    else:
-        with pa.ipc.new_file(directory / "files" / name, table.schema) as writer:
-            writer.write_table(table)
-    with pytest.raises(UserError, match=r"cannot be read as \w+ \(two columns have the name 'text'\)"):
-        prepared(directory, name)
-
-
 def test_names_of_fields_cannot_break_the_message(directory: Path) -> None:
     table = pa.table({"a\nb\x1b": ["x"], "c" * 1000: ["x"]})
     pq.write_table(table, directory / "files" / "names.parquet")
