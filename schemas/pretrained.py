@@ -8,6 +8,7 @@ soft-cap of Gemma 2.
 """
 
 import copy
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ LIMITS = (
     (re.compile(r"(?:size|dim|embd|heads)$"), 1 << 24),
 )
 """Largest values of config entries, by their names. Thousands of layers take minutes to build, even without weights."""
+MOST_TOKEN_ID = 1 << 24
+"""Largest token id of a tokenizer that is loaded. transformers lists all smaller ids that no token has."""
 MOST_REASON = 160
 """Most characters of a message of transformers in a message of this project."""
 SHARPENING = 1000.0
@@ -115,11 +118,24 @@ def load_tokenizer(
     if is_missing_directory(source):
         raise UserError(f"{problem} (no such directory); check the path")
     try:
+        check_token_ids(Path(source) / "tokenizer.json")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer.decode(tokenizer("a")["input_ids"])  # some damage to its files shows only in use
     except Exception as error:
         raise load_error(error, source, problem, remedy) from error
     return tokenizer
+
+
+def check_token_ids(file: Path) -> None:
+    """Raise ValueError if a tokenizer file, which may be missing, has an id beyond `MOST_TOKEN_ID`."""
+    if not file.exists():
+        return
+    content = json.loads(file.read_bytes())
+    vocabulary = content["model"].get("vocab", {})
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ())]
+    ids += [token["id"] for token in content.get("added_tokens") or ()]
+    if max(ids, default=0) > MOST_TOKEN_ID:
+        raise ValueError(f"it has the token id {max(ids):,}, and at most {MOST_TOKEN_ID:,} is possible")
 
 
 def load_causal_lm(

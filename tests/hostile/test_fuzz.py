@@ -34,6 +34,7 @@ def test_only_user_errors(target: str, directory: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_crash_of_the_interpreter_names_its_case(directory: Path) -> None:
     status, shown = run("crash", directory, 1)
     assert status != 0

@@ -72,6 +72,7 @@ def _own_accelerator() -> Iterator[None]:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("_own_accelerator")
+@pytest.mark.slow
 def test_columns_of_two_sets_weight_tokens_as_those_of_one(
     make_shard_set: Callable[..., ShardSet],
     make_model: Callable[..., Path],

@@ -260,6 +260,7 @@ prepare(PrepareConfig.model_validate_json(config))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_a_store_starts_over(
     corpus: Path,
     tokenizer_dir: Path,

@@ -80,6 +80,7 @@ def test_a_remote_set_and_model_train_as_local_ones_do(config: Callable[..., Tra
     )
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_the_run_on_disk(
     config: Callable[..., TrainConfig], s3: UPath, tmp_path: Path, cache: Path
 ) -> None:

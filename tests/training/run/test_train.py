@@ -288,7 +288,7 @@ def test_a_model_with_code_of_its_own(config: Callable[..., TrainConfig], make_o
     held_out = EvaluateConfig(model=str(run.output), input=run.eval_input[0])
     with pytest.raises(UserError, match=r"/run/model: config.json cannot be read \(it needs Python code of its own\)"):
         evaluate(held_out)
-    assert len(evaluate(held_out.model_copy(update={"trust_remote_code": True}))) == 2
+    assert len(evaluate(held_out.model_copy(update={"trust_remote_code": True})).losses) == 2
     (own / "modeling_own.py").write_text((own / "modeling_own.py").read_text() + "# changed\n")
     with pytest.raises(UserError, match=r"holds a run with other settings \(inputs.model\)"):
         train(trusted)
