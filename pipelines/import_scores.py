@@ -27,7 +27,7 @@ def run(config: ImportConfig) -> ShardSet:
 
         shards = import_scores(config, show)
     if progress is None:
-        print(f"{shards.path} is already complete: {shards.manifest.tokens:,} tokens")
+        new_console().print(f"{shards.path} is already complete: {shards.manifest.tokens:,} tokens")
     else:
         print_summary(shards, ShardSet.open(config.input), progress.missing)
     return shards

@@ -33,7 +33,7 @@ def run(config: PrepareConfig) -> ShardSet:
     if counts is not None:
         print_summary(prepared, counts, time.monotonic() - started)
     else:
-        print(f"{config.output} is already complete: {prepared.manifest.tokens:,} tokens")
+        new_console().print(f"{config.output} is already complete: {prepared.manifest.tokens:,} tokens")
     return prepared
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from types import TracebackType
 
+from weighted_mtp.pipelines.reports.console import new_console
 from weighted_mtp.pipelines.reports.score_summary import Scored, print_dry_run, print_summary
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.progress import ProgressBar
@@ -55,7 +56,8 @@ class ScoreDisplay(Report):
         """Print the size and columns of the finished set."""
         manifest = shards.manifest
         self.complete = True
-        print(f"{shards.path} is already complete: {manifest.tokens:,} tokens, {', '.join(manifest.columns)}")
+        columns = ", ".join(manifest.columns)
+        new_console().print(f"{shards.path} is already complete: {manifest.tokens:,} tokens, {columns}")
 
     def start(self, shards: list[ShardEntry], done: set[str], max_workers: int) -> None:
         """Open the bar if any shards remain to be scored."""

@@ -179,6 +179,7 @@ def load_causal_lm(
         check_code(name, source, model)
         check_complete(name, report, model.config)
     settle_attention(name, model, attention)
+    check_causal(name, model)
     return model
 
 
@@ -223,6 +224,22 @@ def check_complete(name: str, report: Mapping[str, Any], config: Any) -> None:
 def native_heads(config: Any) -> int:
     """Number of multi-token-prediction layers that a config announces. transformers does not load them."""
     return max(int(getattr(config.get_text_config(), name, None) or 0) for name in NATIVE_HEADS)
+
+
+@torch.no_grad()
+def check_causal(name: str, model: Any) -> None:
+    """Raise UserError if the logits of a token depend on tokens after it, as in an encoder or a diffusion model."""
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    before, after = (model(input_ids=tokens, use_cache=False).logits[0].float() for tokens in (ids, changed))
+    *earlier, last = (after - before).abs().amax(-1).nan_to_num().tolist()
+    # Only rounding in the experts of a mixture differs in a causal model.
+    if max(earlier) > (1e-3 if model.dtype == torch.float32 else 5e-2) * last:
+        raise UserError(
+            f"{name}: the prediction of a token depends on later tokens; give a causal language model, and check "
+            "'is_decoder' in its config.json"
+        )
 
 
 def settle_attention(name: str, model: Any, wanted: str | None) -> None:
@@ -281,7 +298,8 @@ def same_attention(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
     own = sharp(*args, **kwargs)[0]
     sharp.config._attn_implementation = "eager"
     eager = sharp(*args, **kwargs | {"attention_mask": additive_mask(kwargs.get("attention_mask"), own)})[0]
-    return torch.allclose(own, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max()))
+    # NaN of damaged weights is reported where losses are computed.
+    return torch.allclose(own, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().nan_to_num().max()), equal_nan=True)
 
 
 def additive_mask(mask: Tensor | None, like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from weighted_mtp.schemas.configs import (
     VerifyConfig,
     WeightsReportConfig,
 )
-from weighted_mtp.schemas.storage.locations import parse_location
+from weighted_mtp.schemas.storage.locations import locate
 
 COMMANDS: dict[str, type[Config]] = {
     "prepare": PrepareConfig,
@@ -65,7 +65,7 @@ LIBRARY_HELP = {
 DEBUG_HELP = "show tracebacks and library logs (or set WMTP_DEBUG=1)"
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 """Values that start with a dash. The pattern of argparse lacks exponents such as -1e-3."""
-register_type(UPath, deserializer=parse_location, type_check=isinstance)
+register_type(UPath, deserializer=locate, type_check=isinstance)
 set_loader("yaml", bounded(get_loader("yaml")), exceptions=(YAMLError,))
 
 

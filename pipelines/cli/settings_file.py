@@ -1,5 +1,11 @@
-"""YAML of bounded size: aliases can make a small text large, and deep nesting overflows the stack of the parser."""
+"""YAML of bounded size and one meaning.
 
+Aliases can make a small text large, and deep nesting overflows the stack of the parser. YAML lets the last of two equal
+keys win, and reads `0100` as 64 and `1:30` as 90.
+"""
+
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +17,10 @@ MOST_NODES = 10_000
 """Most values in a text, counting those behind an alias each time."""
 MOST_DEPTH = 100
 """Most lists and mappings inside one another."""
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+NOT_DECIMAL = re.compile(r"[-+]?0[0-9_]+$|.*:")
+"""Octal and sexagesimal numbers of YAML 1.1."""
 
 
 def bounded(load: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -18,6 +28,7 @@ def bounded(load: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def load_checked(text: str) -> Any:
         check_size(text)
+        check_meaning(text)
         return load(text)
 
     return load_checked
@@ -34,7 +45,7 @@ def check_size(text: str) -> None:
     anchors: dict[str | None, int] = {}  # nodes of each finished anchor
     held = [0]  # nodes of each open list or mapping, and before them of the text
     names: list[str | None] = []  # anchor of each open list or mapping
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=LOADER):
         nodes, name = 0, getattr(event, "anchor", None)
         if isinstance(event, yaml.CollectionStartEvent):
             held.append(1)
@@ -54,6 +65,38 @@ def check_size(text: str) -> None:
             raise error_at(event, f"nested more than {MOST_DEPTH} deep")
         if held[-1] > MOST_NODES:
             raise error_at(event, f"more than {MOST_NODES:,} values, aliases included")
+
+
+def check_meaning(text: str) -> None:
+    """Check that a YAML text sets nothing twice, and that its numbers are decimal.
+
+    Raises:
+        YAMLError: it does, or one is not.
+    """
+    root = yaml.compose(text, Loader=LOADER)
+    nodes = {} if root is None else {id(root): root}
+    pending = list(nodes.values())
+    while pending:
+        node = pending.pop()
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            check_keys([key for key, _ in node.value])
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and NOT_DECIMAL.match(node.value):
+            raise error_at(node, f"'{node.value}' is read as a number that is not decimal; put it in quotes")
+        new = {id(child): child for child in children if id(child) not in nodes}
+        nodes |= new
+        pending += new.values()
+
+
+def check_keys(keys: list[Any]) -> None:
+    """Raise YAMLError if a mapping has a key twice, or the key `a` besides `a.b`."""
+    names = Counter(str(key.value) for key in keys)
+    for key in keys:
+        parts = str(key.value).split(".")
+        parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+        if names[str(key.value)] > 1 or any(parent in names for parent in parents):
+            raise error_at(key, f"'{key.value}' is set twice")
 
 
 def error_at(event: Any, problem: str) -> yaml.MarkedYAMLError:

@@ -73,7 +73,7 @@ def describe_yaml_error(error: BaseException) -> str | None:
 def describe_value_error(message: str, error: ArgumentError) -> str:
     """Describe why a value is rejected, in the words of pydantic if available."""
     given = re.search(r"(?:Got value|Given value): (.*)", message)
-    but_got = f", not '{given[1]}'" if given else ""
+    but_got = f", not '{one_line(given[1])}'" if given else ""
     for cause in causes(error):
         if isinstance(cause, ValidationError):
             if cause.errors()[0]["type"] == "value_error":

@@ -8,6 +8,8 @@ from weighted_mtp.schemas.configs.common import Config, Mix, Positive, RowLength
 from weighted_mtp.schemas.configs.weights import WeightsConfig
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, PathSetting
 
+Samples = Annotated[int, Field(ge=0, le=1000)]
+
 
 class EvaluateConfig(Config):
     """Measure the held-out loss of each head of a trained model."""
@@ -34,7 +36,7 @@ class InspectConfig(Config):
 
     set: LocationSetting = Field(description="shard set")
     column: str | None = Field(None, description="score column for extreme tokens; default is the first contrast")
-    samples: Annotated[int, Field(ge=0)] = Field(5, description="number of highest and lowest scoring tokens to show")
+    samples: Samples = Field(5, description="number of highest and lowest scoring tokens to show")
     html: PathSetting | None = Field(None, description="also write the report as an HTML page")
 
 
@@ -50,7 +52,7 @@ class WeightsReportConfig(Config):
     live_column: str | None = Field(
         None, description="column to use instead of the loss of the model in training, such as loss_base"
     )
-    samples: Annotated[int, Field(ge=0)] = Field(3, description="number of text excerpts to show with their weights")
+    samples: Samples = Field(3, description="number of text excerpts to show with their weights")
     max_tokens: Positive = Field(
         10_000_000, description="read about this many tokens; row groups of larger sets are sampled at random"
     )

@@ -21,6 +21,7 @@ from weighted_mtp.schemas.shard_set.manifest import (
     MOST_MANIFEST_BYTES,
     OLD_FORMAT_VERSION,
     CorpusInfo,
+    Count,
     FileName,
     Manifest,
     ScoreColumn,
@@ -56,6 +57,7 @@ from weighted_mtp.schemas.storage.locks import exclusive
 
 OLD_SCORE_TYPE = pa.list_(pa.field("element", pa.float16(), nullable=False))
 FILE_NAME = TypeAdapter(FileName)
+COUNT = TypeAdapter(Count)
 
 
 def upgrade(source: Location, output: Location, report: Callable[[ShardEntry], None] = lambda shard: None) -> ShardSet:
@@ -121,7 +123,12 @@ def write_upgraded(
         columns = {name: ScoreColumn.model_validate(column) for name, column in content["columns"].items()}
         timings = content["timings"] and Timings.model_validate(content["timings"])
         old_shards = [
-            (FILE_NAME.validate_python(shard["name"]), int(shard["bytes"]), str(shard["sha256"]), int(shard["rejects"]))
+            (
+                FILE_NAME.validate_python(shard["name"]),
+                COUNT.validate_python(shard["bytes"]),
+                str(shard["sha256"]),
+                COUNT.validate_python(shard["rejects"]),
+            )
             for shard in content["shards"]
         ]
     except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,8 +12,8 @@ from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, check_tokenizer, find_foreign_entry
 from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
-from weighted_mtp.schemas.storage.files import TOKENIZER, sha256_file
-from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.schemas.storage.files import DATA, TOKENIZER, sha256_file
+from weighted_mtp.schemas.storage.locations import Location, walk_files
 
 
 class FileCheck(NamedTuple):
@@ -41,6 +41,10 @@ def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
         fault = check_shard(shards.file(number), found)
         damaged |= fault is not None
         yield FileCheck(entry.name, entry.bytes, fault)
+    known = {entry.name for entry in manifest.shards}
+    for name, size in sorted(walk_files(path / DATA).items()):
+        if name not in known:  # readers of data/*.parquet would read it
+            yield FileCheck(name, size, f"{path / DATA / name}: is no shard of the manifest")
     yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest.tokenizer))
     if manifest.statistics_sha256 is not None:
         yield FileCheck(STATISTICS, 0, check_statistics(shards, None if damaged else found))

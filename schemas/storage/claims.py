@@ -39,7 +39,7 @@ def claim_empty_output(output: Location, request: str) -> None:
 def check_claim(output: Location, request: str) -> bool:
     """The checks of `claim_output`, without writing anything."""
     progress = output / PROGRESS
-    if (progress / CLAIM).exists():
+    if (progress / CLAIM).is_file():
         changed = differences(read_json_file(progress / CLAIM), json.loads(request))
         if not changed:
             return True

@@ -4,7 +4,7 @@ import io
 import lzma
 import sys
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -34,11 +34,56 @@ def openable(path: Location) -> Any:
     return str(path) if isinstance(path, Path) else path.open("rb")
 
 
-def open_stream(path: Location) -> io.BufferedReader | lzma.LZMAFile:
+class XzReader(io.RawIOBase):
+    """Decompresses all streams of an .xz file. `lzma.open` takes a damaged stream for the end of the file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        self.begun = False
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Close the file, too."""
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """Decompress into a buffer and return the number of bytes; 0 at the end.
+
+        Raises:
+            lzma.LZMAError: a stream is damaged.
+            EOFError: the last stream is truncated.
+        """
+        while True:
+            data = b""
+            if self.decompressor.eof:
+                data, self.begun = self.decompressor.unused_data, False
+                self.decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            if not data and self.decompressor.needs_input:
+                data = self.file.read(1 << 16)
+                if not data and self.begun:
+                    raise EOFError("it ends within a stream")
+                if not data:
+                    return 0
+            if not self.begun:
+                data = data.lstrip(b"\0")  # padding between streams
+            if data or self.begun:
+                self.begun = True
+                found = self.decompressor.decompress(data, len(buffer))
+                if found:
+                    buffer[: len(found)] = found
+                    return len(found)
+
+
+def open_stream(path: Location) -> io.BufferedReader:
     """Open a file for buffered binary reading and decompress it according to its name."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression == "xz":
-        return lzma.open(openable(path))
+        return io.BufferedReader(XzReader(path.open("rb")), 1 << 20)
     if compression == "zstd":
         options = {int(zstd.DecompressionParameter.window_log_max): WINDOW_LOG}
         return io.BufferedReader(zstd.open(openable(path), options=options), 1 << 20)

@@ -26,12 +26,13 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 def locate(name: Any) -> UPath:
-    """The location of a path or address. Local locations are also `pathlib.Path`s.
+    """The location of a path, which may start with `~`, or of an address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        ValueError: the name is empty, the protocol is unknown, or its package is not installed.
+        ValueError: the name is empty, a home directory or the protocol is unknown, or its package is not installed.
     """
     _check_not_empty(name)
+    name = expand_home(name)
     try:
         location = UPath(name)
     except ValueError as error:
@@ -66,16 +67,7 @@ def expand_home(name: Any) -> Any:
     return expanded
 
 
-def parse_location(name: Any) -> UPath:
-    """The location that a user names.
-
-    Raises:
-        ValueError: as for `locate` and `expand_home`.
-    """
-    return locate(expand_home(name))
-
-
-LocationSetting = Annotated[UPath, PlainValidator(parse_location), PlainSerializer(str, return_type=str)]
+LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, return_type=str)]
 """Config field type of a location."""
 
 PathSetting = Annotated[Path, BeforeValidator(expand_home)]

@@ -46,6 +46,9 @@ class VllmEngine:
         else:
             self.make_params, self.read = sampling_params, prompt_losses
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(model, config)))
+        own_code = getattr(engine_config(model, config), "auto_map", None) or {}
+        if "AutoModelForCausalLM" in own_code and self.engine.model_config.using_transformers_backend():
+            raise ValueError("vLLM would not run the code of its output layer")
         self.computed_tokens = 0
         self.max_in_flight = 2 * self.engine.vllm_config.scheduler_config.max_num_seqs
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.shards import is_text
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
 from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
@@ -129,7 +130,7 @@ class ParquetFile(ScoreFile):
         """Batches of at most `BATCH_ROWS` rows."""
         names = [name for name in (*KEYS, *kinds) if name in self.types]
         # A dictionary of long strings stays small; its values in each row would not.
-        texts = [name for name in names if name == "document_id" or kinds.get(name) == "label"]
+        texts = [name for name in names if is_text(self.types[name])]
         first = 0
         with (
             damage_reported(self.name),

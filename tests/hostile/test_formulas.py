@@ -1,12 +1,14 @@
 """Formulas that once ended in something else than one line."""
 
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import WeightsConfig
-from weighted_mtp.schemas.errors import first_line
+from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.training.weighting.token_weights import token_weights
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,9 @@ def test_damaged_formulas_end_in_one_line(formula: str, reason: str) -> None:
     assert message.isprintable()
     assert len(message) < 400
     assert re.search(reason, message), message
+
+
+def test_a_constant_beyond_float32_is_no_weight(directory: Path) -> None:
+    large = " + ".join(["clip(0 + 0, 1e38)"] * 4)
+    with pytest.raises(UserError, match=r"^--weights\.formula: a weight overflows float32; limit it"):
+        list(token_weights(str(directory / "good"), {"formula": large}))

@@ -250,8 +250,9 @@ def test_a_dictionary_of_long_texts_is_not_spread_over_all_rows(
     [
         [EditJson(MANIFEST, ("columns", "loss_a", "origin", "engine_args"), "set", TOO_DEEP)],
         [ReplaceFile(f"{TOKENIZER}/tokenizer.json", "sparse")],
+        [EditJson(MANIFEST, ("shards", 0, "rejects"), "set", -1)],
     ],
-    ids=["nested_too_deep", "huge_tokenizer"],
+    ids=["nested_too_deep", "huge_tokenizer", "negative_rejects"],
 )
 def test_old_sets_that_cannot_be_upgraded(edits: list[Mutation], directory: Path) -> None:
     mutate(directory / "old", edits, signed=True)

@@ -157,3 +157,21 @@ def test_code_of_another_model_does_not_run(make_own_code: Callable[..., Path]) 
     (second / "modeling_own.py").write_text((second / "modeling_own.py").read_text() + "    twice = True\n")
     with pytest.raises(UserError, match="--base second: another model of this process has the same config class"):
         load_causal_lm("--base second", second, dtype=torch.float32, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("bert", {"is_decoder": False}), ("gemma3_text", {"use_bidirectional_attention": True, **WINDOW})],
+)
+def test_models_that_see_later_tokens_are_refused(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    make(architecture, **settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^--base it: the prediction of a token depends on later tokens; give"):
+        load_causal_lm("--base it", tmp_path, dtype=torch.float32)
+
+
+def test_weights_that_are_not_finite_are_left_to_the_losses(tmp_path: Path) -> None:
+    model = make("llama")
+    model.lm_head.weight.data[3] = torch.nan
+    model.model.layers[0].self_attn.q_proj.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    load_causal_lm("--base it", tmp_path, dtype=torch.float32)

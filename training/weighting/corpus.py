@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
-from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX, FLOAT16_VALUES, float16_bits
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -33,6 +33,9 @@ from weighted_mtp.training.weighting.expressions import (
     map_values,
 )
 from weighted_mtp.training.weighting.tables import scored_tokens
+
+FLOAT16_NORMAL = 2.0**-14
+"""Smallest float16 with full precision."""
 
 
 class CorpusResolver:
@@ -131,12 +134,25 @@ class CorpusResolver:
         return self.counted[x]
 
     def _count(self, x: Expression) -> ValueCounts:
+        """Count the values of an expression in a pass over the corpus.
+
+        Raises:
+            UserError: float16 cannot tell the values apart, because they are too large or too small.
+        """
         names = columns_read(x)
         counts = ValueCounts()
+        largest = 0.0
         for table in self._row_groups(names):
             scored = scored_tokens(table, names)
             values = np.asarray(evaluate_expression(x, scored.tokens), dtype=np.float32)
             counts.add(values)
+            largest = max(largest, float(np.abs(values[np.isfinite(values)]).max(initial=0)))
+        if largest > FLOAT16_MAX or 0 < largest < FLOAT16_NORMAL:
+            raise UserError(
+                f"{self.shards.first.path}: the largest value of an expression of {_names(x)} is {largest:.3g}, beyond "
+                f"float16, in which it is compared over the corpus; scale it to between {FLOAT16_NORMAL:.0e} and "
+                f"{FLOAT16_MAX:,.0f}"
+            )
         return counts
 
     def _row_groups(self, names: list[str]) -> Iterator[pa.Table]:

@@ -169,6 +169,9 @@ def _check_labels(node: Node, shards: ZippedSets) -> None:
 
 
 def _finite(weights: np.ndarray) -> np.ndarray:
+    """Weights as float32; UserError if one is not finite."""
+    with np.errstate(over="ignore"):
+        weights = np.asarray(weights, np.float32)
     if not np.isfinite(weights).all():
         raise UserError(TOO_LARGE)
     return weights

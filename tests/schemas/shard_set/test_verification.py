@@ -336,3 +336,11 @@ def test_a_manifest_nested_too_deep_is_refused(forged: Path) -> None:
         nested = {"a": nested}
     rewrite_manifest(forged, lambda m: m["columns"]["loss"]["origin"].update(engine_args=nested))
     assert_refused(forged)
+
+
+@pytest.mark.parametrize("name", ["extra.parquet", "sub/extra.parquet"])
+def test_a_shard_that_the_manifest_does_not_list_is_found(forged: Path, name: str) -> None:
+    extra = forged / DATA / name
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_bytes((forged / DATA / SHARD).read_bytes())
+    assert verified(forged) == [f"{extra}: is no shard of the manifest"]

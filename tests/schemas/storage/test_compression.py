@@ -55,3 +55,27 @@ def test_damaged_zstd_is_found(tmp_path: Path) -> None:
         (tmp_path / "a.zst").write_bytes(content)
         with pytest.raises(DAMAGE), open_stream(UPath(tmp_path / "a.zst")) as stream:
             stream.read()
+
+
+ONE, MANY = lzma.compress(b"one\n"), lzma.compress(CONTENT)
+
+
+def read(path: Path, content: bytes) -> bytes:
+    path.write_bytes(content)
+    with open_stream(UPath(path)) as stream:
+        return stream.read()
+
+
+def test_all_streams_of_an_xz_file_are_read(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.xz", ONE + MANY) == b"one\n" + CONTENT
+    assert read(tmp_path / "a.xz", ONE + bytes(8) + MANY + bytes(4)) == b"one\n" + CONTENT, "padded"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [ONE + MANY[:3] + b"x" + MANY[4:], ONE + b"something else", ONE + MANY[:40], MANY[:-1], MANY[:20]],
+    ids=["damaged", "garbage", "truncated", "end", "start"],
+)
+def test_damage_after_the_first_xz_stream_is_found(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DAMAGE):
+        read(tmp_path / "a.xz", content)

@@ -1,6 +1,7 @@
 """Thresholds, ranks and moments of a whole corpus, of document numbers and of labels."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,18 @@ def test_numbers_of_documents_over_the_corpus(make_shard_set: MakeSet) -> None:
         weights_of(shards, preset="rho1-static", column="reward", fraction=0.25),
         [[0, 0, 0]] * 2 + [[0, 4, 4], [0, 0, 0]],
     )
+
+
+@pytest.mark.parametrize(("size", "shown"), [(20000.0, "8e+04"), (1e-9, "4e-09")])
+def test_values_that_float16_cannot_tell_apart_are_refused(make_shard_set: MakeSet, size: float, shown: str) -> None:
+    """Scores up to 4, multiplied by the number of the document."""
+    shards = scored(make_shard_set, loss_a=[[NAN, 1, 4], [NAN, 2]], size=[size, size])
+    for function in ("rank", "normalise"):
+        message = re.escape(f"an expression of 'loss_a' and 'size' is {shown}, beyond float16")
+        with pytest.raises(UserError, match=message):
+            weights_of(shards, formula=f"{function}(loss_a * abs(size))")
+    scaled = f"rank(loss_a * abs(size) * {1 / size})"
+    assert_weights(weights_of(shards, formula=scaled), [[0, 1 / 3, 1], [0, 2 / 3]])
 
 
 def test_advantages_are_those_within_the_group(make_shard_set: MakeSet) -> None:
