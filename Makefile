@@ -2,8 +2,8 @@ BIN := .venv/bin
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 # Threads that spin while they wait slow down whatever shares their cores: up to ten times.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
-# Two processes with one thread each. All tests of a file run in one process, to create the fixtures of a module once.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes with one thread each: some wait. All tests of a file run in one process, to create the fixtures of a module once.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-fast test-slow soak lint format bench clean
 

@@ -108,6 +108,7 @@ def test_the_run_and_its_input_are_listed(job: Path) -> None:
     assert lines[at + 1] == f"    input  {job / 'scored'}"
 
 
+@pytest.mark.slow
 def test_the_run_is_a_reference(job: Path) -> None:
     wmtp("score", "--input", job / "tokens", "--output", job / "by-run", "--reference", job / "run",
          "--engine", "transformers")  # fmt: skip

@@ -160,6 +160,7 @@ def test_stopped_and_repeated_is_unbroken(
     assert (stopped.output / "round-3" / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_students_that_start_anew(
     config: Callable[..., IterateConfig], score_here: list[ScoringTask], make_model: Callable[..., Path]
 ) -> None:
@@ -175,6 +176,7 @@ def test_students_that_start_anew(
         assert of["weights"]["formula"] == f"normalise(top(live - {name}, 0.6, by=batch), by=batch)"
 
 
+@pytest.mark.slow
 def test_columns_of_the_user_that_end_like_those_of_a_round(
     config: Callable[..., IterateConfig], score_here: list[ScoringTask], make_model: Callable[..., Path]
 ) -> None:

@@ -152,7 +152,7 @@ def assert_same_parameters(own: dict[str, Tensor], model: nn.Module) -> None:
     [
         pytest.param("llama", "no heads", {"preset": "uniform"}, marks=pytest.mark.slow),
         ("llama", "no heads", {"preset": "rho1-static"}),
-        ("gemma2", "no heads", {"preset": "dense", "lam": 0.25}),
+        pytest.param("gemma2", "no heads", {"preset": "dense", "lam": 0.25}, marks=pytest.mark.slow),
         pytest.param("llama", "residual", {"preset": "rho1-static"}, marks=pytest.mark.slow),
         pytest.param("llama", "decoder", {"preset": "dense", "lam": 0.25}, marks=pytest.mark.slow),
         ("llama-tied", "sequential", {"preset": "rho1-static"}),

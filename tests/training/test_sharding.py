@@ -107,6 +107,7 @@ def test_four_ranks_equal_four_micro_batches(config: Callable[..., TrainConfig],
     assert_equal(one, four)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_other_ranks(
     config: Callable[..., TrainConfig], launch: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

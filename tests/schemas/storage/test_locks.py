@@ -122,6 +122,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     assert list_files(s3) == {}
 
 
+@pytest.mark.slow
 def test_one_of_several_concurrent_takeovers_wins(s3: UPath, holder: Callable[[], Holder]) -> None:
     write_text(s3 / LOCK, "process 1 on nowhere 0")
     assert_one_of_three_wins(holder)

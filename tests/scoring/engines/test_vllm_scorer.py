@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-scaled": ("Granite", LLAMA | {"logits_scaling": 4.0}),
     "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
 }
-QUICK = ("llama", "qwen2-tied", "gemma2-capped", "phi-biased-head", "helium-without-a-class-in-vllm", "gpt2", "mixtral")
+QUICK = ("qwen2-tied", "gemma2-capped", "phi-biased-head", "mixtral")
 """Models that differ most from each other; the others are tested by `make test-slow`."""
 
 pytestmark = pytest.mark.usefixtures("vllm_installed")

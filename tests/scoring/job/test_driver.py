@@ -188,6 +188,7 @@ def test_a_sequence_that_kills_its_worker_is_found_and_left_out(score, capfd):
     assert "incidents: 4" in printed.out
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_once_costs_nothing(score):
     assert rejected(score({6: CRASH_ONCE})) == {}
 

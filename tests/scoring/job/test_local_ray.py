@@ -37,6 +37,7 @@ def wait_for_end_of(processes: list[psutil.Process], seconds: float = 20.0) -> N
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_ports_are_on_loopback_and_the_dashboard_has_none(run):
     run.start()
     run.wait_until(lambda: run.done() > 0)

@@ -41,6 +41,7 @@ def test_nodes_come_and_go(nodes, scoring, tokens: ShardSet):
     assert "raylet" not in run.printed.read_text(), "Ray has pages to say about a dead node"
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_be_placed(nodes, tokens, reference_model, tmp_path):
     """The nodes have two CPUs together."""
     nodes.add(), nodes.add()

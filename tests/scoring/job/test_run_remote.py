@@ -21,6 +21,7 @@ def upload(source: Path, target: UPath) -> UPath:
     return target
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_continued_and_gives_the_bytes_of_a_local_one(
     s3: UPath,
     make_shard_set: Callable[..., ShardSet],
