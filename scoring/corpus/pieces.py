@@ -49,7 +49,10 @@ def paragraphs(lines: Iterable[str | None], most: int) -> Iterator[str | None]:
     for line in lines:
         if line is None or not line.isspace():
             size += most + 1 if line is None else len(line)
-            held = [*held, line] if line is not None and size <= most else []
+            if line is None or size > most:
+                held = []
+            else:
+                held.append(line)
         elif size:
             yield "".join(held).rstrip("\r\n") if size <= most else None
             held, size = [], 0
@@ -118,7 +121,9 @@ class JsonArray:
     def _next(self) -> str:
         """The next character that is not space, or "" at the end."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            space = SPACE.match(self.text, self.at)
+            assert space is not None, "it matches the empty string"
+            self.at = space.end()
             if self.at < len(self.text) or not self._read():
                 return self.text[self.at : self.at + 1]
 

@@ -281,10 +281,12 @@ def records(batch: pa.RecordBatch, fields: list[str], most: int) -> Iterator[Row
     columns = [batch.column(name) for name in fields]
     texts = [column for column in columns if is_text(column.type)]
     large = np.any([np.zeros(batch.num_rows, bool), *(text_sizes(column) > most for column in texts)], axis=0)
-    values = zip(*columns, strict=True)
+    if not large.any():  # columns are converted faster than rows
+        values = zip(*map(column_values, columns), strict=True)
+        return (dict(zip(fields, row, strict=True)) for row in values)
     return (
         too_large_row(most) if is_large else dict(zip(fields, map(python_value, row), strict=True))
-        for is_large, row in zip(large, values, strict=True)
+        for is_large, row in zip(large, zip(*columns, strict=True), strict=True)
     )
 
 
@@ -300,6 +302,14 @@ def check_offsets(column: pa.Array) -> None:
         if column.type not in BINARY_TYPES:
             raise
         column.cast(BINARY_TYPES[column.type]).validate(full=True)
+
+
+def column_values(column: pa.Array) -> list[Any]:
+    """Python values of a column, as in `python_value`."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return list(map(python_value, column))
 
 
 def python_value(scalar: pa.Scalar) -> Any:

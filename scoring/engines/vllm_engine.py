@@ -39,14 +39,15 @@ class VllmEngine:
         torch.set_num_threads(config.threads)
         from vllm import EngineArgs, LLMEngine
 
+        hf_config = engine_config(model, config)
         if config.method == "pooler":
-            os.environ[SCORE_TOKENS] = ",".join(architectures(engine_config(model, config)))
+            os.environ[SCORE_TOKENS] = ",".join(architectures(hf_config))
             register()  # vLLM calls plugins only once per process; this may not be its first engine
             self.make_params, self.read = pooling_params, pooled_scores
         else:
             self.make_params, self.read = sampling_params, prompt_losses
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(model, config)))
-        own_code = getattr(engine_config(model, config), "auto_map", None) or {}
+        own_code = getattr(hf_config, "auto_map", None) or {}
         if "AutoModelForCausalLM" in own_code and self.engine.model_config.using_transformers_backend():
             raise ValueError("vLLM would not run the code of its output layer")
         self.computed_tokens = 0

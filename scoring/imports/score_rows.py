@@ -117,7 +117,7 @@ class Collected:
             column = batch.table[name].combine_chunks()
             values: Any
             if kind == "label":
-                values = self._texts(source, batch, name)
+                values = self._texts(source, batch, name, column)
                 self._count(source, name, values.nbytes, TEXT_BYTES * self.most_numbers)
             elif kind == "number":
                 with np.errstate(over="ignore"):
@@ -163,7 +163,7 @@ class Collected:
             UserError: a row has no id, or an id or a start has the wrong type.
         """
         name, table = self.sources[source].name, batch.table
-        ids = self._texts(source, batch, "document_id")
+        ids = self._texts(source, batch, "document_id", table["document_id"].combine_chunks())
         if ids.null_count:
             row = pc.index(ids.is_null(), True).as_py()
             raise UserError(f"{self._place(source, batch, row)}: has no document_id; add it")
@@ -180,13 +180,12 @@ class Collected:
             }
         )
 
-    def _texts(self, source: int, batch: RowBatch, name: str) -> pa.Array:
+    def _texts(self, source: int, batch: RowBatch, name: str, column: pa.Array) -> pa.Array:
         """A column of strings; other values, such as integers and dates, become strings.
 
         Raises:
             UserError: it has another type, or a string is too long.
         """
-        column = batch.table[name].combine_chunks()
         kind = column.type
         if is_text(kind):
             for row in np.flatnonzero(text_sizes(column) > MOST_TEXT_BYTES)[:1]:

@@ -40,6 +40,6 @@ def test_one_row_for_each_prediction_and_what_was_evaluated(capsys: pytest.Captu
     ],
 )
 def test_the_origin_of_the_sequence_length(source: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation = Evaluation(LOSSES[:1], 64, source)  # type: ignore[arg-type]
+    evaluation = Evaluation(LOSSES[:1], 64, source)
     print_evaluation(EvaluateConfig(model="run", input="held-out"), evaluation)
     assert capsys.readouterr().out.splitlines()[-1].strip() == text

@@ -257,7 +257,7 @@ def test_a_run_learns_the_order_and_is_found_again(config: Callable[..., TrainCo
     plain = AutoModelForCausalLM.from_pretrained(run.output / "model")
     assert not any("top" in name for name in plain.state_dict())
     assert set(load_file(run.output / "heads" / "heads.safetensors")) == {"0.linear.weight", "top.weight"}
-    found = evaluate.run(EvaluateConfig(model=str(run.output), input=run.eval_input[0]))  # type: ignore[index]
+    found = evaluate.run(EvaluateConfig(model=str(run.output), input=run.eval_input[0]))
     [first, second, order] = found.losses
     assert [head.prediction for head in (first, second, order)] == ["1", "2", "top"]
     assert order.loss == pytest.approx(summary["eval_loss_top"], rel=1e-5)

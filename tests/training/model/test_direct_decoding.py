@@ -200,7 +200,7 @@ def test_a_run_learns_with_fixed_embeddings_and_is_found_again(config: Callable[
     assert torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
     assert not torch.equal(before.transformer.h[0].mlp.c_fc.weight, after.transformer.h[0].mlp.c_fc.weight)
 
-    found = evaluate.run(EvaluateConfig(model=str(run.output), input=run.eval_input[0])).losses  # type: ignore[index]
+    found = evaluate.run(EvaluateConfig(model=str(run.output), input=run.eval_input[0])).losses
     assert [head.prediction for head in found] == ["1", "phase_0", "phase_1"]
     for head in found:
         assert head.loss == pytest.approx(summary[f"eval_loss_{head.prediction}"], rel=1e-5)

@@ -51,14 +51,14 @@ def test_a_run_evaluates_the_same_tokens_for_any_micro_batch(config: Callable[..
     assert one["eval_targets_1"] == four["eval_targets_1"] == 150 - 5
     assert one["eval_documents_1"] == four["eval_documents_1"] == 4
     assert one["eval_loss_1"] == pytest.approx(four["eval_loss_1"], rel=1e-5)
-    settings = EvaluateConfig(model=str(runs[0].output), input=runs[0].eval_input[0], max_tokens=150)  # type: ignore[index]
+    settings = EvaluateConfig(model=str(runs[0].output), input=runs[0].eval_input[0], max_tokens=150)
     assert evaluate(settings).losses[0].targets == 145
 
 
 def test_where_the_sequence_length_comes_from(config: Callable[..., TrainConfig]) -> None:
     run = config("run", max_steps=1)
     train(run)
-    held_out = run.eval_input[0]  # type: ignore[index]
+    held_out = run.eval_input[0]
     of_run = evaluate(EvaluateConfig(model=str(run.output), input=held_out))
     assert (of_run.sequence_length, of_run.length_source) == (64, "run")
     given = evaluate(EvaluateConfig(model=str(run.output), input=held_out, sequence_length=32))
