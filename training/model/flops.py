@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from weighted_mtp.training.model.mtp_model import MTPModel
-from weighted_mtp.training.model.trunk import attention_width
+from weighted_mtp.training.model.trunk import attention_width, decoder_of
 
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362}
 """Dense bfloat16 peak of devices by part of their name, in 10^12 operations per second (vendors' data sheets)."""
@@ -33,8 +33,8 @@ class StepFlops:
     """
 
     def __init__(self, model: MTPModel) -> None:
-        trunk, config = model.trunk, model.trunk.config
-        modules = [module for module in trunk.get_decoder().modules() if not isinstance(module, nn.Embedding)]
+        trunk, config = model.trunk, model.trunk.config.get_text_config()
+        modules = [module for module in decoder_of(trunk).modules() if not isinstance(module, nn.Embedding)]
         matrices = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2]
         learning = sum(p.requires_grad for p in matrices)
         # With adapters only, the frozen matrices need no gradients, but their inputs do.

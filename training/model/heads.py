@@ -84,7 +84,7 @@ class ResidualHeads(Heads):
     """Parallel heads, each with one residual block."""
 
     def __init__(self, trunk: Any, offsets: Sequence[int]) -> None:
-        super().__init__(ResidualHead(trunk.config.hidden_size) for _ in offsets[1:])
+        super().__init__(ResidualHead(trunk.config.get_text_config().hidden_size) for _ in offsets[1:])
 
     def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
         """One group for each head, over rows of nonzero weight only."""
@@ -151,7 +151,7 @@ class SequentialModule(nn.Module):
     def __init__(self, trunk: Any, *, from_scratch: bool) -> None:
         super().__init__()
         layers, norm = decoder_parts(trunk)
-        size = trunk.config.hidden_size
+        size = trunk.config.get_text_config().hidden_size
         self.hidden_layernorm, self.token_layernorm = copy.deepcopy(norm), copy.deepcopy(norm)
         self.input_proj = nn.Linear(2 * size, size, bias=False)
         for module in (self.hidden_layernorm, self.token_layernorm, self.input_proj):

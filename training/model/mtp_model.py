@@ -32,6 +32,7 @@ from weighted_mtp.training.model.trainable_parameters import merge_adapters
 from weighted_mtp.training.model.trunk import (
     LayerCall,
     check_trunk,
+    decoder_of,
     decoder_parts,
     load_trunk,
     recorded_call,
@@ -182,7 +183,7 @@ class MTPModel(nn.Module):
         return [_sums(of_phase, rows, documents) for of_phase in by_phase]
 
     def _run_trunk(self, input_ids: Tensor, position_ids: Tensor) -> TrunkOutput:
-        decoder = self.trunk.get_decoder()
+        decoder = decoder_of(self.trunk)
         last, norm = LayerCall(), LayerCall()
         with ExitStack() as stack:
             if self.heads.reads:
@@ -296,8 +297,8 @@ def build_model(
     config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / "model")
     trunk = load_trunk(source, from_scratch=from_scratch, attention=attention, trust_remote_code=trust_remote_code)
-    heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     check_trunk(trunk, name)
+    heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     if config.dmtd.cycle > 1:
         check_split(trunk, config.dmtd)
     top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None

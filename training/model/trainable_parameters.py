@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import LoRAConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.training.model.trunk import decoder_of
 
 ADAPTER = "default"
 
@@ -18,12 +19,20 @@ def select_trainable(trunk: Any, config: TrainConfig) -> None:
     Raises:
         UserError: adapters cannot be added.
     """
+    freeze_unused(trunk)
     if config.trainable == "heads":
         freeze_trunk(trunk)
     elif config.trainable == "lora":
         add_adapters(trunk, config.lora)
     if config.heads.dmtd.cycle > 1 and not config.from_scratch:
         freeze_embeddings(trunk)
+
+
+def freeze_unused(trunk: Any) -> None:
+    """Freeze what text does not pass through, such as a vision tower: processes would wait for its gradients."""
+    used = {*decoder_of(trunk).parameters(), *trunk.get_output_embeddings().parameters()}
+    for parameter in set(trunk.parameters()) - used:
+        parameter.requires_grad_(False)
 
 
 def freeze_trunk(trunk: nn.Module) -> None:
@@ -59,7 +68,7 @@ def add_adapters(trunk: Any, config: LoRAConfig) -> None:
     for target in set(config.targets) - {"all-linear"}:
         if not any(isinstance(m, LoraLayer) and f".{n}".endswith(f".{target}") for n, m in trunk.named_modules()):
             raise UserError(f"--lora.targets {names}: no module is named '{target}'; name other modules")
-    decoder = set(trunk.get_decoder().modules())
+    decoder = set(decoder_of(trunk).modules())
     for name, module in trunk.named_modules():
         if isinstance(module, LoraLayer) and (module not in decoder or isinstance(module.base_layer, nn.Embedding)):
             raise UserError(f"--lora.targets {names}: {name} is not a linear layer of the decoder; name other modules")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, load_error, settle_attention
 from weighted_mtp.schemas.storage.locations import local_name
 
@@ -87,13 +87,19 @@ def choose_attention(wanted: str, device: torch.device) -> str | None:
     return wanted
 
 
+def decoder_of(trunk: Any) -> Any:
+    """The part of a trunk that returns final hidden states. transformers does not find that of all architectures."""
+    found = trunk.get_decoder()
+    return getattr(trunk, "model", found) if found is trunk or isinstance(found, nn.Linear) else found
+
+
 def decoder_parts(trunk: Any) -> tuple[nn.ModuleList, nn.Module]:
     """The decoder layers and the final norm of a trunk.
 
     Raises:
         UserError: the architecture uses unknown names for them.
     """
-    decoder = trunk.get_decoder()
+    decoder = decoder_of(trunk)
     layers = next((getattr(decoder, name) for name in LAYER_NAMES if hasattr(decoder, name)), None)
     norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
     if layers is None or norm is None:
@@ -131,7 +137,7 @@ def shorten(trunk: Any, layers: int) -> None:
     """Remove all but the first `layers` decoder layers of a trunk."""
     decoder_layers, _ = decoder_parts(trunk)
     del decoder_layers[layers:]
-    shorten_config(trunk.config, layers)
+    shorten_config(trunk.config.get_text_config(), layers)
 
 
 def shorten_config(config: Any, layers: int) -> None:
@@ -153,18 +159,25 @@ def check_trunk(trunk: Any, name: str) -> None:
     attention = trunk.config._attn_implementation
     if attention in ON_GPU_ONLY:
         config = copy.deepcopy(trunk.config)
-        shorten_config(config, min(2, config.num_hidden_layers))
+        text_config = config.get_text_config()
+        shorten_config(text_config, min(2, text_config.num_hidden_layers))
         trunk = type(trunk)._from_config(config, dtype=torch.bfloat16, attn_implementation=attention).cuda()
     tolerance = 1e-3 if trunk.dtype == torch.float32 else 5e-2
     training = trunk.training
     trunk.eval()
-    ids = torch.arange(12, device=trunk.device)[None] % trunk.config.vocab_size
+    ids = torch.arange(12, device=trunk.device)[None] % trunk.config.get_text_config().vocab_size
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]], device=trunk.device)
-    hidden = trunk.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    alone = trunk.get_decoder()(input_ids=ids[:, 5:], use_cache=False).last_hidden_state
-    logits = trunk(input_ids=ids[:, 5:], use_cache=False).logits
-    unembedding = trunk.get_output_embeddings()
-    own = nn.functional.linear(alone, unembedding.weight, unembedding.bias)
+    try:
+        hidden = decoder_of(trunk)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        alone = decoder_of(trunk)(input_ids=ids[:, 5:], use_cache=False).last_hidden_state
+        logits = trunk(input_ids=ids[:, 5:], use_cache=False).logits
+        unembedding = trunk.get_output_embeddings()
+        own = nn.functional.linear(alone, unembedding.weight, unembedding.bias)
+    except Exception as error:  # of any type: an architecture may have other parts, or its own code raises it
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{name}: {type(trunk).__name__} does not run on packed rows ({reason}); use another architecture"
+        ) from error
     if (cap := softcap(trunk)) is not None:
         own = cap * torch.tanh(own / cap)
     trunk.train(training)
@@ -172,7 +185,8 @@ def check_trunk(trunk: Any, name: str) -> None:
         raise UserError(f"{name}: predicts NaN or infinity; check its weights")
     if not torch.allclose(own, logits, rtol=tolerance, atol=tolerance):
         raise UserError(
-            f"{name}: {type(trunk).__name__} rescales its logits, which training cannot do; use another architecture"
+            f"{name}: the logits of {type(trunk).__name__} are not its final hidden states times the unembedding; "
+            "use another architecture"
         )
     if not torch.allclose(hidden[:, 5:], alone, rtol=tolerance, atol=tolerance):
         raise UserError(
@@ -183,7 +197,7 @@ def check_trunk(trunk: Any, name: str) -> None:
 
 def softcap(trunk: Any) -> float | None:
     """The soft-cap of the architecture's logits, or None."""
-    return getattr(trunk.config, "final_logit_softcapping", None)
+    return getattr(trunk.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def attention_width(config: Any) -> int:

@@ -17,7 +17,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.multi_head import weighted_linear_cross_entropy
 from weighted_mtp.training.loss.normalizer import mean_if_labelled
 from weighted_mtp.training.loss.shifted_targets import select_targets
-from weighted_mtp.training.model.trunk import check_trunk, softcap
+from weighted_mtp.training.model.trunk import check_trunk, decoder_of, softcap
 
 
 def add_weighted_loss(model: PreTrainedModel | PeftModel) -> None:
@@ -68,7 +68,7 @@ def _forward_with_weights(
     if attention_mask is not None:
         raise UserError("weights: give position_ids that restart at 0 in every document, without an attention_mask")
     rows, targets, of_rows = select_targets(input_ids, position_ids, weights, 1)
-    decoder, unembedding = model.get_decoder(), model.get_output_embeddings()
+    decoder, unembedding = decoder_of(model), model.get_output_embeddings()
     states = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state  # (B, T, D)
     total, _ = weighted_linear_cross_entropy(
         states.flatten(0, 1)[rows],

@@ -101,7 +101,14 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
         )
     if (furthest := model.heads_config.offsets[-1]) >= sequence_length:
         raise UserError(f"--sequence_length {sequence_length}: too short for a head {furthest} tokens ahead")
-    positions = getattr(model.trunk.config, "max_position_embeddings", None)
+    settings = model.trunk.config.get_text_config()
+    chunk = getattr(settings, "attention_chunk_size", None)
+    if chunk is not None and chunk < sequence_length:
+        raise UserError(
+            f"--model {name}: its attention has chunks of {chunk} tokens, which would start in rows and not in "
+            f"documents; give --sequence_length {chunk}"
+        )
+    positions = getattr(settings, "max_position_embeddings", None)
     longest = min(sequence_length, shards.manifest.longest)
     if positions is not None and positions < longest:
         raise UserError(

@@ -2,15 +2,30 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import FalconConfig, GraniteConfig
+from transformers import (
+    AutoModelForCausalLM,
+    ElectraConfig,
+    FalconConfig,
+    Gemma3Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    ModernBertDecoderConfig,
+)
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.training.model.mtp_model import build_model
+from weighted_mtp.training.model.mtp_model import build_model, load_model
+from weighted_mtp.training.model.trainable_parameters import freeze_unused
 from weighted_mtp.training.model.trunk import choose_attention
+
+SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = SHAPE | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8}
+SPECIAL = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
 
 
 def test_attention_follows_the_device() -> None:
@@ -22,14 +37,56 @@ def test_attention_follows_the_device() -> None:
         choose_attention("flex_attention", cpu)
 
 
-def test_unsupported_architectures_are_refused(tmp_path: Path) -> None:
-    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    GraniteConfig(**shape, num_key_value_heads=2, logits_scaling=2.0).save_pretrained(tmp_path / "granite")
-    with pytest.raises(UserError, match="rescales its logits"):
-        build_model(str(tmp_path / "granite"), HeadsConfig(), from_scratch=True)
-    FalconConfig(**shape).save_pretrained(tmp_path / "falcon")
-    with pytest.raises(UserError, match="does not separate packed documents"):
-        build_model(str(tmp_path / "falcon"), HeadsConfig(), from_scratch=True)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=2.0),
+            "the logits of GraniteForCausalLM are not its final hidden states times the unembedding; use",
+        ),
+        (
+            ModernBertDecoderConfig(**SHAPE | SPECIAL),
+            "the logits of ModernBertDecoderForCausalLM are not its final hidden states times the unembedding; use",
+        ),
+        (
+            ElectraConfig(**SHAPE, embedding_size=16, is_decoder=True),
+            r"ElectraForCausalLM does not run on packed rows \(RuntimeError: .*\); use",
+        ),
+        (FalconConfig(**{n: v for n, v in SHAPE.items() if n != "intermediate_size"}), "does not separate packed"),
+    ],
+)
+def test_unsupported_architectures_are_refused(config: Any, message: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        build_model(str(tmp_path), HeadsConfig(), from_scratch=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Llama4TextConfig(**TEXT, intermediate_size_mlp=48, num_local_experts=2, interleave_moe_layer_step=2),
+        Gemma3Config(text_config=TEXT, vision_config=VISION | {"patch_size": 4}, mm_tokens_per_image=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("heads", [HeadsConfig(offsets=(1,)), HeadsConfig(offsets=(1, 2), kind="sequential")])
+def test_losses_are_those_of_the_whole_model(config: Any, heads: HeadsConfig, tmp_path: Path) -> None:
+    """The part with the layers is elsewhere in these models, and so are its settings."""
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    model = load_model(str(tmp_path / "whole"), heads).eval()
+    ids, positions = torch.arange(24)[None], torch.arange(24)[None] % 12
+    _, sums = model(ids, positions, torch.ones(1, 24), by_document=True)
+    losses = [whole(input_ids=part, labels=part).loss * 11 for part in ids.split(12, dim=1)]
+    torch.testing.assert_close(sums.plain_loss[0].float(), torch.stack(losses).detach())
+    freeze_unused(model.trunk)
+    loss, _ = model(ids, positions, torch.ones(1, 24))
+    loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "experts" not in n)
+    model.save(tmp_path / "saved")
+    saved = load_model(str(tmp_path / "saved")).trunk.parameters()
+    assert all(torch.equal(*pair) for pair in zip(saved, whole.parameters(), strict=True))
 
 
 def test_missing_weights_name_the_remedy(tmp_path: Path, model_dir: Callable[..., Path]) -> None:

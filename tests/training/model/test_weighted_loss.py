@@ -115,7 +115,7 @@ def test_adapters_train_with_weights(first: str, load: Callable[..., Any], batch
 def test_what_would_be_wrong_is_refused(load: Callable[..., Any], batch: Batch) -> None:
     shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     granite = AutoModelForCausalLM.from_config(GraniteConfig(**shape, num_key_value_heads=2, logits_scaling=2.0))
-    with pytest.raises(UserError, match="rescales its logits"):
+    with pytest.raises(UserError, match="are not its final hidden states times the unembedding"):
         add_weighted_loss(granite)
     model = load()
     with pytest.raises(UserError, match="the model returned no loss; prepare it with add_weighted_loss"):

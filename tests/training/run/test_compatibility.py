@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import Llama4TextConfig
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
@@ -21,6 +22,16 @@ def test_a_refused_start_claims_nothing(
         train(config("run", input=long.path, sequence_length=None))
     assert not (long.path.parent / "run").exists()
     train(config("run", input=long.path, sequence_length=128, max_steps=1))
+
+
+def test_rows_longer_than_a_chunk_of_attention_are_refused(config: Callable[..., TrainConfig]) -> None:
+    """Chunks of Llama 4 start in rows, not in documents."""
+    run = config("run", from_scratch=True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = Llama4TextConfig(**sizes, vocab_size=258, num_local_experts=2, attention_chunk_size=16)
+    settings.save_pretrained(run.model)
+    with pytest.raises(UserError, match=r"has chunks of 16 tokens, .*; give --sequence_length 16$"):
+        train(run)
 
 
 def test_tracker_that_is_not_installed_is_named(config: Callable[..., TrainConfig]) -> None:
