@@ -226,6 +226,17 @@ def native_heads(config: Any) -> int:
     return max(int(getattr(config.get_text_config(), name, None) or 0) for name in NATIVE_HEADS)
 
 
+def short_length(config: Any) -> int | None:
+    """Largest length of sequences for which LongRoPE uses its short factors; None for other positions.
+
+    The long factors change all positions of a longer sequence. transformers chooses the factors once for a batch.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    of_layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    longrope = [one for one in of_layers if "longrope" in (one.get("rope_type"), one.get("type"))]
+    return min((one["original_max_position_embeddings"] for one in longrope), default=None)
+
+
 @torch.no_grad()
 def check_causal(name: str, model: Any) -> None:
     """Raise UserError if the logits of a token depend on tokens after it, as in an encoder or a diffusion model."""

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from weighted_mtp.schemas.pretrained import load_causal_lm
+from weighted_mtp.schemas.pretrained import load_causal_lm, short_length
 from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
@@ -42,12 +42,14 @@ class TransformersEngine:
         self.model = loaded.to(self.device).eval().requires_grad_(False)
         self.logits_of = separate_logits(self.model)
         self.vocab_size = self.model.config.get_text_config().vocab_size
+        self.short_length = short_length(self.model.config)
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         """See `Engine.score`."""
         results = [request.missing() for request in requests]
         for quantities, group in by_quantities(requests):
-            for batch in batches([len(requests[index].input_ids) for index in group], self.batch_tokens):
+            lengths = [len(requests[index].input_ids) for index in group]
+            for batch in batches(lengths, self.batch_tokens, self.short_length):
                 indices = [group[place] for place in batch]
                 scores = self._score_batch([requests[index] for index in indices], quantities)
                 for row, index in enumerate(indices):
@@ -128,18 +130,20 @@ def by_quantities(requests: list[Request]) -> list[tuple[frozenset[Quantity], li
     return sorted(groups.items(), key=lambda item: "gradient" not in item[0])
 
 
-def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: list[int], batch_tokens: int, short_length: int | None = None) -> Iterator[list[int]]:
     """Group rows of similar length. A group padded to its longest row has at most `batch_tokens` tokens.
 
     A longer row forms its own group. The longest rows come first, to run out of memory immediately or never. A group
-    ends where one more row would make the share of padding larger than `PADDING`, unless it is small.
+    ends where one more row would make the share of padding larger than `PADDING`, unless it is small. Rows of at most
+    `short_length` tokens are not padded beyond it.
     """
     group: list[int] = []
     longest = tokens = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         padded = longest * (len(group) + 1)
         padding = padded - tokens - lengths[row]
-        if group and (padded > batch_tokens or (padded > UNPADDED_TOKENS and padding > PADDING * padded)):
+        full = padded > batch_tokens or (padded > UNPADDED_TOKENS and padding > PADDING * padded)
+        if group and (full or (short_length is not None and lengths[row] <= short_length < longest)):
             yield group
             group = []
         if not group:

@@ -32,6 +32,7 @@ from weighted_mtp.training.model.trainable_parameters import merge_adapters
 from weighted_mtp.training.model.trunk import (
     LayerCall,
     check_trunk,
+    choose_factors_by_document,
     decoder_of,
     decoder_parts,
     load_trunk,
@@ -297,6 +298,7 @@ def build_model(
     config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / "model")
     trunk = load_trunk(source, from_scratch=from_scratch, attention=attention, trust_remote_code=trust_remote_code)
+    choose_factors_by_document(trunk)
     check_trunk(trunk, name)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
     if config.dmtd.cycle > 1:

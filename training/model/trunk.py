@@ -1,9 +1,11 @@
 """The trunk: loads a Hugging Face model, finds its layers, and checks the assumptions of training."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, load_error, settle_attention
+from weighted_mtp.schemas.pretrained import load_causal_lm, load_config, load_error, settle_attention, short_length
 from weighted_mtp.schemas.storage.locations import local_name
 
 LAYER_NAMES = ("layers", "h")
@@ -145,6 +147,26 @@ def shorten_config(config: Any, layers: int) -> None:
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
+
+
+def choose_factors_by_document(trunk: Any) -> None:
+    """Let LongRoPE choose its factors for each packed document; transformers chooses them by the longest of a batch."""
+    if (limit := short_length(trunk.config)) is not None:
+        for name, module in trunk.named_modules():
+            if name.endswith("rotary_emb"):
+                module.register_forward_hook(partial(_mix_factors, limit), with_kwargs=True)
+
+
+def _mix_factors(limit: int, rotary: Any, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Cosines and sines (B, T, D) of documents of at most `limit` tokens with short factors; `output` has one kind."""
+    arguments = inspect.signature(rotary.forward).bind(*args, **kwargs).arguments
+    positions = arguments["position_ids"]  # (B, T)
+    documents = (positions == 0).cumsum(-1)
+    documents -= documents[:, :1].clone()
+    lengths = torch.zeros_like(positions).scatter_reduce(-1, documents, positions + 1, "amax")
+    long = lengths.gather(-1, documents)[..., None] > limit  # (B, T, 1)
+    short = rotary.forward(**arguments | {"position_ids": positions.clamp(max=limit - 1)})
+    return tuple(torch.where(long, *pair) for pair in zip(output, short, strict=True))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.multi_head import weighted_linear_cross_entropy
 from weighted_mtp.training.loss.normalizer import mean_if_labelled
 from weighted_mtp.training.loss.shifted_targets import select_targets
-from weighted_mtp.training.model.trunk import check_trunk, decoder_of, softcap
+from weighted_mtp.training.model.trunk import check_trunk, choose_factors_by_document, decoder_of, softcap
 
 
 def add_weighted_loss(model: PreTrainedModel | PeftModel) -> None:
@@ -35,6 +35,7 @@ def add_weighted_loss(model: PreTrainedModel | PeftModel) -> None:
         UserError: the model computes its logits in an unsupported way, or mixes packed documents.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    choose_factors_by_document(base)
     check_trunk(base, base.name_or_path or type(base).__name__)
     plain_forward = base.forward.__func__  # unbound: copies of the model must not run this one
     signature = inspect.signature(plain_forward)

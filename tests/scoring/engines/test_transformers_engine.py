@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from plain_gradients import plain_gradient
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -16,6 +17,7 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     OPTConfig,
+    Phi3Config,
 )
 
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
@@ -53,6 +55,24 @@ def test_logits_are_the_models_own(tmp_path, sequences, loop_losses):
     model.save_pretrained(tmp_path)
     [[losses]] = engine(tmp_path).score([Request(sequences[0])])
     np.testing.assert_allclose(losses, loop_losses(model, sequences[0]), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("quantities", [("loss",), BOTH])
+def test_long_and_short_factors_of_longrope_follow_each_sequence(quantities, tmp_path, sequences):
+    """Not the longest sequence of a batch."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [9.0] * 8, "rope_theta": 10.0}
+    config = Phi3Config(
+        **SIZES, initializer_range=0.5, original_max_position_embeddings=33, rope_parameters=rope, pad_token_id=0
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    found = engine(tmp_path).score([Request(ids, quantities=quantities) for ids in sequences])
+    for (losses, *_), ids in zip(found, sequences, strict=True):
+        with torch.no_grad():
+            logits_alone = model(torch.from_numpy(ids)[None].long()).logits[0, :-1]
+        alone = F.cross_entropy(logits_alone, torch.from_numpy(ids[1:]).long(), reduction="none")
+        np.testing.assert_allclose(losses[1:], alone, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
