@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.locations import is_missing_directory
@@ -29,6 +29,8 @@ PROBE_TOKENS = 16
 PROBED_LAYERS = 2
 """Attention layers that are compared; models with two kinds of layers alternate them."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+OLD_BUFFER = re.compile(r"rotary|inv_freq|masked_bias$|causal_mask$|(?:attn|attention)\.bias$")
+"""Tensors in layers that older versions of transformers saved, and that newer ones compute."""
 NATIVE_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Config entries with the number of multi-token-prediction layers of a checkpoint."""
 LIMITS = (
@@ -86,16 +88,24 @@ def load_config(name: str, source: str | Path, *, trust_remote_code: bool = Fals
         trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        UserError: there is none, it is damaged, or it needs code that may not run.
+        UserError: there is none, it is damaged, it needs code that may not run, or it has an adapter, with which
+            transformers would combine it or load another model.
     """
     if is_missing_directory(source):
         raise UserError(f"{name}: no such directory; check the path")
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise UserError(f"{name}: no config.json; give a directory written by save_pretrained")
     try:
+        if find_adapter_config_file(str(source)):
+            raise UserError(
+                f"{name}: is an adapter (adapter_config.json); merge it into its base model, and save that without "
+                "adapter_config.json"
+            )
+        if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+            raise UserError(f"{name}: no config.json; give a directory written by save_pretrained")
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_sizes(config.to_dict())
         return config
+    except UserError:
+        raise
     except Exception as error:
         remedy = "restore the checkpoint" if Path(source).is_dir() else "check the name and the connection"
         raise load_error(error, source, f"{name}: config.json cannot be read", remedy) from error
@@ -177,7 +187,7 @@ def load_causal_lm(
                 ignore_mismatched_sizes=True,
             )
         check_code(name, source, model)
-        check_complete(name, report, model.config)
+        check_complete(name, report, model)
     settle_attention(name, model, attention)
     check_causal(name, model)
     return model
@@ -200,11 +210,12 @@ def check_code(name: str, source: str | Path, model: Any) -> None:
         )
 
 
-def check_complete(name: str, report: Mapping[str, Any], config: Any) -> None:
-    """Compare a checkpoint with its config, by the loading report of transformers.
+def check_complete(name: str, report: Mapping[str, Any], model: Any) -> None:
+    """Compare a checkpoint with its model, by the loading report of transformers.
 
     Raises:
-        UserError: a parameter is missing or has another shape, or there are more layers than the config says.
+        UserError: a parameter is missing or has another shape, there are more layers than the config says, or the
+            layers do not use all of their weights.
     """
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name}: checkpoint lacks {missing[0]}; give one with all weights of a causal LM")
@@ -213,12 +224,27 @@ def check_complete(name: str, report: Mapping[str, Any], config: Any) -> None:
             f"{name}: {parameter} has shape {tuple(found)} in the checkpoint and {tuple(expected)} by its config.json; "
             "restore the checkpoint"
         )
-    layers = config.get_text_config().num_hidden_layers + native_heads(config)
+    prefix = f"{model.base_model_prefix}."
+    modules = {part.removeprefix(prefix): module for part, module in model.named_modules()}
+    layers = model.config.get_text_config().num_hidden_layers + native_heads(model.config)
+    unused = []
     for parameter in sorted(report["unexpected_keys"]):
-        if (found := LAYER.search(parameter)) and int(found[1]) >= layers:
+        path = parameter.removeprefix(prefix)
+        found = LAYER.search(path)
+        if found and int(found[1]) >= layers and path[: found.start(1) - 1] in modules:
             raise UserError(
                 f"{name}: has {parameter}, but its config.json says that it has {layers} layers; restore the checkpoint"
             )
+        parents = [path[: dot.start()] for dot in re.finditer(r"\.", path)]
+        in_layer = found and path[: found.end(1)] in modules and not OLD_BUFFER.search(path)
+        if in_layer or any(hasattr(modules.get(parent), "weight") for parent in parents):
+            unused.append(parameter)
+    if unused and not getattr(model.config, "quantization_config", None):
+        others = f" and {len(unused) - 1} other weights" if len(unused) > 1 else ""
+        raise UserError(
+            f"{name}: has {unused[0]}{others}, which {type(model).__name__} does not use with its config.json; "
+            "correct the config.json, or remove them from the checkpoint"
+        )
 
 
 def native_heads(config: Any) -> int:

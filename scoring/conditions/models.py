@@ -167,7 +167,7 @@ def check_weights(directory: Path, name: str, trust_remote_code: bool) -> int:
     except Exception as error:  # libraries raise various exceptions for damaged files
         raise load_error(error, directory, f"{name}: its weights cannot be read", "restore the checkpoint") from error
     check_code(name, directory, model)
-    check_complete(name, report, model.config)
+    check_complete(name, report, model)
     return model.num_parameters()
 
 

@@ -141,6 +141,23 @@ def test_a_config_without_heads_is_named_before_the_tokenizer(
         check_model(str(path), "--base", make_shard_set([[1, 2]]))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_take_one_line(whole: bool, make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path) -> None:
+    """transformers would load the base model that an adapter names, or apply the adapter."""
+    path = tmp_path / "adapter"
+    shutil.copytree(make_model(), path)
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(make_model(seed=1))}))
+    if whole:
+        with pytest.raises(UserError, match=r"--base .*/adapter: is an adapter .*; merge it into its base model"):
+            check_model(str(path), "--base", make_shard_set([[1, 2]]))
+    else:
+        (path / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"/adapter: is an adapter \(adapter_config.json\); merge it into its base"
+    ):
+        build_model(str(path), None, from_scratch=False)
+
+
 @pytest.mark.parametrize("content", ["trap", "garbage", "empty"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_are_not_executed(content: str, make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,28 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(
         load_causal_lm("--model it", tmp_path, dtype=torch.float32)
     with pytest.raises(UserError, match=message):
         build_model(str(tmp_path), None, from_scratch=False)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("model.layers.1.self_attn.q_proj.bias", "lm_head.bias"), "has lm_head.bias and 1 other weights, which Llama"),
+        (("model.layers.0.mlp.up_proj.lora_A.default.weight",), "has model.layers.0.mlp.up_proj.lora_A.default.weight"),
+        (("model.layers.0.mlp.up_proj.weight_scale",), "has model.layers.0.mlp.up_proj.weight_scale, which LlamaForC"),
+        (("model.layers.1.self_attn.q_norm.weight",), "has model.layers.1.self_attn.q_norm.weight, which LlamaForCau"),
+        (("model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias"), None),
+        (("model.layers.1.self_attn.bias", "value_head.weight", "mtp.layers.0.mlp.up_proj.weight"), None),
+        (("vision_tower.layers.0.mlp.up_proj.bias", "vision_tower.layers.7.mlp.up_proj.weight"), None),
+    ],
+)
+def test_weights_that_the_layers_do_not_use_are_refused(
+    extra: tuple[str, ...], message: str | None, tmp_path: Path
+) -> None:
+    make("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(2) for name in extra}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        load_causal_lm("--base it", tmp_path, dtype=torch.float32)
 
 
 def test_layers_that_the_config_does_not_know_are_refused(tmp_path: Path) -> None:
