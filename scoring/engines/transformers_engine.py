@@ -8,7 +8,9 @@ the batch stay in memory until then.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,13 +85,11 @@ class TransformersEngine:
             A float32 tensor [scored tokens] for each quantity.
         """
         gradient = "gradient" in quantities
-        with torch.inference_mode(not gradient):
-            embeddings = self.model.get_input_embeddings()(input_ids).requires_grad_() if gradient else None
-            inputs = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+        with torch.inference_mode(not gradient), recorded_embeddings(self.model) as embeddings:
             if self.logits_of:
-                outputs = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                outputs = self.model.base_model(input_ids, use_cache=False).last_hidden_state
             else:
-                outputs = self.model(**inputs, use_cache=False).logits
+                outputs = self.model(input_ids, use_cache=False).logits
             # Position t predicts token t + 1. The hidden states or logits, [scored tokens, size]:
             states = outputs[:, :-1][scored[:, 1:]]
             leaf = states.detach().requires_grad_(gradient)
@@ -107,10 +107,31 @@ class TransformersEngine:
                     found["entropy"][part] = entropies(logits.detach())
                 if gradient:
                     losses.sum().backward()
-            if embeddings is not None:
+            if gradient:
                 (gradients,) = torch.autograd.grad(states, embeddings, leaf.grad)  # [requests, longest, hidden size]
                 found["gradient"] = gradients[scored].float().norm(dim=-1).clamp(max=FLOAT16_MAX)
         return found
+
+
+@contextmanager
+def recorded_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the input embeddings of a forward pass; outside of inference mode, they require gradients.
+
+    The pass gets ids, because models may compute more than embeddings from them, such as the positions of RoBERTa.
+    """
+    found: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():
+            return output
+        found.append(output.requires_grad_())
+        return output.clone()  # models may change them in place
+
+    hook = model.get_input_embeddings().register_forward_hook(record)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def entropies(logits: torch.Tensor) -> torch.Tensor:

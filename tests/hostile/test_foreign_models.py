@@ -152,9 +152,7 @@ def test_adapters_take_one_line(whole: bool, make_model: MakeModel, make_shard_s
             check_model(str(path), "--base", make_shard_set([[1, 2]]))
     else:
         (path / "config.json").unlink()
-    with pytest.raises(
-        UserError, match=r"/adapter: is an adapter \(adapter_config.json\); merge it into its base"
-    ):
+    with pytest.raises(UserError, match=r"/adapter: is an adapter \(adapter_config.json\); merge it into its base"):
         build_model(str(path), None, from_scratch=False)
 
 

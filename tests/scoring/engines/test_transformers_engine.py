@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    CTRLConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
@@ -18,6 +19,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     Phi3Config,
+    RobertaConfig,
 )
 
 from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX
@@ -153,6 +155,24 @@ def test_losses_are_the_same_with_and_without_gradients(reference_model, sequenc
     for one, other in zip(with_gradients, without, strict=True):
         np.testing.assert_allclose(one[1:], other, rtol=0, atol=1e-5)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(**SIZES, intermediate_size=64, is_decoder=True, pad_token_id=1, initializer_range=0.5),
+        CTRLConfig(vocab_size=258, n_embd=32, dff=64, n_layer=1, n_head=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_need_ids_have_gradients(config, tmp_path):
+    """RoBERTa gives the padding token another position; CTRL changes its embeddings in place."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    loaded, ids = engine(tmp_path), np.array([5, 1, 7, 1, 9, 200, 3], np.int32)
+    [[losses, gradients]] = loaded.score([Request(ids, quantities=BOTH)])
+    np.testing.assert_allclose(losses, loaded.score([Request(ids)])[0][0], rtol=0, atol=TOLERANCE)
+    assert (gradients[1:-1] > 0).all()
 
 
 def test_only_sequences_with_gradients_take_a_backward_pass(reference_model, sequences):
