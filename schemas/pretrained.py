@@ -52,7 +52,9 @@ class OwnCodeError(UserError):
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a config, or one inside it, has more layers or larger ones than any model."""
+    """Raise ValueError if a config, or one inside it, has more layers or larger ones than any model, or no keys."""
+    if config.get("num_key_value_heads") == 0:
+        raise ValueError("num_key_value_heads is 0, and at least 1 is needed")
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(value)
@@ -69,12 +71,14 @@ def load_error(error: Exception, source: str | Path, problem: str, remedy: str) 
         error: the exception.
         source: local directory or Hugging Face id.
         problem: beginning of the message.
-        remedy: end of the message, unless the remedy follows from the exception.
+        remedy: end of the message, unless it follows from the exception.
     """
     if "trust_remote_code" in str(error):
         return OwnCodeError(f"{problem} (it needs Python code of its own); if you trust it, add --trust_remote_code")
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     reason = shorten(kind + str(error), MOST_REASON, placeholder="...")
+    if isinstance(error, ImportError):
+        remedy = "install what it needs, or remove that from its config.json, such as '_attn_implementation'"
     where = "" if Path(source).is_dir() else "no such directory, and not from the Hugging Face hub: "
     return UserError(f"{problem} ({where}{reason}); {remedy}")
 
@@ -250,6 +254,12 @@ def check_complete(name: str, report: Mapping[str, Any], model: Any) -> None:
 def native_heads(config: Any) -> int:
     """Number of multi-token-prediction layers that a config announces. transformers does not load them."""
     return max(int(getattr(config.get_text_config(), name, None) or 0) for name in NATIVE_HEADS)
+
+
+def most_positions(config: Any) -> int | None:
+    """Tokens in the longest sequence that a model reads; None if unlimited, for which XLNet has -1."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found is not None and found > 0 else None
 
 
 def short_length(config: Any) -> int | None:

@@ -65,6 +65,7 @@ ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeVa
 ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 Mix = dict[str, ProperFraction]
 """Names of shard sets, as in `ShardSets`, and the share of the rows that each gives. See `check_mix`."""
+EvaluatedTokens = Annotated[int, Field(ge=2)]
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"

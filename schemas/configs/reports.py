@@ -4,7 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from weighted_mtp.schemas.configs.common import Config, Mix, Positive, RowLength, Seed, ShardSets, check_mix
+from weighted_mtp.schemas.configs.common import (
+    Config,
+    EvaluatedTokens,
+    Mix,
+    Positive,
+    RowLength,
+    Seed,
+    ShardSets,
+    check_mix,
+)
 from weighted_mtp.schemas.configs.weights import WeightsConfig
 from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting, PathSetting
 
@@ -23,7 +32,7 @@ class EvaluateConfig(Config):
         "max_length of the shard set",
     )
     batch_size: Positive = Field(8, description="rows per forward pass; does not change what is evaluated")
-    max_tokens: Positive | None = Field(
+    max_tokens: EvaluatedTokens | None = Field(
         None, description="number of tokens to evaluate, from the start of the set; default all"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from weighted_mtp.schemas.configs.common import (
     Config,
+    EvaluatedTokens,
     FractionBelowOne,
     Mix,
     Positive,
@@ -157,7 +158,7 @@ class TrainConfig(Config):
     )
     eval_input: ShardSets | None = Field(None, description="held-out shard set")
     eval_every: Positive | None = Field(None, description="steps between evaluations; by default only at the end")
-    eval_tokens: Positive | None = Field(
+    eval_tokens: EvaluatedTokens | None = Field(
         None, description="number of tokens to evaluate, from the start of --eval_input; default all"
     )
     checkpoint_every: Positive | None = Field(

@@ -17,6 +17,7 @@ from weighted_mtp.schemas.pretrained import (
     load_config,
     load_error,
     load_tokenizer,
+    most_positions,
     quiet_transformers,
 )
 from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
@@ -96,7 +97,7 @@ def check_model(name: str, flag: str, shards: ShardSet, *, trust_remote_code: bo
         name=name,
         source=source,
         fingerprint=fingerprint,
-        max_length=getattr(text_config, "max_position_embeddings", None),
+        max_length=most_positions(config),
         revision=directory.name if from_hub else None,
         recurrent=is_recurrent(config),
         parameters=parameters,
@@ -160,6 +161,7 @@ def check_weights(directory: Path, name: str, trust_remote_code: bool) -> int:
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
                 device_map="meta",
+                attn_implementation=None,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

@@ -20,6 +20,7 @@ from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 from weighted_mtp.scoring.conditions.models import check_model
 from weighted_mtp.scoring.corpus.prepare import prepare
 from weighted_mtp.training.model.mtp_model import build_model, load_model
+from weighted_mtp.training.run.compatibility import check_model as check_fits
 from weighted_mtp.training.run.compatibility import check_tokenizer
 from weighted_mtp.training.run.train import train
 
@@ -97,6 +98,7 @@ def test_code_of_a_shard_set_never_runs(stranger: Path, tmp_path: Path, make_sha
     [
         {"num_attention_heads": 0, "num_key_value_heads": 0},
         {"num_attention_heads": -1},
+        {"num_key_value_heads": 0},
         {"head_dim": 0},
         {"hidden_size": 0},
         {"intermediate_size": -1},
@@ -139,6 +141,32 @@ def test_a_config_without_heads_is_named_before_the_tokenizer(
         check_tokenizer(str(path), make_shard_set([[1, 2]]), trust_remote_code=False)
     with pytest.raises(UserError, match=f"--base .*{message}"):
         check_model(str(path), "--base", make_shard_set([[1, 2]]))
+
+
+def test_a_kernel_that_is_not_installed(make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    shutil.copytree(make_model(), path)
+    edit(path / "config.json", _attn_implementation="flash_attention_2")
+    attempts: list[Callable[[], Any]] = [
+        lambda: check_model(str(path), "--reference", make_shard_set([[1, 2]])),
+        lambda: build_model(str(path), None, from_scratch=False),
+    ]
+    for attempt in attempts:
+        with pytest.raises(
+            UserError, match=r"/odd: .*FlashAttention2.*; install what it needs, or remove that from its"
+        ):
+            attempt()
+    with pytest.raises(UserError, match=r"^--attention flash_attention_2: cannot be used \(Flash.*\); choose another$"):
+        build_model(str(path), None, from_scratch=False, attention="flash_attention_2")
+
+
+def test_a_negative_limit_of_positions_is_none(make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path) -> None:
+    """As in XLNet."""
+    path = tmp_path / "odd"
+    shutil.copytree(make_model(), path)
+    edit(path / "config.json", max_position_embeddings=-1)
+    assert check_model(str(path), "--reference", make_shard_set([[1, 2]])).max_length is None
+    check_fits(load_model(str(path)), str(path), make_shard_set([[1, 2]]), 2)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -68,10 +68,10 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None, t
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, ImportError) and attention is not None:
+            raise UserError(f"--attention {attention}: cannot be used ({first_line(error)}); choose another") from error
         hint = "give the directory or id of a causal language model"
-        if isinstance(error, ImportError):
-            hint = "choose another --attention"
-        elif not from_scratch and (Path(source) / "config.json").exists():
+        if not from_scratch and (Path(source) / "config.json").exists():
             hint += ", or start from its config with 'wmtp train --from_scratch true'"
         raise load_error(error, source, f"{name}: cannot load the model", hint) from error
 
@@ -213,7 +213,7 @@ def check_trunk(trunk: Any, name: str) -> None:
     if not torch.allclose(hidden[:, 5:], alone, rtol=tolerance, atol=tolerance):
         raise UserError(
             f"{name}: {type(trunk).__name__} does not separate packed documents with {attention} attention; "
-            "use another --attention or architecture"
+            "use another attention implementation or architecture"
         )
 
 

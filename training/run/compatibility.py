@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.configs.common import RowLength
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import load_config, load_tokenizer
+from weighted_mtp.schemas.pretrained import load_config, load_tokenizer, most_positions
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
@@ -101,14 +101,13 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
         )
     if (furthest := model.heads_config.offsets[-1]) >= sequence_length:
         raise UserError(f"--sequence_length {sequence_length}: too short for a head {furthest} tokens ahead")
-    settings = model.trunk.config.get_text_config()
-    chunk = getattr(settings, "attention_chunk_size", None)
+    chunk = getattr(model.trunk.config.get_text_config(), "attention_chunk_size", None)
     if chunk is not None and chunk < sequence_length:
         raise UserError(
             f"--model {name}: its attention has chunks of {chunk} tokens, which would start in rows and not in "
             f"documents; give --sequence_length {chunk}"
         )
-    positions = getattr(settings, "max_position_embeddings", None)
+    positions = most_positions(model.trunk.config)
     longest = min(sequence_length, shards.manifest.longest)
     if positions is not None and positions < longest:
         raise UserError(

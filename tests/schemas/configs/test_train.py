@@ -41,6 +41,7 @@ def test_the_sum_of_live_weights_must_be_known() -> None:
             {"trainable": "heads", "heads": {"offsets": (1, 2), "coefficients": (1, 0)}},
             "--trainable heads needs a value above 0",
         ),
+        ({"eval_tokens": 1}, "greater than or equal to 2"),
         ({"lora": {"rank": 8}}, "--lora needs --trainable lora"),
         ({"ray_address": "host:1"}, "--ray_address needs --ray_workers"),
         ({"mix": {"a": 0.5, "b": 0.5}}, "shares should sum to less than 1"),
