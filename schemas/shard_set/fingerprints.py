@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.storage.files import sha256_file
+from weighted_mtp.schemas.storage.files import read_json_file, sha256_file
 from weighted_mtp.schemas.storage.locations import Location, list_files
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -56,10 +59,10 @@ def model_fingerprint(directory: Path, source: Location | None = None, *, code: 
     Args:
         directory: local directory.
         source: original location of a copy, for messages.
-        code: whether its Python files may run, and count, too.
+        code: whether its Python code may run, and counts, too.
 
     Raises:
-        UserError: the directory has no `config.json` or no weight files.
+        UserError: the directory has no `config.json` or no weight files, or its code is missing.
     """
     weights = sorted(file for pattern in WEIGHT_FILES for file in directory.glob(pattern))
     config = directory / "config.json"
@@ -69,5 +72,28 @@ def model_fingerprint(directory: Path, source: Location | None = None, *, code: 
         trained = source / "model"
         remedy = trained if (trained / "config.json").exists() else "a directory written by save_pretrained"
         raise UserError(f"{source}: no {missing}; give {remedy}")
-    scripts = directory.glob("*.py") if code else ()
-    return digest_json({file.name: sha256_file(file) for file in [config, *weights, *scripts]})
+    files = {file.name: file for file in [config, *weights]} | (scripts(directory) if code else {})
+    return digest_json({name: sha256_file(file) for name, file in files.items()})
+
+
+def scripts(directory: Path) -> dict[str, Path]:
+    """Python files of a checkpoint and of the repositories or directories whose code its config names, by name.
+
+    Raises:
+        UserError: the config is damaged, or a repository is not available.
+    """
+    found = {file.name: file for file in directory.glob("*.py")}
+    config = read_json_file(directory / "config.json")
+    classes = config.get("auto_map") if isinstance(config, dict) else None
+    names = [str(name) for name in classes.values()] if isinstance(classes, dict) else []
+    for repository in sorted({name.partition("--")[0] for name in names if "--" in name}):
+        try:
+            is_directory = Path(repository).is_dir()
+            place = repository if is_directory else snapshot_download(repository, allow_patterns="*.py")
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise UserError(
+                f"{directory}: needs Python code of {repository}, which is not available from the Hugging Face hub or "
+                "its local cache; check the connection"
+            ) from error
+        found |= {f"{repository}/{file.name}": file for file in Path(place).glob("*.py")}
+    return found

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,20 @@ def test_a_model_is_known_by_its_content_and_not_by_its_place(tmp_path: Path) ->
     assert model_fingerprint(tmp_path / "copy") == first
     assert model_fingerprint(write_model(tmp_path / "config", config='{"a": 1}')) != first
     assert model_fingerprint(write_model(tmp_path / "weights", weights=b"other")) != first
+
+
+def test_code_of_another_repository_counts_if_it_may_run(tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "modeling.py").write_text("one = 1")
+    model = write_model(tmp_path / "model", config=json.dumps({"auto_map": {"AutoModel": f"{code}--modeling.Own"}}))
+    before = [model_fingerprint(model, code=may_run) for may_run in (False, True)]
+    (code / "modeling.py").write_text("one = 2")
+    after = [model_fingerprint(model, code=may_run) for may_run in (False, True)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
+    shutil.rmtree(code)
+    with pytest.raises(UserError, match=f"/model: needs Python code of {code}, which is not available from the"):
+        model_fingerprint(model, code=True)
 
 
 @pytest.mark.parametrize(("missing", "named"), [("config.json", "config.json"), ("model.safetensors", "weight files")])
