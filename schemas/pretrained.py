@@ -18,6 +18,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, logging
@@ -31,8 +33,16 @@ PROBED_LAYERS = 2
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 OLD_BUFFER = re.compile(r"rotary|inv_freq|masked_bias$|causal_mask$|(?:attn|attention)\.bias$")
 """Tensors in layers that older versions of transformers saved, and that newer ones compute."""
-NATIVE_HEADS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+NATIVE_HEADS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+)
 """Config entries with the number of multi-token-prediction layers of a checkpoint."""
+NATIVE_WEIGHT = re.compile(r"(?:^|\.)mtp[._]")
+"""Names of weights of such layers. Not all configs announce them."""
 LIMITS = (
     (re.compile(r"(?:^|_)(?:layers?|blocks|depth)$"), 1 << 10),
     (re.compile(r"(?:^|_)experts$"), 1 << 16),
@@ -260,6 +270,27 @@ def most_positions(config: Any) -> int | None:
     """Tokens in the longest sequence that a model reads; None if unlimited, for which XLNet has -1."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if found is not None and found > 0 else None
+
+
+def native_weights(source: str | Path) -> list[str]:
+    """Names of the weights of multi-token-prediction layers in the safetensors files of a loaded checkpoint.
+
+    Args:
+        source: local directory or Hugging Face id.
+    """
+    directory = Path(source)
+
+    def find(file: str) -> str | None:
+        path = directory / file if directory.is_dir() else try_to_load_from_cache(str(source), file)
+        return str(path) if isinstance(path, str | Path) and Path(path).exists() else None
+
+    names: list[str] = []
+    if weights := find("model.safetensors"):  # transformers prefers it, too
+        with safe_open(weights, "pt") as tensors:
+            names = tensors.keys()
+    elif index := find("model.safetensors.index.json"):
+        names = json.loads(Path(index).read_bytes())["weight_map"]
+    return sorted(name for name in names if NATIVE_WEIGHT.search(name))
 
 
 def short_length(config: Any) -> int | None:

@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.configs.common import RowLength
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import load_config, load_tokenizer, most_positions
+from weighted_mtp.schemas.pretrained import (
+    NATIVE_HEADS,
+    load_config,
+    load_tokenizer,
+    most_positions,
+    native_heads,
+    native_weights,
+)
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
@@ -85,6 +92,26 @@ def run_record(place: Location) -> dict[str, Any] | None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{place / RUN_RECORD}: is not the record of a training run; restore it") from error
     return record
+
+
+def check_native_heads(model: MTPModel, config: TrainConfig) -> None:
+    """Check that training would not lose multi-token-prediction layers of a checkpoint, which transformers ignores.
+
+    Raises:
+        UserError: the config announces such layers, or the checkpoint has them.
+    """
+    loss = "multi-token-prediction layers of its own, which training would not save"
+    if native := native_heads(model.trunk.config):
+        announced = [name for name in NATIVE_HEADS if getattr(model.trunk.config.get_text_config(), name, None)]
+        raise UserError(
+            f"--model {config.model}: announces {native} {loss}; "
+            f"set {' and '.join(announced)} to 0 in a copy of its config.json to train without them"
+        )
+    if not config.from_scratch and (weights := native_weights(local_name(config.model))):
+        raise UserError(
+            f"--model {config.model}: has {loss} ({weights[0]}); to train without them, load it with "
+            "AutoModelForCausalLM, and train the copy that save_pretrained writes"
+        )
 
 
 def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: int) -> None:

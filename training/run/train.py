@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import NATIVE_HEADS, OwnCodeError, native_heads
+from weighted_mtp.schemas.pretrained import OwnCodeError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import fsync, fsync_tree
@@ -34,7 +34,7 @@ from weighted_mtp.training.model.trainable_parameters import select_trainable
 from weighted_mtp.training.model.trunk import choose_attention
 from weighted_mtp.training.optimizer import make_optimizer
 from weighted_mtp.training.run.checkpoint import TrainingState
-from weighted_mtp.training.run.compatibility import check_model, model_tokenizer
+from weighted_mtp.training.run.compatibility import check_model, check_native_heads, model_tokenizer
 from weighted_mtp.training.run.directory import TRACKING, RunDirectory
 from weighted_mtp.training.run.inputs import RunInputs, open_inputs
 from weighted_mtp.training.run.object_store import ObjectStoreCopy
@@ -133,11 +133,7 @@ def build(
         attention=attention,
         trust_remote_code=config.trust_remote_code,
     )
-    if native := native_heads(mtp_model.trunk.config):
-        raise UserError(
-            f"--model {config.model}: announces {native} multi-token-prediction layers of its own, which training "
-            f"would not save; set {' and '.join(NATIVE_HEADS)} to 0 in a copy of its config.json to train without them"
-        )
+    check_native_heads(mtp_model, config)
     for data in filter(None, (inputs.shards, *inputs.mixed, inputs.held_out)):
         check_model(mtp_model, config.model, data.first, inputs.sequence_length)
     check_saving(mtp_model, config, inputs.shards.first)

@@ -12,7 +12,7 @@ import torch
 from comparing import LENGTHS, metrics, trained
 from format_3 import write_format_3
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weighted_mtp.schemas.configs import EvaluateConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
@@ -165,13 +165,31 @@ def test_a_mixed_set_may_be_zipped(config: Callable[..., TrainConfig], add_colum
     assert metrics(runs[0]) == metrics(runs[1])
 
 
-def test_native_heads_are_not_lost_without_a_word(config: Callable[..., TrainConfig]) -> None:
+def test_announced_native_heads_are_not_lost_without_a_word(config: Callable[..., TrainConfig]) -> None:
     """No model with such layers is needed: the config announces them."""
     run = config("run")
     file = Path(run.model) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
-    with pytest.raises(UserError, match="announces 1 multi-token-prediction layers of its own"):
+    with pytest.raises(UserError, match=r"announces 1 multi-token-prediction .*; set num_nextn_predict_layers to 0 in"):
         train(run)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_native_heads_in_the_weights_are_not_lost_without_a_word(
+    config: Callable[..., TrainConfig], sharded: bool
+) -> None:
+    """Configs such as those of Qwen3-Next do not announce them."""
+    run = config("run")
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    weights = {**model.state_dict(), "mtp.layers.0.mlp.up_proj.weight": torch.ones(2)}
+    file = Path(run.model) / "model.safetensors"
+    file.unlink()
+    model.save_pretrained(run.model, state_dict=weights, max_shard_size="50KB" if sharded else "50GB")
+    assert file.exists() != sharded
+    with pytest.raises(UserError, match=r"has multi-token-prediction .* \(mtp\.layers\.0\.mlp\.up_proj\.weight\)"):
+        train(run)
+    AutoModelForCausalLM.from_pretrained(run.model).save_pretrained(run.model)
+    train(run)
 
 
 def test_a_run_that_learnt_nothing_is_no_success(
