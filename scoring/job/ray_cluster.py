@@ -86,13 +86,13 @@ def start_ray(address: str | None, pool: WorkerPool | None) -> None:
         if address:
             check_reachable(services.canonicalize_bootstrap_address(address))
             ray_constants.NUM_REDIS_GET_RETRIES = 1  # of 40 seconds each
-            with Interruption(deferred=True), silent_stderr():
+            with silent_stderr(), Interruption(deferred=True):
                 ray.init(address=address, **quiet)
         else:
             os.environ[ON_LOOPBACK] = "0"
             ray_constants.ENABLE_RAY_CLUSTER = False  # this process has already read the variable
             cpus = math.ceil(pool.max_workers * pool.cpus) if pool else 1
-            with Interruption(deferred=True):
+            with silent_stderr(), Interruption(deferred=True):
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as error:  # a start that times out raises a bare Exception
         if is_socket_path_error(error):
@@ -118,7 +118,7 @@ def stop_ray() -> None:
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Suppress stderr at the level of file descriptors: Ray's C++ code writes there while connecting."""
+    """Suppress stderr at the level of file descriptors. Ray's C++ code writes there, also if a signal comes."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -9,6 +11,24 @@ import pytest
 
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.verification import verify
+
+SIGNALLED_AT_START = """
+import os, ray, signal
+from weighted_mtp.schemas.interruption import Interruption
+from weighted_mtp.scoring.job.ray_cluster import ray_session
+
+start = ray.init
+def init(**settings):
+    start(**settings)
+    os.kill(os.getpid(), signal.SIGTERM)
+ray.init = init
+
+try:
+    with Interruption(), ray_session(None):
+        print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
 
 
 @pytest.fixture
@@ -53,6 +73,12 @@ def test_ports_are_on_loopback_and_the_dashboard_has_none(run):
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     run.send(signal.SIGINT)
     assert run.wait() == 130
+
+
+@pytest.mark.slow
+def test_signal_while_ray_has_its_own_handlers():
+    run = subprocess.run([sys.executable, "-c", SIGNALLED_AT_START], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "interrupted\n", "")
 
 
 @pytest.mark.slow
