@@ -14,6 +14,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shards import is_text, text_sizes
 from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch, too_large
+from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch, json_object, too_large
 from weighted_mtp.scoring.corpus.pieces import JsonArray, bounded_lines, bounded_whole, paragraphs
 from weighted_mtp.scoring.corpus.source_files import CorpusFile, HubSplit, Source
 
@@ -95,7 +96,7 @@ def read_rows(
         if isinstance(source, HubSplit):
             yield from enumerate(read_hub(source, fields.required, most))
         elif source.format == "json":
-            yield from read_json(source.path, most)
+            yield from read_json(source.path, fields.required, most)
         elif source.format == "text":
             for number, text in read_text(source.path, sample_by, max_document_bytes):
                 yield number, MalformedRow(too_large(max_document_bytes)) if text is None else {fields.text: text}
@@ -109,12 +110,12 @@ def read_rows(
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
 
-def read_json(path: Location, most: int) -> Iterator[tuple[int, Row]]:
+def read_json(path: Location, fields: list[str], most: int) -> Iterator[tuple[int, Row]]:
     """Lines of JSON, or the elements of a file that is one JSON array."""
     with open_stream(path) as stream:
         if data_suffix(path) == ".json" and stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-                yield from enumerate(JsonArray(text, most))
+                yield from enumerate(JsonArray(text, most, partial(json_object, fields)))
             return
         for number, line in bounded_lines(stream, most):
             if number == 0 and line is not None:

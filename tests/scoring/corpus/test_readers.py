@@ -71,10 +71,14 @@ def test_line_ends_and_blank_lines_keep_row_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b'[{"text": "a"}, 3, {"text": "b"}]', b' \n[\n{"text": "a"},\n3,\n{"text": "b"}]\n']
+    "content",
+    [
+        b'[{"text": "a"}, 3, {"text": "b"}, {"text": 1, "text": "c"}]',
+        b' \n[\n{"text": "a"},\n3,\n{"text": "b"}, {"text": "c", "text": "c"}]\n',
+    ],
 )
 def test_json_array(content: bytes, tmp_path: Path) -> None:
-    expected = ([(0, "a"), (2, "b")], [(1, "not an object")])
+    expected = ([(0, "a"), (2, "b")], [(1, "not an object"), (3, "field 'text' occurs 2 times")])
     assert read(write(tmp_path / "a.json", content)) == expected
     assert read(write(tmp_path / "a.json.gz", gzip.compress(content))) == expected
 
