@@ -6,6 +6,7 @@ from datasets import load_dataset_builder
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage import locations
 from weighted_mtp.scoring.corpus.documents import Fields
 from weighted_mtp.scoring.corpus.readers import read_batches
 from weighted_mtp.scoring.corpus.source_files import CorpusFile, Format, find_sources
@@ -90,8 +91,11 @@ def test_directories_that_only_match_a_glob_are_left_out(tree: Path) -> None:
     assert find_sources(f"{tree}/[ab]/**", "text").left_out == []
 
 
-def test_directories_in_a_store_that_only_match_a_glob_are_left_out(tmp_path: Path) -> None:
-    root = UPath(f"memory://{tmp_path}/corpus")
+def test_directories_in_a_store_that_only_match_a_glob_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(locations.PACKAGES, "memory", "fsspec")
+    root = UPath(f"memory://store{tmp_path}/corpus")
     for name in ("a.txt", "sub/b.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("text")
