@@ -75,6 +75,8 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     but_got = f", not '{one_line(given[1])}'" if given else ""
     for cause in causes(error):
+        if isinstance(cause, UnicodeEncodeError):
+            return "should be in UTF-8"
         if isinstance(cause, ValidationError):
             if cause.errors()[0]["type"] == "value_error":
                 return describe_validation_error(cause)  # written by this project

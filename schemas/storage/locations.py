@@ -20,7 +20,7 @@ from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.links import walk_disk
-from weighted_mtp.schemas.text import printable
+from weighted_mtp.schemas.text import is_utf8, printable
 
 Location = Path | UPath
 PACKAGES = {
@@ -42,11 +42,13 @@ def locate(name: Any) -> UPath:
     """The location of a path, which may start with `~`, or of an address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        ValueError: the name is no path or empty, a home directory or the protocol is unknown, its package is not
-            installed, or an address lacks its first parts.
+        ValueError: the name is no path, empty or no UTF-8, a home directory or the protocol is unknown, its package is
+            not installed, or an address lacks its first parts.
     """
     _check_not_empty(name)
     name = expand_home(name)
+    if not is_utf8(str(name)):
+        raise ValueError(f"'{printable(str(name))}' is not in UTF-8; rename it")
     if isinstance(name, str):
         name = re.sub("^file://localhost/", "file:///", name)
     protocol, mark, rest = str(name).partition("://")
@@ -135,9 +137,17 @@ NameSetting = Annotated[str, AfterValidator(_check_name)]
 
 
 def kind_of(location: Location) -> Literal["file", "directory"] | None:
-    """Whether a location is a file or a directory; None if missing. Raises if a store does not answer."""
+    """Whether a location is a file or a directory; None if missing. Raises if a store does not answer.
+
+    Raises:
+        UserError: it is a pipe or a device.
+    """
     if isinstance(location, Path):
-        return "file" if location.is_file() else "directory" if location.is_dir() else None
+        if location.is_file() or location.is_dir():
+            return "file" if location.is_file() else "directory"
+        if location.exists():
+            raise UserError(f"{location}: is a pipe or a device; write its content to a file, and give that")
+        return None
     try:
         return location.fs.info(location.path)["type"]
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
 from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
+from weighted_mtp.schemas.text import is_utf8, printable
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -167,10 +168,12 @@ def corpus_files(root: Location, files: dict[str, int], given: Format | Literal[
         given: format of all files, or `auto`.
 
     Raises:
-        UserError: a file of unknown format.
+        UserError: a file of unknown format, or with a name that is no UTF-8.
     """
     described: list[Source] = []
     for name, size in sorted(files.items()):
+        if not is_utf8(name):
+            raise UserError(f"{printable(str(root / name))}: the name is not in UTF-8; rename it")
         file_format = format_of(name) if given == "auto" else given
         if file_format is None:
             raise UserError(f"{root / name}: the file name does not indicate a format; give --format")

@@ -161,8 +161,10 @@ def why_empty(counts: CorpusCounts) -> str:
         return "--input: holds no rows; check that the files are not empty"
     kind = max(counts.rejects, key=lambda kind: counts.rejects[kind])
     first = counts.examples[kind]
+    remedy = "check --text_field, --id_field, --number_fields, --label_fields, --format and --max_document_bytes"
+    if kind in ("invalid JSON", "not an object"):
+        remedy = "write one object on each line, or one array into a file named .json"
     return (
         f"--input: all {counts.rejected:,} rows were rejected, {counts.rejects[kind]:,} of them for the same reason as "
-        f"row {first.row} of {first.source} ({first.reason}); check --text_field, --id_field, "
-        "--number_fields, --label_fields, --format and --max_document_bytes"
+        f"row {first.row} of {first.source} ({first.reason}); {remedy}"
     )

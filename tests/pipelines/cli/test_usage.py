@@ -61,6 +61,7 @@ TRAIN = ["train", "--input", "a", "--output", "b", "--model", "c"]
         ([*TRAIN, "--mix", "{b: 0}"], "--mix: should be greater than 0, not '0'"),
         ([*TRAIN, "--mix", "{tape://b: 0.5}"], "--mix: 'tape://b' is neither a path nor an address"),
         ([*SCORE, "--base", "hf://gpt2"], "score: error: --base: hf://gpt2 should name an owner, such as hf://owner/"),
+        ([*SCORE, "--base", "caf\udce9"], "score: error: --base: should be in UTF-8; see 'wmtp score --help'"),
         (["list", "a", "s3://"], "list: error: DIRECTORIES: s3:// should have a bucket or a host after '://'; see"),
         (["inspect", "a", "--html", "s3://b/c"], "inspect: error: --html: s3://b/c should be a path on this machine;"),
         (["demo", "--output", "zip://a"], "demo: error: --output: 'zip://a' is neither a path nor an address with"),

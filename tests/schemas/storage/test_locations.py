@@ -19,7 +19,15 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import ROW_GROUP_TOKENS
 from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, atomic_write, copy_files, move, write_text
-from weighted_mtp.schemas.storage.locations import Location, list_files, local_copy, locate, remove_tree, walk_files
+from weighted_mtp.schemas.storage.locations import (
+    Location,
+    kind_of,
+    list_files,
+    local_copy,
+    locate,
+    remove_tree,
+    walk_files,
+)
 
 
 @pytest.fixture(params=["disk", pytest.param("store", marks=pytest.mark.integration)])
@@ -51,6 +59,13 @@ def test_names_become_locations(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(locate("s3://bucket/a"))) == locate("s3://bucket/a")
 
 
+def test_what_is_neither_a_file_nor_a_directory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match=f"^{name}: is a pipe or a device; write its content to a file"):
+            kind_of(locate(name))
+
+
 def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"gs:// cannot be used here .*; install 'weighted-mtp\[gcs\]'"):
@@ -79,6 +94,7 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.Monk
         ("hf://name", "^hf://name should name an owner, such as hf://owner/name"),
         ("hf://datasets/name/", "should name an owner"),
         ("hf://", "should name an owner"),
+        ("caf\udce9", r"^'caf\\udce9' is not in UTF-8; rename it$"),
         ("", "should not be empty"),
     ],
 )

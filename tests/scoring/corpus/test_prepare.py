@@ -363,6 +363,8 @@ def test_full_disk_surfaces_and_leaves_nothing(
             '{"question": "q", "answer": "a"}\n' * 3,
             r"all 3 rows .* row 0 of a\.jsonl \(no field 'text': .*question, answer.*--text_field",
         ),
+        ('{\n  "text": "x"\n}', r"invalid JSON.*; write one object on each line, or one array into a"),
+        ('[{"text": "x"}]', r"not an object: list\); write one object on each line"),
         ("{\n{}\n{}\n", r"all 3 rows .*, 2 of them for the same reason as row 1 of a\.jsonl "),
     ],
 )

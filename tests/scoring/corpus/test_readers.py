@@ -105,6 +105,20 @@ def test_compressed_files_of_several_frames(suffix: str, tmp_path: Path) -> None
     assert read(path) == ([(0, WORLD.decode()), (2, WORLD.decode())], [(1, "invalid UTF-8")])
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (GOOD.decode().encode("utf-16"), "in UTF-16"),
+        (b"\xfe\xff" + GOOD.decode().encode("utf-16-be"), "in UTF-16"),
+        *((COMPRESSORS[suffix](GOOD), f"compressed, .* {suffix}") for suffix in (".gz", ".xz", ".zst")),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
+def test_files_that_are_not_in_utf8_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name}: cannot be read as .* \\(it is {what}"):
+        read(write(tmp_path / name, content))
+
+
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv"])
 def test_truncated_archive_is_named(name: str, suffix: str, tmp_path: Path) -> None:

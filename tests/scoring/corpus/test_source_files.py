@@ -130,6 +130,13 @@ def test_nothing_to_read(input: str, message: str, tmp_path: Path, monkeypatch: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("input", ["", "/*.jsonl"])
+def test_files_with_names_that_are_no_utf8(input: str, tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.jsonl").touch()
+    with pytest.raises(UserError, match=r"udce9\.jsonl: the name is not in UTF-8; rename it"):
+        find_sources(f"{tmp_path}{input}")
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub with one data set of 600 rows, which is more than are read at once."""
