@@ -57,7 +57,7 @@ def locate(name: Any) -> UPath:
     except (ValueError, TypeError, ImportError):  # raised for some addresses, and for what is no path
         location = None
     if location is not None and location.protocol in ("", "file", "local"):
-        return UPath(location.path)
+        return UPath(location.path) if location.protocol else location
     if location is None or not mark:
         known = ", ".join(f"{known}://" for known in PACKAGES)
         raise ValueError(f"'{printable(str(name))}' is neither a path nor an address with {known}; correct it")
@@ -134,6 +134,11 @@ def _check_name(name: str) -> str:
 
 NameSetting = Annotated[str, AfterValidator(_check_name)]
 """Config field type of a path, an address, or a Hugging Face id."""
+
+
+def join(directory: Location, name: str) -> Location:
+    """A file below a directory. On a disk, its name may look like an address, such as `http:/a` or `data:a,b`."""
+    return Path(directory) / name if isinstance(directory, Path) else directory / name
 
 
 def kind_of(location: Location) -> Literal["file", "directory"] | None:

@@ -11,7 +11,7 @@ from upath import UPath
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
+from weighted_mtp.schemas.storage.locations import Location, join, kind_of, locate, walk_tree
 from weighted_mtp.schemas.text import is_utf8, printable
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def corpus_files(root: Location, files: dict[str, int], given: Format | Literal[
         file_format = format_of(name) if given == "auto" else given
         if file_format is None:
             raise UserError(f"{root / name}: the file name does not indicate a format; give --format")
-        described.append(CorpusFile(root / name, name, file_format, size))
+        described.append(CorpusFile(join(root, name), name, file_format, size))
     return described
 
 

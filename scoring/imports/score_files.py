@@ -8,13 +8,12 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shards import is_text
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
+from weighted_mtp.schemas.storage.locations import Location, join, kind_of, locate, walk_tree
 from weighted_mtp.schemas.text import describe_files, is_utf8, printable
 from weighted_mtp.scoring.imports.json_lines import COMPRESSED, parse_lines, read_lines
 from weighted_mtp.scoring.imports.sources import (
@@ -44,16 +43,17 @@ def find_score_files(names: Sequence[str]) -> list[Location]:
     found: dict[str, Location] = {}
     left_out: list[str] = []
     for name in names:
-        path = locate(name)
+        path: Location = locate(name)
+        files: list[Location]
         kind = kind_of(path)
         if kind == "file":
             files = [path]
         elif kind == "directory":
             inside, others = walk_tree(path)
-            files = [path / file for file in sorted(inside) if is_wanted(file)]
+            files = [join(path, file) for file in sorted(inside) if is_wanted(file)]
             left_out += sorted([*others, *(file for file in inside if not is_wanted(file))])
         elif isinstance(path, Path):
-            matches = map(UPath, sorted(set(expand(str(path)))))
+            matches = map(Path, sorted(set(expand(str(path)))))
             files = [match for match in matches if kind_of(match) != "directory"]
         else:
             files = [locate(path.fs.unstrip_protocol(match)) for match in sorted(path.fs.glob(path.path))]

@@ -130,6 +130,16 @@ def test_nothing_to_read(input: str, message: str, tmp_path: Path, monkeypatch: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["http:/host/a.jsonl", "data:a,b.jsonl", "s3:/a.jsonl", "lakefs::a.jsonl"])
+def test_file_may_be_called_like_an_address(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    for input in (tmp_path, f"{tmp_path}/**", f"{tmp_path}/{name}", f"./{name}", "."):
+        [source] = find_sources(str(input)).read
+        assert source.path.samefile(tmp_path / name)
+
+
 @pytest.mark.parametrize("input", ["", "/*.jsonl"])
 def test_files_with_names_that_are_no_utf8(input: str, tmp_path: Path) -> None:
     (tmp_path / "caf\udce9.jsonl").touch()
