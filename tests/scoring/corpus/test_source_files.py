@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from datasets import load_dataset_builder
+from datasets import Dataset, load_dataset_builder, load_from_disk
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
@@ -128,6 +128,24 @@ def test_nothing_to_read(input: str, message: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=message) as error:
         find_sources(input)
     assert "\n" not in str(error.value)
+
+
+def test_only_the_data_of_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    """Calling `map` on a loaded dataset writes another copy of its rows beside them."""
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "train")
+    assert len(load_from_disk(tmp_path / "train").map(lambda row: {"n": 1})) == 1
+    [cache] = (tmp_path / "train").glob("cache-*.arrow")
+    found = find_sources(str(tmp_path))
+    assert [source.name for source in found.read] == ["train/data-00000-of-00001.arrow"]
+    assert f"train/{cache.name}" in found.left_out
+
+
+@pytest.mark.parametrize("settings", [{"split": "test"}, {"subset": "en"}])
+def test_files_have_no_splits(settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(UserError, match="--subset and --split are for datasets of the Hugging Face hub"):
+            find_sources(str(path), **settings)
 
 
 @pytest.mark.parametrize("name", ["http:/host/a.jsonl", "data:a,b.jsonl", "s3:/a.jsonl", "lakefs::a.jsonl"])
