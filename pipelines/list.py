@@ -9,7 +9,7 @@ from weighted_mtp.pipelines.reports.run_entry import read_run
 from weighted_mtp.schemas.configs import ListConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, PROGRESS, TOKENIZER
-from weighted_mtp.schemas.storage.locations import Location, walk_files
+from weighted_mtp.schemas.storage.locations import Location, join, walk_files
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, SETTINGS
 from weighted_mtp.schemas.text import printable
 
@@ -44,7 +44,7 @@ def find_entries(directory: Location) -> Iterator[tuple[Location, Entry]]:
             if folder in runs:
                 runs[folder] += size
     for folder in sorted({*names, *(folder.parent for folder in names if folder.name == PROGRESS)}):
-        path = directory / folder.as_posix() if folder.parts else directory
+        path = join(directory, folder.as_posix()) if folder.parts else directory
         files = names.get(folder, set())
         if MANIFEST in files and folder / TOKENIZER in names:
             yield path, guarded(path, read_entry)

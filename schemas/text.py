@@ -26,6 +26,15 @@ def printable(text: str, kept: str = "") -> str:
     )
 
 
+def is_utf8(text: str) -> bool:
+    """Whether `text` has a form in UTF-8. Names of files may be other bytes, which Python holds as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shortened(text: str, most: int = MOST_SHOWN) -> str:
     """The beginning of `text`, if it is longer than `most` characters."""
     return text if len(text) <= most else text[:most] + "..."

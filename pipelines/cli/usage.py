@@ -40,7 +40,7 @@ def describe_usage_error(
         return f"{wrong}; choose from {', '.join(commands)}"
     if unreadable := re.match(r'Parser key "config":\s*(.*?)(:|$)', message):
         return f"{config}: {unreadable[1].lower()}; check the path"
-    if keyed := re.match(r'Parser key "(.*?)":\s*(.*)', message, re.DOTALL):
+    if keyed := re.match(r'Parser key "(.*?)"(?: element \d+)?:\s*(.*)', message, re.DOTALL):
         from_file = config if not is_given(flag(keyed[1]), arguments) and values_of("--config", arguments) else ""
         where = f"{from_file}: {keyed[1]}" if from_file else flag(keyed[1])
         return f"{where}: {describe_value_error(keyed[2], error)}; {see}"
@@ -75,6 +75,8 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     but_got = f", not '{one_line(given[1])}'" if given else ""
     for cause in causes(error):
+        if isinstance(cause, UnicodeEncodeError):
+            return "should be in UTF-8"
         if isinstance(cause, ValidationError):
             if cause.errors()[0]["type"] == "value_error":
                 return describe_validation_error(cause)  # written by this project

@@ -13,7 +13,7 @@ from weighted_mtp.schemas.shard_set.shard_set import STATISTICS, ShardSet, check
 from weighted_mtp.schemas.shard_set.shards import RESTORE, ShardFile, flat_values, list_lengths
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.files import DATA, TOKENIZER, sha256_file
-from weighted_mtp.schemas.storage.locations import Location, walk_files
+from weighted_mtp.schemas.storage.locations import Location, join, walk_files
 
 
 class FileCheck(NamedTuple):
@@ -44,7 +44,7 @@ def verify(path: Location, manifest: Manifest) -> Iterator[FileCheck]:
     known = {entry.name for entry in manifest.shards}
     for name, size in sorted(walk_files(path / DATA).items()):
         if name not in known:  # readers of data/*.parquet would read it
-            yield FileCheck(name, size, f"{path / DATA / name}: is no shard of the manifest")
+            yield FileCheck(name, size, f"{join(path / DATA, name)}: is no shard of the manifest")
     yield FileCheck(TOKENIZER, 0, check_tokenizer(path, manifest.tokenizer))
     if manifest.statistics_sha256 is not None:
         yield FileCheck(STATISTICS, 0, check_statistics(shards, None if damaged else found))

@@ -14,7 +14,14 @@ from typing import Literal
 import pyarrow as pa
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import TOKEN_COLUMNS, Manifest, SequenceKind, same_origin
+from weighted_mtp.schemas.shard_set.manifest import (
+    TOKEN_COLUMNS,
+    Imported,
+    ImportedValues,
+    Manifest,
+    SequenceKind,
+    same_origin,
+)
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.storage.locations import Location
@@ -214,7 +221,7 @@ def check_columns(one: ShardSet, other: ShardSet) -> None:
             )
     for name, column in one.manifest.columns.items():
         if name in other.manifest.columns and not same_origin(column.origin, other.manifest.columns[name].origin):
-            raise UserError(
-                f"{one.path} and {other.path}: both have a column '{name}', of different origin; "
-                "give one of them another name with 'wmtp score --suffix'"
-            )
+            origins = (column.origin, other.manifest.columns[name].origin)
+            imported = any(isinstance(origin, Imported | ImportedValues) for origin in origins)
+            remedy = RENAME if imported else "give one of them another name with 'wmtp score --suffix'"
+            raise UserError(f"{one.path} and {other.path}: both have a column '{name}', of different origin; {remedy}")

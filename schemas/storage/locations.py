@@ -7,6 +7,7 @@ store, which has no rename, no directories and no locks, but writes objects atom
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from contextlib import suppress
@@ -19,35 +20,57 @@ from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.links import walk_disk
+from weighted_mtp.schemas.text import is_utf8, printable
 
 Location = Path | UPath
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extra of this package that installs the file system for a protocol."""
+PACKAGES = {
+    "s3": "weighted-mtp[s3]",
+    "s3a": "weighted-mtp[s3]",
+    "gs": "weighted-mtp[gcs]",
+    "gcs": "weighted-mtp[gcs]",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hf": "huggingface_hub",
+    "https": "aiohttp",
+    "http": "aiohttp",
+}
+"""Protocols of addresses, and the package that installs the file system of each."""
 
 
 def locate(name: Any) -> UPath:
     """The location of a path, which may start with `~`, or of an address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        ValueError: the name is empty, a home directory or the protocol is unknown, or its package is not installed.
+        ValueError: the name is no path, empty or no UTF-8, a home directory or the protocol is unknown, its package is
+            not installed, or an address lacks its first parts.
     """
     _check_not_empty(name)
     name = expand_home(name)
+    if not is_utf8(str(name)):
+        raise ValueError(f"'{printable(str(name))}' is not in UTF-8; rename it")
+    if isinstance(name, str):
+        name = re.sub("^file://localhost/", "file:///", name)
+    protocol, mark, rest = str(name).partition("://")
     try:
-        location = UPath(name)
-    except ValueError as error:
-        raise ValueError(f"{error}; give a path, or an address such as s3://, gs:// or hf://") from error
-    if location.protocol in ("file", "local"):
-        return UPath(location.path)
-    if location.protocol:
-        # Writes of other processes must be visible immediately.
-        location = UPath(location, use_listings_cache=False)
-        try:
-            fsspec.get_filesystem_class(location.protocol)
-        except (ImportError, ValueError) as error:
-            extra = EXTRAS.get(location.protocol)
-            remedy = f"install 'weighted-mtp[{extra}]'" if extra else "install the package of this file system"
-            raise ValueError(f"{location.protocol}:// cannot be used here ({error}); {remedy}") from error
+        location = UPath(name) if not mark or protocol in ("file", "local", *PACKAGES) else None
+    except (ValueError, TypeError, ImportError):  # raised for some addresses, and for what is no path
+        location = None
+    if location is not None and location.protocol in ("", "file", "local"):
+        return UPath(location.path) if location.protocol else location
+    if location is None or not mark:
+        known = ", ".join(f"{known}://" for known in PACKAGES)
+        raise ValueError(f"'{printable(str(name))}' is neither a path nor an address with {known}; correct it")
+    if protocol == "hf" and not re.match("((models|datasets|spaces|buckets)/)?+[^/]+/[^/]+", rest):
+        raise ValueError(f"{name} should name an owner, such as hf://owner/name or hf://datasets/owner/name")
+    if not rest or rest.startswith("/"):
+        raise ValueError(f"{name} should have a bucket or a host after '://'")
+    # Writes of other processes must be visible immediately.
+    location = UPath(location, use_listings_cache=False)
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{protocol}:// cannot be used here ({error}); install '{PACKAGES[protocol]}'") from error
     return location
 
 
@@ -70,7 +93,20 @@ def expand_home(name: Any) -> Any:
 LocationSetting = Annotated[UPath, PlainValidator(locate), PlainSerializer(str, return_type=str)]
 """Config field type of a location."""
 
-PathSetting = Annotated[Path, BeforeValidator(expand_home)]
+
+def local_path(name: Any) -> Path:
+    """The path of a local location.
+
+    Raises:
+        ValueError: as for `locate`, or it is an address.
+    """
+    location = locate(name)
+    if not isinstance(location, Path):
+        raise ValueError(f"{location} should be a path on this machine")
+    return Path(location)
+
+
+PathSetting = Annotated[Path, BeforeValidator(local_path)]
 """Config field type of a path on the local disk."""
 
 
@@ -92,9 +128,7 @@ def _check_not_empty(name: Any) -> None:
 
 
 def _check_name(name: str) -> str:
-    _check_not_empty(name)
-    if is_address(name):
-        locate(name)
+    locate(name)
     return expand_home(name)
 
 
@@ -102,10 +136,23 @@ NameSetting = Annotated[str, AfterValidator(_check_name)]
 """Config field type of a path, an address, or a Hugging Face id."""
 
 
+def join(directory: Location, name: str) -> Location:
+    """A file below a directory. On a disk, its name may look like an address, such as `http:/a` or `data:a,b`."""
+    return Path(directory) / name if isinstance(directory, Path) else directory / name
+
+
 def kind_of(location: Location) -> Literal["file", "directory"] | None:
-    """Whether a location is a file or a directory; None if missing. Raises if a store does not answer."""
+    """Whether a location is a file or a directory; None if missing. Raises if a store does not answer.
+
+    Raises:
+        UserError: it is a pipe or a device.
+    """
     if isinstance(location, Path):
-        return "file" if location.is_file() else "directory" if location.is_dir() else None
+        if location.is_file() or location.is_dir():
+            return "file" if location.is_file() else "directory"
+        if location.exists():
+            raise UserError(f"{location}: is a pipe or a device; write its content to a file, and give that")
+        return None
     try:
         return location.fs.info(location.path)["type"]
     except FileNotFoundError:

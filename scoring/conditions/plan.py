@@ -23,6 +23,9 @@ from weighted_mtp.scoring.conditions.prompts import Prompt
 MEASUREMENT_FIELDS = {"model", "revision", "fingerprint", "window", "prompt", "quantity"}
 """Fields of a condition that define the measurement. All others describe the engine."""
 
+RENAME = "give the new columns other names with --suffix"
+"""What to do if --input has a column of the same name."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -265,7 +268,5 @@ def check_name(name: str, held: Mapping[str, ScoreColumn], origin: Condition | C
     """Raise UserError if the input has a column of this name. `origin` is the origin of the new column."""
     if name in held:
         before, after = (one.model_dump(mode="json") for one in (held[name].origin, origin))
-        raise UserError(
-            f"--input has a column {name} with another origin ({', '.join(differences(before, after))} differ); "
-            "give the new columns other names with --suffix"
-        )
+        changed = ", ".join(differences(before, after))
+        raise UserError(f"--input has a column {name} with another origin ({changed} differ); {RENAME}")

@@ -1,8 +1,10 @@
 """From rows to documents: a row becomes a named text, or is rejected with a reason."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -108,7 +110,7 @@ def parse_batch(
     required = fields.required
     for number, row in batch.rows:
         try:
-            record = parse_row(row)
+            record = parse_row(row, required)
             for field in required:
                 if field not in record:
                     names = printable(", ".join(islice(record, MOST_NAMES)))[:MOST_NAMES_SHOWN]
@@ -123,15 +125,26 @@ def parse_batch(
     return documents, rejects
 
 
-def parse_row(row: Row) -> dict[str, Any]:
-    """The record in a row.
+def json_object(required: Sequence[str], pairs: list[tuple[str, Any]]) -> dict[str, Any] | MalformedRow:
+    """A JSON object, for the hook of its parser. Without the hook, the last of the fields with a name would count."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        for field in required:
+            if names.count(field) > 1:
+                return MalformedRow(f"field '{field}' occurs {names.count(field)} times")
+    return record
+
+
+def parse_row(row: Row, required: Sequence[str]) -> dict[str, Any]:
+    """The record in a row, with the fields `required` at most once.
 
     Raises:
-        BadRowError: the row is not valid JSON, or not an object.
+        BadRowError: the row is not valid JSON, or not such an object.
     """
     if isinstance(row, bytes):
         try:
-            row = json.loads(row.decode())
+            row = json.loads(row.decode(), object_pairs_hook=partial(json_object, required))
         except UnicodeDecodeError as error:
             raise BadRowError(f"invalid UTF-8: {error.reason} at byte {error.start}") from error
         except RecursionError as error:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import IO, Any, AnyStr
 
@@ -66,14 +66,15 @@ class JsonArray:
     Args:
         stream: text that starts with the array.
         most: longest element, in characters.
+        make_object: makes an object of its pairs.
     """
 
-    def __init__(self, stream: IO[str], most: int) -> None:
+    def __init__(self, stream: IO[str], most: int, make_object: Callable[[list[tuple[str, Any]]], Any] = dict) -> None:
         self.stream = stream
         self.most = most
         self.text = ""
         self.at = 0
-        self.decode = json.JSONDecoder().raw_decode
+        self.decode = json.JSONDecoder(object_pairs_hook=make_object).raw_decode
 
     def __iter__(self) -> Iterator[Any]:
         """Parse the elements.

@@ -118,7 +118,8 @@ def write_shard_set(
     )
     files = sum(isinstance(source, CorpusFile) for source in sources.read)
     counts = CorpusCounts(files=files, left_out=sources.left_out)
-    entries = write_shards(config.output, encoded, config.shard_tokens, counts, report)
+    given_ids = config.id_field is not None
+    entries = write_shards(config.output, encoded, config.shard_tokens, counts, report, given_ids=given_ids)
     manifest = Manifest(
         corpus=CorpusInfo(
             input=config.input,

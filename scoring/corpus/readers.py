@@ -14,6 +14,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shards import is_text, text_sizes
 from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch, too_large
+from weighted_mtp.scoring.corpus.documents import Fields, MalformedRow, Row, RowBatch, json_object, too_large
 from weighted_mtp.scoring.corpus.pieces import JsonArray, bounded_lines, bounded_whole, paragraphs
 from weighted_mtp.scoring.corpus.source_files import CorpusFile, HubSplit, Source
 
@@ -41,6 +42,14 @@ ARROW_BYTES = 1 << 26
 """Bytes of Parquet decoded at once, unless a row has more. Smaller row groups are always read."""
 ROW_FACTOR = 4
 """Largest row that is held, in units of the largest document: JSON in ASCII has up to three bytes for one of text."""
+FOREIGN_STARTS = {
+    b"\xff\xfe": "in UTF-16, not in UTF-8",
+    b"\xfe\xff": "in UTF-16, not in UTF-8",
+    b"\x1f\x8b": "compressed, and its name does not end with .gz",
+    b"\x28\xb5\x2f\xfd": "compressed, and its name does not end with .zst",
+    b"\xfd7zXZ\0": "compressed, and its name does not end with .xz",
+}
+"""Starts of files that are no UTF-8, and what these are."""
 BINARY_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
@@ -95,7 +104,7 @@ def read_rows(
         if isinstance(source, HubSplit):
             yield from enumerate(read_hub(source, fields.required, most))
         elif source.format == "json":
-            yield from read_json(source.path, most)
+            yield from read_json(source.path, fields.required, most)
         elif source.format == "text":
             for number, text in read_text(source.path, sample_by, max_document_bytes):
                 yield number, MalformedRow(too_large(max_document_bytes)) if text is None else {fields.text: text}
@@ -109,12 +118,26 @@ def read_rows(
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
 
-def read_json(path: Location, most: int) -> Iterator[tuple[int, Row]]:
+def open_text(path: Location) -> io.BufferedReader:
+    """Open a file as `open_stream` does.
+
+    Raises:
+        ValueError: its content is no UTF-8 from the start; what it is.
+    """
+    stream = open_stream(path)
+    for start, what in FOREIGN_STARTS.items():
+        if stream.peek(len(start)).startswith(start):
+            stream.close()
+            raise ValueError(f"it is {what}")
+    return stream
+
+
+def read_json(path: Location, fields: list[str], most: int) -> Iterator[tuple[int, Row]]:
     """Lines of JSON, or the elements of a file that is one JSON array."""
-    with open_stream(path) as stream:
+    with open_text(path) as stream:
         if data_suffix(path) == ".json" and stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-                yield from enumerate(JsonArray(text, most))
+                yield from enumerate(JsonArray(text, most, partial(json_object, fields)))
             return
         for number, line in bounded_lines(stream, most):
             if number == 0 and line is not None:
@@ -130,7 +153,7 @@ def read_text(path: Location, sample_by: SampleBy, most: int) -> Iterator[tuple[
 
     A document of more than `most` characters is None.
     """
-    with open_stream(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as stream:
+    with open_text(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as stream:
         if sample_by == "document":
             yield 0, bounded_whole(stream, most)
         elif sample_by == "line":
@@ -176,7 +199,7 @@ def read_csv(path: Location, fields: Fields, most: int) -> Iterator[Row]:
     """
     csv.field_size_limit(sys.maxsize)
     with (
-        open_stream(path) as binary,
+        open_text(path) as binary,
         io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream,
     ):
         lines = CsvLines(stream, most)

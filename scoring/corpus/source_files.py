@@ -11,7 +11,8 @@ from upath import UPath
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
+from weighted_mtp.schemas.storage.locations import Location, join, kind_of, locate, walk_tree
+from weighted_mtp.schemas.text import is_utf8, printable
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -30,6 +31,8 @@ FORMATS: dict[str, Format] = {
 }
 DATASETS_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 """Files written by `datasets` beside its data."""
+DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")
+"""Names of results of `map` and `filter`, which `datasets` writes there, too."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,17 @@ def find_sources(
         split: split of a Hugging Face dataset.
 
     Raises:
-        UserError: no such path, no readable file, or a file of unknown format.
+        UserError: no such path, no readable file, a file of unknown format, or a subset or split of files.
     """
     files = find_files(name, given)
-    return Sources([hub_split(name, subset, split)], []) if files is None else files
+    if files is None:
+        return Sources([hub_split(name, subset, split)], [])
+    if subset is not None or split != "train":
+        raise UserError(
+            f"--input {name}: --subset and --split are for datasets of the Hugging Face hub, and these are files; "
+            "give the files or the directory of the split as --input"
+        )
+    return files
 
 
 def find_files(name: str, given: Format | Literal["auto"] = "auto") -> Sources | None:
@@ -109,13 +119,17 @@ def find_files(name: str, given: Format | Literal["auto"] = "auto") -> Sources |
 
 
 def files_below(root: Location, given: Format | Literal["auto"]) -> Sources:
-    """All files below the directory `root`, except hidden files and, with `auto`, files of unknown format."""
+    """All files below the directory `root`, except hidden ones and, with `auto`, files of unknown format.
+
+    What `datasets` writes beside its data is left out, too.
+    """
     found, unreadable = walk_tree(root)
     files = {
         name: size
         for name, size in found.items()
         if not any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
         and PurePosixPath(name).name not in DATASETS_METADATA
+        and not DATASETS_CACHE.fullmatch(PurePosixPath(name).name)
         and (given != "auto" or format_of(name) is not None)
     }
     if not files:
@@ -167,14 +181,16 @@ def corpus_files(root: Location, files: dict[str, int], given: Format | Literal[
         given: format of all files, or `auto`.
 
     Raises:
-        UserError: a file of unknown format.
+        UserError: a file of unknown format, or with a name that is no UTF-8.
     """
     described: list[Source] = []
     for name, size in sorted(files.items()):
+        if not is_utf8(name):
+            raise UserError(f"{printable(str(root / name))}: the name is not in UTF-8; rename it")
         file_format = format_of(name) if given == "auto" else given
         if file_format is None:
             raise UserError(f"{root / name}: the file name does not indicate a format; give --format")
-        described.append(CorpusFile(root / name, name, file_format, size))
+        described.append(CorpusFile(join(root, name), name, file_format, size))
     return described
 
 

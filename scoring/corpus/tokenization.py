@@ -14,32 +14,55 @@ from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES, SpecialTokens
 from weighted_mtp.schemas.shard_set.shards import SEQUENCE_TYPES, list_column, shard_schema
+from weighted_mtp.schemas.text import printable, shortened
 from weighted_mtp.scoring.corpus.documents import Document, Fields, RejectedDocument, RowBatch, parse_batch
+from weighted_mtp.scoring.corpus.repeated_ids import id_hash
 from weighted_mtp.scoring.corpus.special_tokens import special_pattern
+
+ENCODED_DOCUMENT = np.dtype(
+    [
+        ("row", np.int64),
+        ("id_hash", np.uint64),
+        ("sequences", np.int64),
+        ("tokens", np.int64),
+        ("text_bytes", np.int64),
+        ("double_bos", np.bool_),
+        ("with_special_tokens", np.bool_),
+    ]
+)
+"""A document: its row in the source, a hash of its id, its sequences, token ids and size of its text as UTF-8, whether
+its first two ids are BOS, and whether its text contains the string of a special token."""
 
 
 class EncodedBatch(NamedTuple):
     """Sequences of a batch in document order, and the rejected rows in row order.
 
     Attributes:
+        source: name of the source.
         table: the columns of an unscored shard, one row per sequence.
-        documents: documents with at least one sequence.
-        tokens: token ids of these documents.
-        text_bytes: size of their texts as UTF-8.
-        largest_id: largest of the ids; 0 if there are none.
+        documents: documents with at least one sequence, `ENCODED_DOCUMENT` [documents].
         rejects: rows without a document.
-        double_bos: documents whose first two ids are BOS.
-        with_special_tokens: documents whose text contains the string of a special token.
     """
 
+    source: str
     table: pa.Table
-    documents: int
-    tokens: int
-    text_bytes: int
-    largest_id: int
+    documents: np.ndarray
     rejects: list[RejectedDocument]
-    double_bos: int
-    with_special_tokens: int
+
+    def without_repeated(self, repeated: np.ndarray) -> "EncodedBatch":
+        """The batch without documents whose ids are repeated (bool [documents]), which are rejected."""
+        sequences = self.documents["sequences"]
+        firsts = (np.cumsum(sequences) - sequences)[repeated]
+        ids = self.table["document_id"].take(pa.array(firsts)).to_pylist()
+        rejects = [
+            RejectedDocument(self.source, row, f"id of an earlier document: {printable(shortened(name))}")
+            for row, name in zip(self.documents["row"][repeated].tolist(), ids, strict=True)
+        ]
+        return self._replace(
+            table=self.table.filter(pa.array(np.repeat(~repeated, sequences))),
+            documents=self.documents[~repeated],
+            rejects=sorted([*self.rejects, *rejects], key=lambda reject: reject.row),
+        )
 
 
 @dataclass(frozen=True)
@@ -80,22 +103,24 @@ class BatchEncoder:
         starts: list[int] = []
         lengths: list[int] = []
         flat: list[int] = []  # ids of all sequences, concatenated
-        kept = text_bytes = double_bos = with_special_tokens = 0
+        kept: list[tuple[int, int, int, int, int, bool, bool]] = []  # as ENCODED_DOCUMENT
         for document, text_ids in zip(documents, encoded, strict=True):
             if not text_ids:
                 rejects.append(RejectedDocument(batch.source, document.row, "text without tokens"))
                 continue
             of_document = self.prefix + text_ids + self.suffix
-            for start in range(0, len(of_document), self.max_length):
+            cuts = range(0, len(of_document), self.max_length)
+            for start in cuts:
                 owners.append(document)
                 starts.append(start)
                 lengths.append(min(self.max_length, len(of_document) - start))
             flat += of_document
-            kept += 1
-            text_bytes += len(document.text.encode())
+            size = len(document.text.encode())
             starts_twice = of_document[0] == self.tokenizer.bos_token_id and of_document[:1] == of_document[1:2]
-            double_bos += starts_twice
-            with_special_tokens += self.special_pattern is not None and bool(self.special_pattern.search(document.text))
+            has_special = self.special_pattern is not None and bool(self.special_pattern.search(document.text))
+            kept.append(
+                (document.row, id_hash(document.id), len(cuts), len(of_document), size, starts_twice, has_special)
+            )
         ids = np.array(flat, dtype=np.int32)
         columns = [
             pa.array([owner.id for owner in owners], pa.string()),
@@ -107,16 +132,7 @@ class BatchEncoder:
         schema = shard_schema((), self.fields.columns)
         table = pa.Table.from_arrays(columns, names=schema.names).cast(schema)
         rejects.sort(key=lambda reject: reject.row)
-        return EncodedBatch(
-            table,
-            documents=kept,
-            tokens=len(flat),
-            text_bytes=text_bytes,
-            largest_id=int(ids.max(initial=0)),
-            rejects=rejects,
-            double_bos=double_bos,
-            with_special_tokens=with_special_tokens,
-        )
+        return EncodedBatch(batch.source, table, np.array(kept, ENCODED_DOCUMENT), rejects)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS around it."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
@@ -14,6 +15,7 @@ from weighted_mtp.schemas.shard_set.shards import list_lengths, shard_name, writ
 from weighted_mtp.schemas.storage.files import DATA, PROGRESS, atomic_write, move
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.scoring.corpus.documents import RejectedDocument
+from weighted_mtp.scoring.corpus.repeated_ids import SeenHashes
 from weighted_mtp.scoring.corpus.tokenization import EncodedBatch
 
 
@@ -103,13 +105,14 @@ class CorpusCounts:
 
     def add(self, batch: EncodedBatch) -> None:
         """Count a batch."""
-        self.documents += batch.documents
+        self.documents += len(batch.documents)
         self.sequences += batch.table.num_rows
-        self.tokens += batch.tokens
-        self.text_bytes += batch.text_bytes
-        self.double_bos += batch.double_bos
-        self.with_special_tokens += batch.with_special_tokens
-        self.largest_id = max(self.largest_id, batch.largest_id)
+        self.tokens += int(batch.documents["tokens"].sum())
+        self.text_bytes += int(batch.documents["text_bytes"].sum())
+        self.double_bos += int(batch.documents["double_bos"].sum())
+        self.with_special_tokens += int(batch.documents["with_special_tokens"].sum())
+        if batch.table.num_rows:
+            self.largest_id = max(self.largest_id, pc.max(pc.list_flatten(batch.table["input_ids"])).as_py())
         for reject in batch.rejects:
             self.rejects[reject.kind] = self.rejects.get(reject.kind, 0) + 1
             self.examples.setdefault(reject.kind, reject)
@@ -121,17 +124,23 @@ def write_shards(
     shard_tokens: int,
     counts: CorpusCounts,
     report: Callable[[CorpusCounts], None],
+    *,
+    given_ids: bool = False,
 ) -> list[ShardEntry]:
     """Write all sequences, and `rejects.jsonl` if rows were rejected, into the claimed directory `output`.
 
-    Adds every batch to `counts` and calls `report` with them.
+    Adds every batch to `counts` and calls `report` with them. Ids that are a field of the corpus (`given_ids`) may be
+    repeated: then all documents but the first are rejected.
 
     Raises:
         UserError: the corpus has no document.
     """
     writer = ShardWriter(output, shard_tokens)
+    seen = SeenHashes()
     with atomic_write(output / PROGRESS / REJECTS) as rejects:
         for batch in batches:
+            if given_ids and (repeated := seen.add(batch.documents["id_hash"])).any():
+                batch = batch.without_repeated(repeated)
             writer.add(batch.table)
             counts.add(batch)
             for reject in batch.rejects:
@@ -152,8 +161,10 @@ def why_empty(counts: CorpusCounts) -> str:
         return "--input: holds no rows; check that the files are not empty"
     kind = max(counts.rejects, key=lambda kind: counts.rejects[kind])
     first = counts.examples[kind]
+    remedy = "check --text_field, --id_field, --number_fields, --label_fields, --format and --max_document_bytes"
+    if kind in ("invalid JSON", "not an object"):
+        remedy = "write one object on each line, or one array into a file named .json"
     return (
         f"--input: all {counts.rejected:,} rows were rejected, {counts.rejects[kind]:,} of them for the same reason as "
-        f"row {first.row} of {first.source} ({first.reason}); check --text_field, --id_field, "
-        "--number_fields, --label_fields, --format and --max_document_bytes"
+        f"row {first.row} of {first.source} ({first.reason}); {remedy}"
     )

@@ -1,5 +1,6 @@
 """Reading JSON Lines in parts of bounded size, also from compressed files."""
 
+import codecs
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -47,7 +48,9 @@ def read_lines(path: Location) -> Iterator[Lines]:
         while line := stream.readline(MOST_LINE_BYTES + 1):
             if len(line) > MOST_LINE_BYTES:
                 raise ValueError(f"row {number + 1:,}: has more than {MOST_LINE_BYTES:,} bytes")
-            if line.isspace():
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line or line.isspace():
                 blank += len(line)
                 if blank > MOST_BLANK_BYTES:
                     raise ValueError(f"row {number + 1:,}: more than {MOST_BLANK_BYTES:,} bytes of blank lines")

@@ -1,7 +1,6 @@
 """Score files that other tools wrote: finding and opening Parquet and JSON Lines."""
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
@@ -14,8 +13,8 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shards import is_text
 from weighted_mtp.schemas.storage.compression import data_suffix
 from weighted_mtp.schemas.storage.links import expand
-from weighted_mtp.schemas.storage.locations import Location, kind_of, locate, walk_tree
-from weighted_mtp.schemas.text import describe_files
+from weighted_mtp.schemas.storage.locations import Location, join, kind_of, locate, walk_tree
+from weighted_mtp.schemas.text import describe_files, is_utf8, printable
 from weighted_mtp.scoring.imports.json_lines import COMPRESSED, parse_lines, read_lines
 from weighted_mtp.scoring.imports.sources import (
     BATCH_ROWS,
@@ -39,27 +38,31 @@ def find_score_files(names: Sequence[str]) -> list[Location]:
     On a disk, links are followed, but not in circles. Files of other kinds in a directory are left out, and logged.
 
     Raises:
-        UserError: a name matches no Parquet or JSON Lines file.
+        UserError: a name matches no Parquet or JSON Lines file, or something else.
     """
     found: dict[str, Location] = {}
     left_out: list[str] = []
     for name in names:
-        path = locate(name)
+        path: Location = locate(name)
+        files: list[Location]
         kind = kind_of(path)
         if kind == "file":
             files = [path]
         elif kind == "directory":
             inside, others = walk_tree(path)
-            files = [path / file for file in sorted(inside) if is_wanted(file)]
+            files = [join(path, file) for file in sorted(inside) if is_wanted(file)]
             left_out += sorted([*others, *(file for file in inside if not is_wanted(file))])
         elif isinstance(path, Path):
-            files = [locate(match) for match in sorted(set(expand(str(path)))) if not os.path.isdir(match)]
+            matches = map(Path, sorted(set(expand(str(path)))))
+            files = [match for match in matches if kind_of(match) != "directory"]
         else:
             files = [locate(path.fs.unstrip_protocol(match)) for match in sorted(path.fs.glob(path.path))]
         if not files:
             raise UserError(f"--scores {name}: no Parquet or JSON Lines file ({KNOWN}); check the path")
         found |= {str(file): file for file in files}
     for file in found.values():
+        if not is_utf8(str(file)):
+            raise UserError(f"{printable(str(file))}: the name is not in UTF-8; rename it")
         if not (is_parquet(file) or is_json(file)):
             raise UserError(f"{file}: is no Parquet or JSON Lines file by its name ({KNOWN}); convert it")
     if left_out:

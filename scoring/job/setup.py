@@ -22,6 +22,7 @@ from weighted_mtp.schemas.storage.claims import check_separate
 from weighted_mtp.schemas.storage.locations import Location, resolve
 from weighted_mtp.scoring.conditions.models import ScoringModel, check_model, check_sequences
 from weighted_mtp.scoring.conditions.plan import (
+    RENAME,
     ScoringPlan,
     measure_condition,
     parse_contrast,
@@ -217,9 +218,7 @@ def check_names(columns: Collection[str], source: ShardSet) -> None:
     held = source.manifest.corpus.sequence_columns
     for name in columns:
         if name in held:
-            raise UserError(
-                f"--input {source.path}: already has a corpus column '{name}'; give the contrast another name"
-            )
+            raise UserError(f"--input {source.path}: already has a corpus column '{name}'; {RENAME}")
         try:
             check_identifier(name)
         except ValueError as error:
@@ -227,7 +226,7 @@ def check_names(columns: Collection[str], source: ShardSet) -> None:
         if is_reserved(name):
             raise UserError(f"--suffix: '{name}' is reserved by wmtp; choose another one")
     if clash := find_clash([*source.manifest.columns, *held, *columns]):
-        raise UserError(f"--input {source.path}: {clash}; give the new columns other names with --suffix")
+        raise UserError(f"--input {source.path}: {clash}; {RENAME}")
 
 
 def count_devices(engine: EngineName) -> tuple[int, int]:

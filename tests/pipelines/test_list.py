@@ -14,7 +14,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import write_manifest
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import DATA, write_text
-from weighted_mtp.schemas.storage.locations import Location
+from weighted_mtp.schemas.storage.locations import Location, join, locate
 
 
 def listed(capsys: pytest.CaptureFixture[str], *directories: Location) -> list[str]:
@@ -42,6 +42,20 @@ def test_sets_columns_and_lineage(
         "    excess_loss     loss_base - loss_reference",
     ]
     assert listed(capsys, scored.path)[0].endswith(f"from a set not found, {tokens.manifest.digest[:12]}")
+
+
+def test_directories_may_be_called_like_addresses(
+    make_shard_set: Callable[..., ShardSet],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("http:/host/set", "data:a,b"):
+        make_shard_set([[1, 2]], name=name)
+    monkeypatch.chdir(tmp_path)
+    for directory in (tmp_path, locate(".")):
+        found = [line.partition(": ")[0] for line in listed(capsys, directory)]
+        assert found == [str(join(directory, name)) for name in ("data:a,b", "http:/host/set")]
 
 
 def test_nothing_to_list(tmp_path) -> None:

@@ -33,11 +33,14 @@ def test_every_fault_is_listed_and_counted(scored: ShardSet, capsys: pytest.Capt
     first, second = (scored.path / DATA / shard.name for shard in scored.manifest.shards)
     first.write_bytes(first.read_bytes()[:10])
     second.unlink()
-    with pytest.raises(UserError, match="2 of 4 parts differ from the manifest"):
+    (scored.path / DATA / "http:").mkdir()
+    (scored.path / DATA / "http:" / "x.parquet").touch()
+    with pytest.raises(UserError, match="3 of 5 parts differ from the manifest"):
         run(VerifyConfig(set=scored.path))
     assert capsys.readouterr().out.splitlines() == [
         f"{first}: content differs from the manifest (sha256)",
         f"{second}: missing",
+        f"{scored.path}/data/http:/x.parquet: is no shard of the manifest",
     ]
 
 

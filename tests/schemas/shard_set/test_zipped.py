@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.shard_set.manifest import Contrast, ShardEntry
+from weighted_mtp.schemas.shard_set.manifest import Contrast, ImportedValues, ShardEntry
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import write_shard
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -193,6 +193,15 @@ def test_contrasts_of_different_columns_are_refused(make_shard_set: MakeShardSet
     assert isinstance(other.manifest.columns["excess_loss"].origin, Contrast)
     with pytest.raises(UserError, match=r"both have a column 'excess_loss'.* 'wmtp score --suffix'"):
         ZippedSets((one, with_origin(other, "excess_loss", minuend="loss_base_b")))
+
+
+def test_a_clash_with_an_imported_column_is_not_solved_by_scoring(a: ShardSet) -> None:
+    column = a.manifest.columns["loss_a"]
+    columns = [column.model_copy(update={"origin": ImportedValues(values_sha256=digit * 64)}) for digit in "ab"]
+    one, other = (with_manifest(a, columns={"loss_a": imported}) for imported in columns)
+    for sets in ((one, other), (a, other), (one, a)):
+        with pytest.raises(UserError, match="of different origin; import one of them under another name"):
+            ZippedSets(sets)
 
 
 def test_a_missing_column_names_all_sets_and_their_columns(

@@ -19,7 +19,15 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import ROW_GROUP_TOKENS
 from weighted_mtp.schemas.shard_set.verification import verify
 from weighted_mtp.schemas.storage.files import DATA, MANIFEST, atomic_write, copy_files, move, write_text
-from weighted_mtp.schemas.storage.locations import Location, list_files, local_copy, locate, remove_tree, walk_files
+from weighted_mtp.schemas.storage.locations import (
+    Location,
+    kind_of,
+    list_files,
+    local_copy,
+    locate,
+    remove_tree,
+    walk_files,
+)
 
 
 @pytest.fixture(params=["disk", pytest.param("store", marks=pytest.mark.integration)])
@@ -42,19 +50,57 @@ def run_elsewhere(script: str, *arguments: object) -> subprocess.CompletedProces
 
 def test_names_become_locations(tmp_path: Path) -> None:
     assert isinstance(locate("corpus"), Path)
-    assert locate(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert locate(f"file://{tmp_path}/x") == locate(f"file://localhost{tmp_path}/x") == tmp_path / "x"
+    assert locate("a::b") == Path("a::b")
     assert str(locate("s3://bucket/runs/first/")) == "s3://bucket/runs/first"
     assert locate("s3://bucket/a/") / "b" == locate(UPath("s3://bucket/a/b"))
+    assert str(locate("hf://owner/name")) == "hf://owner/name"
     assert str(locate("hf://datasets/owner/name/file.parquet")) == "hf://datasets/owner/name/file.parquet"
     assert pickle.loads(pickle.dumps(locate("s3://bucket/a"))) == locate("s3://bucket/a")
+
+
+def test_what_is_neither_a_file_nor_a_directory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match=f"^{name}: is a pipe or a device; write its content to a file"):
+            kind_of(locate(name))
 
 
 def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"gs:// cannot be used here .*; install 'weighted-mtp\[gcs\]'"):
         locate("gs://bucket/a")
-    with pytest.raises(ValueError, match="nowhere"):
-        locate("nowhere://bucket/a")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere://bucket/a", "^'nowhere://bucket/a' is neither a path nor an address with s3://, .*, http://;"),
+        ("memory://a", "neither a path nor an address"),
+        ("data:,a", "neither a path nor an address"),
+        ("reference://", "neither a path nor an address"),
+        ("github://", "neither a path nor an address"),
+        ("generic://a", "neither a path nor an address"),
+        ("lakefs://a", "neither a path nor an address"),
+        ("async_wrapper://", "neither a path nor an address"),
+        ("simplecache::s3://bucket/a", "neither a path nor an address"),
+        ("zip://a::s3://bucket/b.zip", "neither a path nor an address"),
+        ("s3:/bucket/a", "neither a path nor an address"),
+        ("a\n://b", r"^'a\\n://b' is neither"),
+        (5, "^'5' is neither a path"),
+        ("s3://", "s3:// should have a bucket or a host after '://'"),
+        ("s3:///a", "should have a bucket"),
+        ("https:///a", "should have a bucket or a host"),
+        ("hf://name", "^hf://name should name an owner, such as hf://owner/name"),
+        ("hf://datasets/name/", "should name an owner"),
+        ("hf://", "should name an owner"),
+        ("caf\udce9", r"^'caf\\udce9' is not in UTF-8; rename it$"),
+        ("", "should not be empty"),
+    ],
+)
+def test_what_is_no_location(name: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        locate(name)
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

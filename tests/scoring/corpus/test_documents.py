@@ -21,6 +21,7 @@ def parse(lines: list[bytes], fields: Fields) -> tuple[list[Document], list[Reje
         (b"[1, 2]", "not an object"),
         (b'"text"', "not an object"),
         (b"{}", "no field 'text'"),
+        (b'{"text": "a", "text": "a"}', "field 'text' occurs 2 times"),
         (b'{"body": "x"}', "no field 'text'"),
         (b'{"text": null}', "field 'text' is not a string"),
         (b'{"text": 5}', "field 'text' is not a string"),
@@ -34,6 +35,11 @@ def test_a_bad_line_is_rejected_alone(line: bytes, kind: str) -> None:
     documents, rejects = parse([GOOD, line, GOOD], Fields("text"))
     assert [(document.row, document.text) for document in documents] == [(0, "good"), (2, "good")]
     assert [(reject.row, reject.kind) for reject in rejects] == [(1, kind)]
+
+
+def test_other_fields_may_be_repeated() -> None:
+    line = b'{"text": "a", "b": {"text": 1, "text": 2}, "b": 3}'
+    assert [document.text for document in parse([line], Fields("text"))[0]] == ["a"]
 
 
 @pytest.mark.parametrize(

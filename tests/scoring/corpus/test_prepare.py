@@ -87,6 +87,25 @@ def test_fields_of_the_corpus_become_columns(tokenizer_dir: Path, tmp_path: Path
         prepare(config(tmp_path / "a.jsonl", tokenizer_dir, tmp_path / "out", **settings | {"number_fields": ()}))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_document_with_an_id_counts(workers: int, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Also in another file or batch, and whether an id is a string or a number. Rejected rows have no id."""
+    rows = [{"id": 7, "text": " "}, *({"id": row % 1500, "text": "x" * 20, "group": row} for row in range(2000))]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"id": "3", "text": "other", "group": "other"}))
+    settings = {"id_field": "id", "label_fields": ("group",), "workers": workers}
+    prepared = prepare(config(tmp_path / "in", tokenizer_dir, tmp_path / "out", **settings))
+    assert (prepared.manifest.corpus.documents, prepared.manifest.corpus.rejects) == (1500, 502)
+    assert prepared.manifest.tokens == 1500 * 20
+    found = pa.concat_tables([prepared.read(shard) for shard in range(len(prepared.manifest.shards))])
+    assert found["document_id"].to_pylist() == found["group"].to_pylist()
+    assert found.num_rows == 2 * 1500
+    rejects = [json.loads(line) for line in (tmp_path / "out" / REJECTS).read_text().splitlines()]
+    assert rejects[1] == {"source": "a.jsonl", "row": 1501, "reason": "id of an earlier document: 0"}
+    assert rejects[-1] == {"source": "b.jsonl", "row": 0, "reason": "id of an earlier document: 3"}
+
+
 def test_special_tokens_as_text_are_recorded(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("<s>a</s>")
     parsed = prepare(config(tmp_path / "a.txt", tokenizer_dir, tmp_path / "parsed"))
@@ -344,6 +363,8 @@ def test_full_disk_surfaces_and_leaves_nothing(
             '{"question": "q", "answer": "a"}\n' * 3,
             r"all 3 rows .* row 0 of a\.jsonl \(no field 'text': .*question, answer.*--text_field",
         ),
+        ('{\n  "text": "x"\n}', r"invalid JSON.*; write one object on each line, or one array into a"),
+        ('[{"text": "x"}]', r"not an object: list\); write one object on each line"),
         ("{\n{}\n{}\n", r"all 3 rows .*, 2 of them for the same reason as row 1 of a\.jsonl "),
     ],
 )

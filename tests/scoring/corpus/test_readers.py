@@ -71,10 +71,14 @@ def test_line_ends_and_blank_lines_keep_row_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b'[{"text": "a"}, 3, {"text": "b"}]', b' \n[\n{"text": "a"},\n3,\n{"text": "b"}]\n']
+    "content",
+    [
+        b'[{"text": "a"}, 3, {"text": "b"}, {"text": 1, "text": "c"}]',
+        b' \n[\n{"text": "a"},\n3,\n{"text": "b"}, {"text": "c", "text": "c"}]\n',
+    ],
 )
 def test_json_array(content: bytes, tmp_path: Path) -> None:
-    expected = ([(0, "a"), (2, "b")], [(1, "not an object")])
+    expected = ([(0, "a"), (2, "b")], [(1, "not an object"), (3, "field 'text' occurs 2 times")])
     assert read(write(tmp_path / "a.json", content)) == expected
     assert read(write(tmp_path / "a.json.gz", gzip.compress(content))) == expected
 
@@ -99,6 +103,20 @@ def test_compressed_files_of_several_frames(suffix: str, tmp_path: Path) -> None
     line = b'{"text": "%s"}\n' % WORLD
     path = write(tmp_path / f"a.jsonl{suffix}", compress(line) + compress(b"\xff\n" + line))
     assert read(path) == ([(0, WORLD.decode()), (2, WORLD.decode())], [(1, "invalid UTF-8")])
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (GOOD.decode().encode("utf-16"), "in UTF-16"),
+        (b"\xfe\xff" + GOOD.decode().encode("utf-16-be"), "in UTF-16"),
+        *((COMPRESSORS[suffix](GOOD), f"compressed, .* {suffix}") for suffix in (".gz", ".xz", ".zst")),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
+def test_files_that_are_not_in_utf8_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name}: cannot be read as .* \\(it is {what}"):
+        read(write(tmp_path / name, content))
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)

@@ -2,10 +2,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from datasets import load_dataset_builder
+from datasets import Dataset, load_dataset_builder, load_from_disk
 from upath import UPath
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.storage import locations
 from weighted_mtp.scoring.corpus.documents import Fields
 from weighted_mtp.scoring.corpus.readers import read_batches
 from weighted_mtp.scoring.corpus.source_files import CorpusFile, Format, find_sources
@@ -90,8 +91,11 @@ def test_directories_that_only_match_a_glob_are_left_out(tree: Path) -> None:
     assert find_sources(f"{tree}/[ab]/**", "text").left_out == []
 
 
-def test_directories_in_a_store_that_only_match_a_glob_are_left_out(tmp_path: Path) -> None:
-    root = UPath(f"memory://{tmp_path}/corpus")
+def test_directories_in_a_store_that_only_match_a_glob_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(locations.PACKAGES, "memory", "fsspec")
+    root = UPath(f"memory://store{tmp_path}/corpus")
     for name in ("a.txt", "sub/b.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("text")
@@ -124,6 +128,41 @@ def test_nothing_to_read(input: str, message: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=message) as error:
         find_sources(input)
     assert "\n" not in str(error.value)
+
+
+def test_only_the_data_of_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    """Calling `map` on a loaded dataset writes another copy of its rows beside them."""
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "train")
+    assert len(load_from_disk(tmp_path / "train").map(lambda row: {"n": 1})) == 1
+    [cache] = (tmp_path / "train").glob("cache-*.arrow")
+    found = find_sources(str(tmp_path))
+    assert [source.name for source in found.read] == ["train/data-00000-of-00001.arrow"]
+    assert f"train/{cache.name}" in found.left_out
+
+
+@pytest.mark.parametrize("settings", [{"split": "test"}, {"subset": "en"}])
+def test_files_have_no_splits(settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(UserError, match="--subset and --split are for datasets of the Hugging Face hub"):
+            find_sources(str(path), **settings)
+
+
+@pytest.mark.parametrize("name", ["http:/host/a.jsonl", "data:a,b.jsonl", "s3:/a.jsonl", "lakefs::a.jsonl"])
+def test_file_may_be_called_like_an_address(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    for input in (tmp_path, f"{tmp_path}/**", f"{tmp_path}/{name}", f"./{name}", "."):
+        [source] = find_sources(str(input)).read
+        assert source.path.samefile(tmp_path / name)
+
+
+@pytest.mark.parametrize("input", ["", "/*.jsonl"])
+def test_files_with_names_that_are_no_utf8(input: str, tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.jsonl").touch()
+    with pytest.raises(UserError, match=r"udce9\.jsonl: the name is not in UTF-8; rename it"):
+        find_sources(f"{tmp_path}{input}")
 
 
 @pytest.fixture

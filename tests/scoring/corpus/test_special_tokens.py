@@ -153,8 +153,9 @@ def test_documents_with_special_tokens_and_two_bos_are_counted(tokenizer_dir: Pa
     texts = ["<s>a", "<s><s>a", "a<s>", "</s>", "a", "<s", "\n"]
     batch = RowBatch("source", [(row, {"text": text}) for row, text in enumerate(texts)])
     counts = {
-        (mode, len(prefix)): BatchEncoder(tokenizer, prefix, [], 99, Fields("text"), mode)(batch)[-2:]
+        (mode, len(prefix)): (int(documents["double_bos"].sum()), int(documents["with_special_tokens"].sum()))
         for mode in ("parse", "text")
         for prefix in ([], [BOS])
+        for documents in [BatchEncoder(tokenizer, prefix, [], 99, Fields("text"), mode)(batch).documents]
     }
     assert counts == {("parse", 0): (1, 4), ("parse", 1): (2, 4), ("text", 0): (0, 4), ("text", 1): (0, 4)}

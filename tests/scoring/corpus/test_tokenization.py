@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,9 +50,10 @@ def test_no_token_is_lost_or_moved(
         document += row["input_ids"]
     kept = {row: text for row, text in enumerate(texts) if text.strip()}
     assert found == {f"source#{row}": [BOS] * bos + byte_ids(text) + [EOS] * eos for row, text in kept.items()}
-    assert encoded.documents == len(kept)
-    assert encoded.tokens == sum(map(len, found.values()))
-    assert encoded.text_bytes == sum(len(text.encode()) for text in kept.values())
+    assert encoded.documents["row"].tolist() == list(kept)
+    assert encoded.documents["tokens"].tolist() == list(map(len, found.values()))
+    assert encoded.documents["sequences"].sum() == encoded.table.num_rows
+    assert encoded.documents["text_bytes"].tolist() == [len(text.encode()) for text in kept.values()]
     assert [reject.row for reject in encoded.rejects] == [row for row, text in enumerate(texts) if not text.strip()]
 
 
@@ -99,3 +101,20 @@ def test_text_that_a_tokenizer_drops_is_rejected(tokenizer_dir: Path) -> None:
         (0, "text without tokens"),
         (2, "empty text"),
     ]
+
+
+def test_documents_with_repeated_ids_become_rejects(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = BatchEncoder(tokenizer, [], [], 2, Fields("text", "id"))
+    rows = [("a", "abc"), ("x", " "), ("b\n" * 200, "de"), ("c", "fghij")]
+    batch = encoder(RowBatch("source", [(row, {"id": name, "text": text}) for row, (name, text) in enumerate(rows)]))
+    left = batch.without_repeated(np.array([False, True, False]))
+    assert left.table.select(["document_id", "start"]).to_pydict() == {
+        "document_id": ["a", "a", "c", "c", "c"],
+        "start": [0, 2, 0, 2, 4],
+    }
+    assert left.documents.tolist() == batch.documents[[0, 2]].tolist()
+    assert [(reject.source, reject.row, reject.kind) for reject in left.rejects] == [
+        ("source", 1, "empty text"),
+        ("source", 2, "id of an earlier document"),
+    ]
+    assert left.rejects[1].reason == "id of an earlier document: " + "b\\n" * 100 + "..."

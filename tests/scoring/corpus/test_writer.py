@@ -13,7 +13,7 @@ from weighted_mtp.schemas.shard_set.shard_set import REJECTS
 from weighted_mtp.schemas.shard_set.shards import list_column, shard_schema
 from weighted_mtp.schemas.storage.files import DATA, PROGRESS
 from weighted_mtp.scoring.corpus.documents import RejectedDocument
-from weighted_mtp.scoring.corpus.tokenization import EncodedBatch
+from weighted_mtp.scoring.corpus.tokenization import ENCODED_DOCUMENT, EncodedBatch
 from weighted_mtp.scoring.corpus.writer import CorpusCounts, ShardWriter, why_empty, write_shards
 
 
@@ -37,9 +37,8 @@ def table(lengths: list[int], first: int = 0) -> pa.Table:
 
 
 def batch(lengths: list[int], rejects: tuple[RejectedDocument, ...] = ()) -> EncodedBatch:
-    tokens = sum(lengths)
-    largest = max(0, tokens - 1)
-    return EncodedBatch(table(lengths), len(lengths), tokens, 10 * tokens, largest, list(rejects), 1, len(lengths))
+    documents = [(row, row, 1, length, 10 * length, row == 0, True) for row, length in enumerate(lengths)]
+    return EncodedBatch("a.jsonl", table(lengths), np.array(documents, ENCODED_DOCUMENT), list(rejects))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +86,7 @@ def test_totals_and_rejects_of_all_batches(output: Path) -> None:
     entries = write_shards(output, batches, 5, counts, ignore)
     assert [entry.tokens for entry in entries] == [6, 1]
     assert (counts.documents, counts.sequences, counts.tokens, counts.text_bytes) == (3, 3, 7, 70)
+    assert (counts.double_bos, counts.with_special_tokens, counts.largest_id) == (2, 3, 5)
     assert (counts.rejects, counts.rejected) == ({"no text": 2, "blank": 1}, 3)
     assert counts.examples == {"no text": rejects[0], "blank": rejects[2]}
     lines = [json.loads(line) for line in (output / REJECTS).read_text().splitlines()]

@@ -49,6 +49,13 @@ def test_rows_are_numbered_across_parts(tmp_path: Path, monkeypatch: pytest.Monk
         read(file)
 
 
+def test_a_byte_order_mark_and_line_ends_of_windows_are_harmless(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(ROWS))
+    assert np.array_equal(read(tmp_path / "a.jsonl").lists["x"].values, VALUES)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + ROWS[0])
+    assert read(tmp_path / "a.jsonl").keys["row"].to_list() == [1]
+
+
 def test_blank_lines_count_as_rows_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n" + b"\r\n \t\n".join(ROWS) + b"\n\n")
     rows = read(tmp_path / "a.jsonl")

@@ -1,5 +1,6 @@
 """Finding and opening score files."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_links_are_followed_and_other_files_are_named(tmp_path: Path, caplog: py
     assert [file.name for file in find_score_files([f"{tmp_path}/scores/**/c.jsonl"])] == ["c.jsonl"]
     with pytest.raises(FileNotFoundError):
         open_score_file(find_score_files([f"{tmp_path}/scores/bro*.jsonl"])[0])
+
+
+def test_pipes_and_names_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("pipe.jsonl", "pip*.jsonl"):
+        with pytest.raises(UserError, match=r"pipe\.jsonl: is a pipe or a device"):
+            find_score_files([str(tmp_path / name)])
+    (tmp_path / "caf\udce9.jsonl").touch()
+    for name in ("", "c*.jsonl"):
+        with pytest.raises(UserError, match=r"udce9\.jsonl: the name is not in UTF-8; rename it"):
+            find_score_files([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])

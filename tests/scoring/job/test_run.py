@@ -357,7 +357,7 @@ class TestRefusedBeforeAnyWork:
 
     def test_a_contrast_called_as_a_column_of_the_corpus(self, config, base_model):
         contrasts = {"reward": "loss_base - loss_reference"}
-        with pytest.raises(UserError, match="already has a corpus column 'reward'; give the contrast another name"):
+        with pytest.raises(UserError, match="already has a corpus column 'reward'; give the new columns other names"):
             run(config(base=str(base_model), contrasts=contrasts))
 
     def test_other_tokenizer(self, config, make_model):

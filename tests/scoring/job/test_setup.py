@@ -154,7 +154,7 @@ def test_a_new_column_may_not_be_called_as_one_of_the_corpus(
     config: Callable[..., ScoreConfig], tokens: ShardSet
 ) -> None:
     plan = ScoringPlan({}, {"reward": Contrast(minuend="loss_old", subtrahend="loss_old")})
-    with pytest.raises(UserError, match="already has a corpus column 'reward'; give the contrast another name"):
+    with pytest.raises(UserError, match="already has a corpus column 'reward'; give the new columns other names"):
         set_up(config(), ScoringInputs(tokens, plan, "transformers", None))
 
 
