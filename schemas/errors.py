@@ -15,6 +15,9 @@ class SettingsError(UserError, ValueError):
     """Wrong settings in a call from Python."""
 
 
+NO_CONFIG = "has no config.json; give a directory written by save_pretrained"
+"""Why a directory is no model, and the remedy."""
+
 SHORTER_PATH = "too long a path for sockets; set TMPDIR to a shorter directory for temporary files"
 """Why a directory for temporary files cannot be used, and the remedy."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import NO_CONFIG, UserError
 from weighted_mtp.schemas.storage.locations import is_missing_directory
 
 PROBE_TOKENS = 16
@@ -91,7 +91,7 @@ def load_config(name: str, source: str | Path, *, trust_remote_code: bool = Fals
     if is_missing_directory(source):
         raise UserError(f"{name}: no such directory; check the path")
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise UserError(f"{name}: no config.json; give a directory written by save_pretrained")
+        raise UserError(f"{name}: {NO_CONFIG}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_sizes(config.to_dict())
