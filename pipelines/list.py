@@ -18,7 +18,8 @@ def run(config: ListConfig) -> None:
     """Print the shard sets and training runs below the directories. Reads only manifests, records and metrics.
 
     Raises:
-        UserError: a directory does not exist, or none contains a shard set or a run.
+        UserError: a directory does not exist, none contains a shard set or a run, or one of these is damaged. The
+            others are printed all the same.
     """
     found: dict[Location, Entry] = {}
     for directory in config.directories:
@@ -30,6 +31,8 @@ def run(config: ListConfig) -> None:
         raise UserError(f"{where}: no shard set or run here; write one with 'wmtp prepare' or 'wmtp train'")
     for line in catalogue(found):
         print(printable(line))
+    if damaged := sum(isinstance(entry, UserError) for entry in found.values()):
+        raise UserError(f"{damaged:,} of {len(found):,} entries cannot be read (see above); restore or remove them")
 
 
 def find_entries(directory: Location) -> Iterator[tuple[Location, Entry]]:

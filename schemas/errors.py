@@ -11,6 +11,13 @@ class UserError(Exception):
     """
 
 
+class SettingsError(UserError, ValueError):
+    """Wrong settings in a call from Python."""
+
+
+NO_CONFIG = "has no config.json; give a directory written by save_pretrained"
+"""Why a directory is no model, and the remedy."""
+
 SHORTER_PATH = "too long a path for sockets; set TMPDIR to a shorter directory for temporary files"
 """Why a directory for temporary files cannot be used, and the remedy."""
 
@@ -31,6 +38,7 @@ def first_line(error: BaseException) -> str:
     """The message of an exception in one line. For a pydantic error: the first problem and its field."""
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        found = ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
+        message = problem["msg"].removeprefix("Value error, ")
+        found = ": ".join(filter(None, [".".join(map(str, problem["loc"])), message]))
         return " ".join(found.splitlines())  # a foreign key may have line breaks
     return (str(error).splitlines() or [type(error).__name__])[0]

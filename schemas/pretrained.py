@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, logging
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import NO_CONFIG, UserError
 from weighted_mtp.schemas.storage.locations import is_missing_directory
 
 PROBE_TOKENS = 16
@@ -114,7 +114,7 @@ def load_config(name: str, source: str | Path, *, trust_remote_code: bool = Fals
                 "adapter_config.json"
             )
         if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-            raise UserError(f"{name}: no config.json; give a directory written by save_pretrained")
+            raise UserError(f"{name}: {NO_CONFIG}")
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_sizes(config.to_dict())
         return config

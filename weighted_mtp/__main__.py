@@ -25,7 +25,7 @@ def main() -> None:
     except SystemExit as error:  # --help, or a closed pipe
         status = int(error.code or 0)
     atexit._run_exitfuncs()
-    with suppress(OSError):  # stderr may be full
+    with suppress(OSError):  # stdout may be full
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

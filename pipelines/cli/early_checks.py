@@ -21,7 +21,7 @@ from weighted_mtp.schemas.configs import (
     WeightsReportConfig,
     split_paths,
 )
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import NO_CONFIG, UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import read_manifest
 from weighted_mtp.schemas.shard_set.shard_set import check_request
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -29,10 +29,12 @@ from weighted_mtp.schemas.storage.claims import check_empty, check_separate
 from weighted_mtp.schemas.storage.files import MANIFEST, PROGRESS
 from weighted_mtp.schemas.storage.locations import Location, is_address, is_missing_directory, locate
 from weighted_mtp.schemas.storage.locks import check_place
-from weighted_mtp.schemas.storage.training_run import MODEL, RUN_RECORD, trained_model
+from weighted_mtp.schemas.storage.training_run import MODEL, trained_model
 from weighted_mtp.schemas.weights.nodes import Node, columns_of, labels_of
 from weighted_mtp.scoring.corpus.source_files import find_files
 from weighted_mtp.scoring.engines.choice import check_engine_settings, choose_engine
+from weighted_mtp.scoring.job.addresses import check_cluster
+from weighted_mtp.training.run.preconditions import check_run, check_trackers, fixed_settings, resolve_length
 
 
 def check_early(config: Config) -> None:
@@ -50,20 +52,15 @@ def check_early(config: Config) -> None:
         case ScoreConfig():
             check_score(config)
         case TrainConfig():
-            if isinstance(config.output, Path):
-                check_place(config.output)
-                if not (config.output / RUN_RECORD).exists():
-                    check_empty(config.output)
-            check_sets(config.input, config.mix, config.weights.node)
-            check_sets(config.eval_input or (), {}, None)
-            check_model(config.model, "--model")
+            check_train(config)
         case EvaluateConfig():
             check_sets([config.input], {}, None)
             check_model(config.model, "--model")
         case IterateConfig():
             check_sets([config.input], {}, None)
-            check_model(config.reference, "--reference")
-            check_model(config.base, "--base")
+            where = {"input": config.input, "output": config.output}
+            check_scoring(config.scoring(**where, reference=config.reference))
+            check_training(config.training(**where, model=config.base))
             if config.model:
                 check_model(config.model, "--model")
         case InspectConfig():
@@ -85,12 +82,40 @@ def check_score(config: ScoreConfig) -> None:
     for shards in check_sets([config.input], {}, None):
         known["input"] = shards.digest
     check_output(config.output, known)
+    check_scoring(config)
+
+
+def check_scoring(config: ScoreConfig) -> None:
+    """The models, the engine and the cluster of `wmtp score`."""
     for flag, name in (("--reference", config.reference), ("--base", config.base)):
         if name:
             check_model(name, flag)
     for name, condition in config.conditions.items():
         check_model(condition.model, f"--conditions.{name}")
     check_engine_settings(choose_engine(config.engine), config)
+    if config.ray_address:
+        check_cluster(config.ray_address)
+
+
+def check_train(config: TrainConfig) -> None:
+    """The early checks of `wmtp train`."""
+    if isinstance(config.output, Path):
+        check_place(config.output)
+    sets = check_sets(config.input, config.mix, config.weights.node)
+    if isinstance(config.output, Path):
+        all_opened = len(sets) == 1 + len(config.mix)
+        known = {"config": fixed_settings(resolve_length(config, sets))} if all_opened else {}
+        check_run(config.output, config.output, known, config.continue_steps)
+    check_training(config)
+
+
+def check_training(config: TrainConfig) -> None:
+    """The held-out sets, the model, the trackers and the cluster of `wmtp train`."""
+    check_sets(config.eval_input or (), {}, None)
+    check_model(config.model, "--model")
+    check_trackers(config.trackers)
+    if config.ray_address:
+        check_cluster(config.ray_address)
 
 
 def check_sets(paths: Iterable[Location], mix: Iterable[str], formula: Node | None) -> list[ZippedSets]:
@@ -134,7 +159,7 @@ def check_model(name: str, flag: str, file: str = "config.json") -> None:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{flag} {name}: {file} cannot be read ({first_line(error)}); restore it") from error
     elif file == "config.json":
-        raise UserError(f"{flag} {name}: has no config.json; give a directory written by save_pretrained")
+        raise UserError(f"{flag} {name}: {NO_CONFIG}")
 
 
 def check_hub(name: str, flag: str, file: str, kind: Literal["model", "dataset"] = "model") -> None:

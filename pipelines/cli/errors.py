@@ -25,6 +25,7 @@ QUIET_ENVIRONMENT = {
 OS_REMEDIES = {
     errno.ENOSPC: "free some space and rerun the same command",
     errno.EDQUOT: "free some space and rerun the same command",
+    errno.EBADF: "open it, or redirect it to a file or to /dev/null",
     errno.EACCES: "change the permissions or choose another path",
     errno.EPERM: "change the permissions or choose another path",
     errno.EROFS: "choose a writable path",

@@ -19,7 +19,7 @@ from weighted_mtp.pipelines.cli.errors import (
     silence_libraries,
 )
 from weighted_mtp.pipelines.cli.parser import COMMANDS, parse_arguments
-from weighted_mtp.pipelines.cli.streams import STDOUT, discard_output
+from weighted_mtp.pipelines.cli.streams import STDOUT, check_output, discard_output
 from weighted_mtp.pipelines.cli.usage import describe_usage_error
 from weighted_mtp.schemas.configs import Config
 from weighted_mtp.schemas.errors import UserError, first_line
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, config: Config, interruption: Interruption) -> None:
     """Import the module of a command and run it. Before that nothing has started, and a signal ends the process."""
+    check_output(only_prints="output" not in type(config).model_fields and getattr(config, "html", None) is None)
     # Threads that spin while waiting slow each other down up to tenfold if they share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debugging():

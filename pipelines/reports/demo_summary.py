@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from weighted_mtp.pipelines.reports.console import new_console, shell_command
+from weighted_mtp.pipelines.reports.train_summary import held_out_loss
 
 
 def print_results(root: Path, results: dict[str, dict[str, Any]], offsets: Sequence[int], seconds: float) -> None:
@@ -41,17 +42,16 @@ def print_results(root: Path, results: dict[str, dict[str, Any]], offsets: Seque
 
 def results_table(results: dict[str, dict[str, Any]], offsets: Sequence[int]) -> Table:
     """One row for each model: losses, tokens, share of targets with weight, and time."""
-    table = Table(title="held-out documentation: loss in nats per token", title_justify="left")
+    table = Table(title="held-out documentation: loss ± standard error, nats per token", title_justify="left")
     table.add_column("model", no_wrap=True)
     for offset in offsets:
         table.add_column(f"offset {offset}", justify="right")
     for column in ("tokens", "selected", "time"):
         table.add_column(column, justify="right")
     for name, result in results.items():
-        losses = [result.get(f"eval_loss_{offset}") for offset in offsets]
         table.add_row(
             name,
-            *("-" if loss is None else f"{loss:.4f}" for loss in losses),
+            *(held_out_loss(result, str(offset)) for offset in offsets),
             f"{result['tokens']:,}",
             f"{result['selected_share']:.0%}",
             f"{result['seconds']:.0f} s",

@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from weighted_mtp.pipelines.reports.console import new_console, shell_command
+from weighted_mtp.pipelines.reports.train_summary import held_out_loss
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.training.run.directory import without_nan
@@ -39,14 +40,14 @@ def print_rounds(rounds: list[dict[str, Any]]) -> None:
     """Print one row for each round, and the next command."""
     table = Table("round", "set", "reference", "weights", "with weight", "held-out loss")
     for record in rounds:
-        share, loss = record["selected_share"], record.get("eval_loss_1")
+        share = record["selected_share"]
         table.add_row(
             str(record["round"]),
             record["set_digest"][:8],
             record["reference_fingerprint"][:8],
             record["weights"],
             "-" if share is None else f"{share:.1%}",
-            "-" if loss is None else f"{loss:.4f}",
+            held_out_loss(record, "1"),
         )
     console = new_console()
     console.print(table)

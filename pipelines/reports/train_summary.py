@@ -47,12 +47,18 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 def held_out(summary: dict[str, Any], part: str) -> str:
     """Held-out results of an entry of `HeadsConfig.predictions`; earlier versions stored only loss and accuracy."""
-    loss, error, accuracy = (summary.get(f"eval_{name}_{part}") for name in ("loss", "standard_error", "accuracy"))
-    margin = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
-    text = f"{formatted(loss, '.4f')}{margin} nats, {formatted(accuracy, '.1%')} right"
+    accuracy = formatted(summary.get(f"eval_accuracy_{part}"), ".1%")
+    text = f"{held_out_loss(summary, part)} nats, {accuracy} right"
     if f"eval_targets_{part}" in summary:
         text += f"; {summary[f'eval_targets_{part}']:,} targets in {summary[f'eval_documents_{part}']:,} documents"
     return text
+
+
+def held_out_loss(summary: dict[str, Any], part: str) -> str:
+    """Held-out loss of an entry of `HeadsConfig.predictions`, with its standard error if it has one; "-" without it."""
+    loss, error = (summary.get(f"eval_{name}_{part}") for name in ("loss", "standard_error"))
+    margin = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
+    return formatted(loss, ".4f") + margin
 
 
 def formatted(value: float | None, form: str) -> str:

@@ -4,11 +4,17 @@ import keyword
 import os.path
 import re
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from weighted_mtp.schemas.storage.locations import LocationSetting, expand_home, locate
+from weighted_mtp.schemas.errors import SettingsError, first_line
+from weighted_mtp.schemas.storage.locations import LocationSetting, NameText, expand_home, locate
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # has no public name
 
 
 def split_paths(value: Any) -> Any:
@@ -63,7 +69,7 @@ FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 ShardSets = Annotated[tuple[LocationSetting, ...], Field(min_length=1), BeforeValidator(split_paths)]
 ProperFraction = Annotated[float, Field(gt=0, lt=1)]
-Mix = dict[str, ProperFraction]
+Mix = dict[NameText, ProperFraction]
 """Names of shard sets, as in `ShardSets`, and the share of the rows that each gives. See `check_mix`."""
 EvaluatedTokens = Annotated[int, Field(ge=2)]
 RowLength = Annotated[int, Field(ge=2, le=1 << 24)]
@@ -76,7 +82,17 @@ RESERVED = ("document_id", "start", "input_ids", "live", "corpus", "batch", "seq
 """Reserved column names: columns of every shard, and keywords of formulas."""
 
 
-class Config(BaseModel):
+class _OneLineErrors(ModelMetaclass):
+    """Calls of a class raise SettingsError. `model_validate` raises ValidationError, also for nested settings."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise SettingsError(f"{self.__name__}: {first_line(error)}") from error
+
+
+class Config(BaseModel, metaclass=_OneLineErrors):
     """Base of all settings: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

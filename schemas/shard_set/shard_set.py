@@ -134,7 +134,7 @@ class ShardSet:
         """
         return self.file(shard).read(columns, row_group)
 
-    def sequences(self, columns: Sequence[str] | None = None) -> Iterator[TokenSequence]:
+    def sequences(self, columns: Sequence[str] | str | None = None) -> Iterator[TokenSequence]:
         """Iterate over all sequences in stored order, with one row group in memory.
 
         Args:
@@ -144,7 +144,8 @@ class ShardSet:
             UserError: the set lacks a column, or, while iterating, a shard is missing or damaged.
         """
         held = [*self.manifest.corpus.sequence_columns, *self.manifest.columns]
-        wanted = held if columns is None else list(dict.fromkeys(columns))
+        named = [columns] if isinstance(columns, str) else columns
+        wanted = held if named is None else list(dict.fromkeys(named))
         for name in wanted:
             if name not in held:
                 raise UserError(f"{self.path}: has no column '{name}'; choose among {', '.join(held) or 'none'}")

@@ -63,9 +63,11 @@ class ZippedSets:
         """Zip open sets, and sets to open.
 
         Raises:
-            UserError: as for `open`.
+            UserError: as for `open`, or there is none.
         """
         each = [sets] if isinstance(sets, ShardSet | Location | str) else sets
+        if not each:
+            raise UserError("no shard set is given; give at least one")
         return cls(tuple(one if isinstance(one, ShardSet) else ShardSet.open(one) for one in each))
 
     @property

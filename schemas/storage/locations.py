@@ -132,7 +132,14 @@ def _check_name(name: str) -> str:
     return expand_home(name)
 
 
-NameSetting = Annotated[str, AfterValidator(_check_name)]
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Location) else value
+
+
+NameText = Annotated[str, BeforeValidator(_as_text)]
+"""A name given as a text or, from Python, as a location."""
+
+NameSetting = Annotated[NameText, AfterValidator(_check_name)]
 """Config field type of a path, an address, or a Hugging Face id."""
 
 

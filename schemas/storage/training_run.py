@@ -15,6 +15,9 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 """The file that makes a training run finished. It is written last."""
 
+CHECKPOINTS = "checkpoints"
+"""Directory of the training states inside a run."""
+
 MODEL = "model"
 """Directory of the trained trunk inside a run."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.scoring.engines.architectures import architectures
 from weighted_mtp.scoring.engines.base import EngineConfig, Request
@@ -37,6 +38,8 @@ class VllmEngine:
         import torch
 
         torch.set_num_threads(config.threads)
+        if config.dtype == "bfloat16" and not config.on_gpu:
+            request_amx()
         from vllm import EngineArgs, LLMEngine
 
         hf_config = engine_config(model, config)
@@ -82,6 +85,23 @@ class VllmEngine:
             self.engine.abort_request(list(running))  # the engine may be used again
             raise
         return results
+
+
+def request_amx() -> None:
+    """Ask Linux to let this process use AMX, if the CPU has it.
+
+    vLLM's attention uses AMX without asking; it works only if another library has asked before.
+
+    Raises:
+        UserError: Linux refuses.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise UserError(
+            "--dtype bfloat16: Linux does not let this process use AMX, which vLLM needs for it on this CPU; "
+            "use --dtype float32 or --engine transformers"
+        )
 
 
 def pooling_params(request: Request) -> Any:

@@ -3,8 +3,6 @@
 import logging
 import math
 import os
-import re
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from weighted_mtp.schemas.errors import SHORTER_PATH, UserError, first_line, is_socket_path_error
 from weighted_mtp.schemas.interruption import Interruption
+from weighted_mtp.scoring.job.addresses import check_reachable
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 ENVIRONMENT = {
@@ -160,9 +159,3 @@ def head_answers() -> bool:
     except OSError:
         return False
     return True
-
-
-def check_reachable(address: str) -> None:
-    """Raise OSError if nothing listens at `host:port`; Ray itself retries for many minutes."""
-    if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
-        socket.create_connection((match[1], int(match[2])), timeout=10).close()

@@ -182,7 +182,8 @@ class ScoringPolicy:
         if not self.ready_workers:
             raise UserError(
                 f"{MAX_FAILED_STARTS} workers in a row failed to load their models ({reason}); if memory ran "
-                "out, lower --batch_tokens or --workers; rerunning the same command continues"
+                "out, lower --batch_tokens or --workers, else try --dtype float32 or --engine transformers; rerunning "
+                "the same command continues"
             )
         self.report(f"{MAX_FAILED_STARTS} workers in a row could not start: continuing with {self.ready_workers}")
         self.max_workers = self.ready_workers

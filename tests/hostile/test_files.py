@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import ImportConfig, PrepareConfig, ScoreConfig
 from weighted_mtp.schemas.errors import UserError
@@ -144,5 +143,5 @@ def test_more_than_a_thousand_columns_are_not_imported(directory: Path) -> None:
 
 
 def test_sequences_longer_than_the_format_allows_are_refused_before_tokenising() -> None:
-    with pytest.raises(ValidationError, match="less than or equal to 16777216"):
+    with pytest.raises(UserError, match="less than or equal to 16777216"):
         PrepareConfig(input="a", tokenizer="b", output="c", max_length=(1 << 24) + 1)

@@ -158,7 +158,7 @@ def edit_manifest(path: Path, at: tuple[str | int, ...], value: Any) -> None:
     ("at", "value", "reason"),
     [
         (("corpus", "documents"), 10**30, "corpus.documents: "),
-        (("corpus", "documents"), 6, "Value error, more documents than sequences"),
+        (("corpus", "documents"), 6, "more documents than sequences"),
         (("corpus", "rejects"), 1 << 63, "corpus.rejects: "),
         (("tokenizer", "vocab_size"), (1 << 31) - 1, "tokenizer.vocab_size: "),
         (("columns", "gain", "statistics", "count"), -1, "columns.gain.statistics.count: "),

@@ -39,6 +39,20 @@ def test_a_full_output_is_named(buffered: bool, tokens: str) -> None:
         assert (run.returncode, run.stderr) == (1, f"{name}: error: {FULL}\n")
 
 
+def test_a_full_stderr_loses_messages_only() -> None:
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run([sys.executable, "-m", "weighted_mtp", "unknown"], stderr=full, check=False)
+    assert run.returncode == 2
+
+
+def test_what_only_prints_needs_an_output(tokens: str) -> None:
+    for arguments in (["--help"], ["list", tokens]):
+        command = ["sh", "-c", 'exec "$0" -m weighted_mtp "$@" >&-', sys.executable, *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        reason = "standard output: Bad file descriptor; open it, or redirect it to a file or to /dev/null"
+        assert (run.returncode, run.stderr.partition(": error: ")[2]) == (1, f"{reason}\n")
+
+
 @pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
 def test_closed_streams(closed: tuple[int, ...], tokens: str, tmp_path: Path) -> None:
     """Nothing that is printed lands in a file that got the number of a closed stream."""

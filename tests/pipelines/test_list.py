@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from weighted_mtp.schemas.storage.files import DATA, write_text
 from weighted_mtp.schemas.storage.locations import Location, join, locate
 
 
-def listed(capsys: pytest.CaptureFixture[str], *directories: Location) -> list[str]:
-    run(ListConfig(directories=list(directories)))
+def listed(capsys: pytest.CaptureFixture[str], *directories: Location, damaged: int = 0) -> list[str]:
+    with pytest.raises(UserError, match=f"^{damaged} of .* entries cannot be read") if damaged else nullcontext():
+        run(ListConfig(directories=list(directories)))
     return capsys.readouterr().out.splitlines()
 
 
@@ -31,7 +33,7 @@ def test_sets_columns_and_lineage(
     write_manifest(scored.path, scored.manifest.model_copy(update={"derived_from": tokens.manifest.digest}))
     shutil.copytree(tokens.path, tmp_path / "broken")
     (tmp_path / "broken" / "manifest.json").write_text("{}")
-    broken, *rest = listed(capsys, tmp_path)
+    broken, *rest = listed(capsys, tmp_path, damaged=1)
     assert "format version None is not 4" in broken
     sizes = {found.path: sum(shard.bytes for shard in found.manifest.shards) for found in (tokens, scored)}
     assert rest == [
@@ -145,13 +147,14 @@ def test_a_damaged_entry_is_one_line_and_the_others_follow(
     write_run(tmp_path / "run", {"input": shards.manifest.digest}, summary, [])
     write_run(tmp_path / "sound", {"input": "x"}, {"steps": 20}, [])
     (tmp_path / file).write_bytes(content)
-    lines = listed(capsys, tmp_path)
+    harmless = file.endswith("metrics.jsonl")
+    lines = listed(capsys, tmp_path, damaged=0 if harmless else 1)
     headings = [line for line in lines if not line.startswith(" ")]
     assert [line.removeprefix(f"{tmp_path}/").split("/")[0].split(":")[0] for line in headings] == [
         "run", "sound", "tokens"
     ]  # fmt: skip
     assert all(line.isprintable() for line in lines)
-    if not file.endswith("metrics.jsonl"):
+    if not harmless:
         assert len([line for line in headings if "training run" in line or "tokens," in line]) == 2
 
 

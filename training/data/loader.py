@@ -8,10 +8,11 @@ and any batch size, so the position `{epoch, block, row}` is the complete state.
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import repeat
-from threading import Event, Lock
+from threading import Event
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
@@ -39,12 +40,15 @@ def check_targets(shards: ShardSet) -> None:
         )
 
 
+Number = Annotated[int, Field(ge=0)]
+
+
 class LoaderState(BaseModel):
     """Position in the stream: the next row is row `row` of block `block` of epoch `epoch`."""
 
-    epoch: int = 0
-    block: int = 0
-    row: int = 0
+    epoch: Number = 0
+    block: Number = 0
+    row: Number = 0
 
 
 class RowLoader:
@@ -81,7 +85,6 @@ class RowLoader:
         self.group_ends = np.cumsum([shard.row_groups for shard in manifest.shards], dtype=np.int64)
         """Cumulative number of row groups per shard. Row groups are numbered through the whole set."""
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
-        self._order_lock = Lock()
         groups = int(self.group_ends[-1])
         self.groups_per_block = max(1, round(block_tokens(sequence_length) * groups / manifest.tokens))
 
@@ -90,10 +93,19 @@ class RowLoader:
         return self.draw(repeat(rows))
 
     def draw(self, counts: Iterable[int]) -> Iterator[Rows]:
-        """Yield exactly `count` rows for each of `counts`, starting at `state` and advancing it."""
+        """Yield exactly `count` rows for each of `counts`, starting at `state` and advancing it.
+
+        Raises:
+            UserError: `state` is no position in the set.
+        """
+        block_number, row = self.state.block, self.state.row
+        beyond = f"{self.shards.first.path}: has no row {row:,} of block {block_number:,}; give a position in this set"
+        if block_number >= self._blocks_per_epoch():
+            raise UserError(beyond)
         with closing(prefetch(self._load, self._positions(), self.workers)) as blocks:
             at, block = next(blocks)
-            row = at.row
+            if row > len(block.tokens):
+                raise UserError(beyond)
             for count in counts:
                 pieces: list[Rows] = []
                 while True:
@@ -146,10 +158,10 @@ class RowLoader:
         total = int(self.group_ends[-1])
         first = block * self.groups_per_block
         chosen = slice(first, min(first + self.groups_per_block, total))
-        with self._order_lock:  # threads may prepare blocks of two epochs at once
-            if self._order[0] != epoch:
-                self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(total)
-            return self._order[1][chosen]
+        order = self._order
+        if order[0] != epoch:  # threads may prepare blocks of two epochs at once, and then draw the same order again
+            order = self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(total)
+        return order[1][chosen]
 
     def _read(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Read a row group: ids (T,), weights (T[, components]), and lengths (S,) and shards (S,) of its sequences."""

@@ -1,11 +1,11 @@
 """Training batches for any training loop, as torch tensors."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -25,6 +25,14 @@ class PackedRowsConfig(BaseModel):
     sequence_length: RowLength
     batch_size: Positive | None
     seed: Seed
+
+
+class PackedRowsState(BaseModel):
+    """What `PackedRows.state_dict` returns."""
+
+    rows: LoaderState
+    batches: Annotated[int, Field(ge=0)]
+    order: dict[str, Any]
 
 
 class PackedRows(IterableDataset[dict[str, Tensor]]):
@@ -65,17 +73,15 @@ class PackedRows(IterableDataset[dict[str, Tensor]]):
             UserError: the position belongs to other sets, another sequence length or another seed, or is none.
         """
         try:
-            order, rows, batches = (
-                dict(state["order"]),
-                LoaderState.model_validate(state["rows"]),
-                int(state["batches"]),
-            )
-        except (TypeError, ValueError, KeyError) as error:
-            raise UserError("packed_rows: not a state of packed_rows; give what state_dict() returned") from error
-        if changed := [name for name, value in self._order().items() if order.get(name) != value]:
+            given = PackedRowsState.model_validate(state)
+        except ValidationError as error:
+            raise UserError(
+                f"packed_rows: not a state of packed_rows ({first_line(error)}); give what state_dict() returned"
+            ) from error
+        if changed := [name for name, value in self._order().items() if given.order.get(name) != value]:
             raise UserError(f"packed_rows: the state was saved with another {' and '.join(changed)}; use the same")
-        self.start = self.loader.state = rows
-        self.batches = batches
+        self.start = self.loader.state = given.rows
+        self.batches = given.batches
 
     def _order(self) -> dict[str, Any]:
         """What determines the order of the rows."""
@@ -114,15 +120,15 @@ def packed_rows(
     """
     config = choose_weights(weights)
     try:
-        PackedRowsConfig(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        sizes = PackedRowsConfig(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
     except ValidationError as error:
         raise UserError(f"packed_rows: {first_line(error)}") from error
     weighting = BatchWeighting.make(config)
-    if batch_size is None and weighting.formula is not None:
+    if sizes.batch_size is None and weighting.formula is not None:
         raise UserError(f"packed_rows: '{config.text}' ranks tokens within a batch; give batch_size, or use by=corpus")
     shards = ZippedSets.of(sets)
-    loader = RowLoader(shards, make_weighting(config, shards), sequence_length, seed=seed)
-    return PackedRows(loader, weighting, batch_size)
+    loader = RowLoader(shards, make_weighting(config, shards), sizes.sequence_length, seed=sizes.seed)
+    return PackedRows(loader, weighting, sizes.batch_size)
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:

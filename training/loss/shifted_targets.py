@@ -6,6 +6,7 @@ document. Token t+k belongs to the document of token t exactly when `position_id
 
 from torch import Tensor
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.multi_head import HeadTargets
 
 
@@ -28,7 +29,12 @@ def select_targets(
 
     Returns:
         Ascending indices into the (B * T) flattened positions, with targets and weights.
+
+    Raises:
+        UserError: `offset` is not positive.
     """
+    if offset < 1:
+        raise UserError(f"select_targets: offset is {offset}; give 1 for the next token, or more")
     length = input_ids.shape[1]
     target_weights = weights[:, offset:]  # (B, T - offset[, components])
     selected = target_weights.isfinite().all(-1) if scored else target_weights != 0

@@ -330,7 +330,7 @@ def _structure(config: HeadsConfig) -> tuple[str, ...]:
     return config.kind, config.block, f"offsets {list(config.offsets)}", *order, *(split,) * (dmtd.cycle > 1)
 
 
-def load_model(name: str, heads: HeadsConfig | None = None, *, trust_remote_code: bool = False) -> MTPModel:
+def load_model(name: str | Path, heads: HeadsConfig | None = None, *, trust_remote_code: bool = False) -> MTPModel:
     """Load a Hugging Face causal language model with new heads, or a training run with its own, in float32.
 
     Args:
@@ -345,7 +345,7 @@ def load_model(name: str, heads: HeadsConfig | None = None, *, trust_remote_code
     """
     if heads is not None and heads.warmup_ratio:
         raise UserError("heads: warmup_ratio needs the number of steps of a run; leave it out, or use train()")
-    return build_model(name, heads, from_scratch=False, trust_remote_code=trust_remote_code)
+    return build_model(str(name), heads, from_scratch=False, trust_remote_code=trust_remote_code)
 
 
 def saved_heads(name: str) -> HeadsConfig | None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from weighted_mtp.schemas.storage.locations import Location, local_name, locate
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.schemas.tokenizers import fits
 from weighted_mtp.training.model.mtp_model import MTPModel
+from weighted_mtp.training.run.preconditions import check_trackers
 
 
 def check_settings(config: TrainConfig, sequence_length: int, processes: int) -> None:
@@ -38,9 +38,7 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
         raise UserError(f"--heads.dmtd.cycle {config.heads.dmtd.cycle}: longer than rows of {sequence_length} tokens")
     if config.heads.offsets[-1] >= sequence_length:
         raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
-    if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
-        name = min(missing)
-        raise UserError(f"--trackers: the package for '{name}' is not installed; install it or remove '{name}'")
+    check_trackers(config.trackers)
 
 
 def check_tokenizer(model: str, shards: ShardSet, *, trust_remote_code: bool) -> None:

@@ -19,29 +19,17 @@ from accelerate import Accelerator
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.storage.files import LOCK, differences, fsync, fsync_tree, read_json_file, write_text
+from weighted_mtp.schemas.storage.files import fsync, fsync_tree, write_text
 from weighted_mtp.schemas.storage.locations import remove_tree
-from weighted_mtp.schemas.storage.training_run import METRICS, MODEL, RUN_RECORD, SETTINGS, SUMMARY
+from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, METRICS, MODEL, RUN_RECORD, SETTINGS, SUMMARY
 from weighted_mtp.training.run.checkpoint import TrainingState
-from weighted_mtp.training.run.object_store import CHECKPOINTS, ObjectStoreCopy
+from weighted_mtp.training.run.object_store import ObjectStoreCopy
+from weighted_mtp.training.run.preconditions import check_run, fixed_settings, latest_checkpoint, read_summary
 
 logger = logging.getLogger("weighted_mtp")
 
-CHANGEABLE_ON_RESUME = {
-    "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
-    "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
-    "max_bad_steps", "ray_workers", "ray_address", "continue_steps", "trust_remote_code",
-}  # fmt: skip
-"""Settings that may change when a stopped run is resumed, because they do not affect the result of its steps.
-
-With live weights `micro_batch_size` affects the result and must not change. The digest of the model covers its code if
-the code may run."""
-
 TRACKING = "wmtp"
 """Project name for trackers, and directory of trackers that write files."""
-
-LOCATIONS = {"input", "mix", "model"}
-"""Settings whose content is compared when a run is resumed."""
 
 
 def without_nan(record: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +56,7 @@ class RunDirectory:
         self.path = path = store.path if store else Path(str(config.output))
         self.config = config
         self.identity: dict[str, Any] = {
-            "config": config.model_dump(mode="json", exclude=CHANGEABLE_ON_RESUME | LOCATIONS),
+            "config": fixed_settings(config),
             "inputs": inputs,
         }
         if config.weights.is_live:  # losses are ranked within one forward pass of one process
@@ -95,29 +83,8 @@ class RunDirectory:
                 self.store.upload(self.path / name, name)
 
     def check(self) -> None:
-        """Check that the directory is empty or holds this run, or a run without a checkpoint.
-
-        Raises:
-            UserError: it holds other files, or a run with different settings, which the message names; or a finished
-                run without checkpoints is to be continued.
-        """
-        if self.record.exists():
-            recorded = read_json_file(self.record)
-            if isinstance(recorded, dict):
-                recorded.pop("steps", None)  # depends on --continue_steps
-            changed = [name.removeprefix("config.") for name in differences(recorded, self.identity)]
-            if changed and (self.latest_checkpoint() or self.summary_file.exists()):
-                raise UserError(
-                    f"{self.output}: holds a run with other settings ({', '.join(changed)}); "
-                    "repeat its settings to continue it, or choose another --output"
-                )
-        elif self.output.exists() and any(path.name != LOCK for path in self.output.iterdir()):
-            raise UserError(f"{self.output}: already holds something else; choose another --output or remove it")
-        if self.summary_file.exists() and self.summary() is None and self.latest_checkpoint() is None:
-            raise UserError(
-                f"--continue_steps {self.config.continue_steps}: {self.output} is finished and has no checkpoints; "
-                f"only runs with --keep_checkpoints can be continued; train a new run with --model {self.output}"
-            )
+        """Check the directory, as `check_run` does."""
+        check_run(self.output, self.path, self.identity, self.config.continue_steps)
 
     def claim(self, step: int, steps: int) -> None:
         """Write the run record, and drop metrics after `step`, because these steps will be logged again.
@@ -138,12 +105,7 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if the run is not finished, or `--continue_steps` asks for more steps."""
-        if not self.summary_file.exists():
-            return None
-        summary = read_json_file(self.summary_file)
-        if not isinstance(summary, dict):
-            raise UserError(f"{self.output / SUMMARY}: is damaged; restore it, or remove it to continue the run")
-        return summary if self.config.continue_steps <= summary.get("continued_steps", 0) else None
+        return read_summary(self.output, self.path, self.config.continue_steps)
 
     def reopen(self) -> None:
         """Mark the run as not finished, before the model of a continued run replaces that of the finished one."""
@@ -178,7 +140,7 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+        return latest_checkpoint(self.path)
 
     def load_checkpoint(self, accelerator: Accelerator, state: TrainingState) -> None:
         """Resume from the newest checkpoint, if there is one.

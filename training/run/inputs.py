@@ -13,6 +13,7 @@ from weighted_mtp.training.data.loader import check_targets
 from weighted_mtp.training.data.mixing import mix_identity, open_mix
 from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, saved_heads
 from weighted_mtp.training.run.compatibility import check_settings, check_tokenizer
+from weighted_mtp.training.run.preconditions import resolve_length
 from weighted_mtp.training.weighting.stored import check_formula
 
 
@@ -60,11 +61,10 @@ def open_inputs(config: TrainConfig, processes: int) -> RunInputs:
         check_same_tokenizer(shards.first, data.first)
     for data in (shards, *mixed):
         check_formula(config.weights.node, data)
-    longest = max(data.first.manifest.corpus.max_length for data in (shards, *mixed))
-    sequence_length = config.sequence_length or longest
-    config = config.model_copy(update={"sequence_length": sequence_length})
-    check_settings(config, sequence_length, processes)
-    return RunInputs(config, sequence_length, shards, mixed, held_out)
+    config = resolve_length(config, (shards, *mixed))
+    assert config.sequence_length is not None
+    check_settings(config, config.sequence_length, processes)
+    return RunInputs(config, config.sequence_length, shards, mixed, held_out)
 
 
 def model_identity(config: TrainConfig) -> str:

@@ -14,9 +14,8 @@ from upath import UPath
 
 from weighted_mtp.schemas.storage.files import read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk_files
-from weighted_mtp.schemas.storage.training_run import METRICS, RUN_RECORD, SETTINGS, SUMMARY
+from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, METRICS, RUN_RECORD, SETTINGS, SUMMARY
 
-CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 """Object with the sizes of a checkpoint's other files, uploaded after them."""
 RECORDS = (RUN_RECORD, SETTINGS, METRICS, SUMMARY)

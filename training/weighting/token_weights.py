@@ -4,17 +4,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from weighted_mtp.schemas.configs import WeightsConfig
+from weighted_mtp.schemas.configs.common import Seed
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.shards import list_lengths
 from weighted_mtp.schemas.shard_set.zipped import SomeSets, ZippedSets
+from weighted_mtp.schemas.text import printable, shortened
 from weighted_mtp.schemas.weights.nodes import waits_for_batch
+from weighted_mtp.schemas.weights.presets import PRESETS
 from weighted_mtp.training.weighting.stored import Weighting, make_weighting
 
 SomeWeights = WeightsConfig | Mapping[str, Any] | str
 """A weighting scheme: its settings, the same as a dict, or the name of a preset."""
+
+SEED = TypeAdapter[int](Seed)
 
 
 def token_weights(sets: SomeSets, weights: SomeWeights = "uniform", *, seed: int = 0) -> Iterator[np.ndarray]:
@@ -32,9 +37,14 @@ def token_weights(sets: SomeSets, weights: SomeWeights = "uniform", *, seed: int
         An iterator of (T,) float32 for each sequence of T tokens, 0 for tokens without a score.
 
     Raises:
-        UserError: the sets cannot be opened or lack a column, or the weights need a model, a batch or a run.
+        UserError: the sets cannot be opened or lack a column, the weights need a model, a batch or a run, or the seed
+            is none.
     """
     config = choose_weights(weights)
+    try:
+        seed = SEED.validate_python(seed)
+    except ValidationError as error:
+        raise UserError(f"seed: {first_line(error)}") from error
     if waits_for_batch(config.node):
         raise UserError(f"weights: '{config.text}' ranks tokens within a batch; use packed_rows, or by=corpus")
     shards = ZippedSets.of(sets)
@@ -56,6 +66,11 @@ def choose_weights(weights: SomeWeights) -> WeightsConfig:
     Raises:
         UserError: invalid settings, or weights that depend on the model or the step.
     """
+    if isinstance(weights, str) and weights not in PRESETS:
+        raise UserError(
+            f"weights: no preset '{printable(shortened(weights))}'; choose from {', '.join(PRESETS)}, or give a "
+            "formula as {'formula': '...'}"
+        )
     if not isinstance(weights, WeightsConfig):
         try:
             weights = WeightsConfig.model_validate({"preset": weights} if isinstance(weights, str) else weights)

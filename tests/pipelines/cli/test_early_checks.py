@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
+from weighted_mtp.training.run.preconditions import fixed_settings
 
 FRAMEWORKS = ["accelerate", "datasets", "ray", "torch", "transformers", "vllm"]
 SCRIPT = """
@@ -32,13 +34,21 @@ def test_mistakes_are_reported_without_frameworks(
         for file, content in files.items():
             (tmp_path / name / file).write_text(content)
     (tmp_path / "corpus.txt").write_text("text")
+    record = {"config": fixed_settings(TrainConfig(input=scored, model="m", output="o", sequence_length=9)), "steps": 1}
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "done" / "summary.json").write_text("{}")
     missing, damaged, stopped = tmp_path / "missing", tmp_path / "damaged", tmp_path / "stopped"
     new, full, file = tmp_path / "new", tmp_path / "full", tmp_path / "corpus.txt"
     score = f"score --input {tokens} --output {new}"
     train = f"train --input {scored} --output {new} --model"
+    iterate = f"iterate --input {tokens} --output {new} --reference {model} --base {model} "
+    iterate += "--train.weights.preset rho1-static"
     prepare = f"prepare --tokenizer {model} --output {new} --input"
     not_there = "no such directory; check the path"
     no_set = f"{missing}: no such shard set; check the path or write it with 'wmtp prepare'"
+    closed = "127.0.0.1:1: cannot connect to Ray ([Errno 111] Connection refused); check it, and that Ray runs"
+    again = f"train --input {scored} --model {model} --output {tmp_path}/done"
     hub = "no such directory, and not available from the Hugging Face hub or its local cache"
     no_config = "has no config.json; give a directory written by save_pretrained"
     mistakes = {
@@ -63,10 +73,18 @@ def test_mistakes_are_reported_without_frameworks(
         f"{train} {model} --eval_input {missing}": no_set,
         f"{train} {model} --mix '{{{missing}: 0.5}}'": no_set,
         f"train --input {scored} --model {model} --output {full}": f"{full}: already holds something else",
+        f"{again} --sequence_length 9 --seed 1": "done: holds a run with other settings (seed); repeat its settings",
+        f"{again}": "done: holds a run with other settings (sequence_length); repeat its settings",
+        f"{again} --sequence_length 9 --continue_steps 3": "--continue_steps 3: ",
+        f"{train} {model} --trackers '[aim]'": "--trackers: the package for 'aim' is not installed; install it or",
+        f"{train} {model} --ray_workers 2 --ray_address 127.0.0.1:1": f"--ray_address {closed}",
+        f"{score} --reference {model} --ray_address ray://127.0.0.1:1": "ray://127.0.0.1:1: cannot connect to",
+        f"{iterate} --score.ray_address 127.0.0.1:1": f"--ray_address {closed}",
+        f"{iterate} --train.trackers '[aim]'": "--trackers: the package for 'aim' is not installed",
+        f"{iterate} --train.eval_input {missing}": no_set,
         f"evaluate --input {missing} --model {model}": no_set,
         f"evaluate --input {tokens} --model {missing}": f"--model {missing}: {not_there}",
-        f"iterate --input {tokens} --output {new} --reference {missing} --base {model} "
-        "--train.weights.preset rho1-static": f"--reference {missing}: {not_there}",
+        f"{iterate} --reference {missing}": f"--reference {missing}: {not_there}",
         f"inspect {missing}": no_set,
         f"inspect {tokens} --column loss": f"{tokens}: has no column 'loss'",
         f"verify {missing}": no_set,

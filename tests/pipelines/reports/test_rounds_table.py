@@ -42,12 +42,14 @@ def test_the_record_of_a_round(make_shard_set: Callable[..., ShardSet]) -> None:
 
 
 def test_one_row_for_each_round_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The second run had no logged share and no held-out set."""
+    """The second run had no logged share and no held-out set. Runs of earlier versions have no standard errors."""
     second = {name: value for name, value in RECORD.items() if name != "eval_loss_1"}
-    print_rounds([RECORD, second | {"round": 2, "run": "second", "selected_share": None}])
+    first = RECORD | {"eval_standard_error_1": 0.0125}
+    print_rounds([first, second | {"round": 2, "run": "second", "selected_share": None}, RECORD | {"round": 3}])
     *lines, following = capsys.readouterr().out.splitlines()
     assert [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")] == [
-        ["1", "01234567", "abcdefgh", "abs(x)", "60.0%", "2.5000"],
+        ["1", "01234567", "abcdefgh", "abs(x)", "60.0%", "2.5000 ± 0.0125"],
         ["2", "01234567", "abcdefgh", "abs(x)", "-", "-"],
+        ["3", "01234567", "abcdefgh", "abs(x)", "60.0%", "2.5000"],
     ]
-    assert following == "next: wmtp evaluate --model second --input SET"
+    assert following == "next: wmtp evaluate --model first --input SET"

@@ -2,10 +2,12 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from weighted_mtp.schemas.configs import EvaluateConfig, PrepareConfig, ScoreConfig, TrainConfig, WeightsConfig
 from weighted_mtp.schemas.configs.common import (
     RESERVED,
     Config,
@@ -15,6 +17,12 @@ from weighted_mtp.schemas.configs.common import (
     is_reserved,
     split_paths,
 )
+from weighted_mtp.schemas.errors import SettingsError, UserError
+
+
+class Example(Config):
+    count: Positive = 1
+    share: float = 0.5
 
 
 def test_paths_are_split_at_commas_unless_a_directory_has_that_name(
@@ -60,13 +68,35 @@ def test_reserved_names(name: str) -> None:
 
 
 def test_settings_are_immutable_finite_and_known() -> None:
-    class Example(Config):
-        count: Positive = 1
-        share: float = 0.5
-
     example = Example()
     with pytest.raises(ValidationError, match="frozen"):
         example.count = 2
     for wrong in ({"count": 0}, {"share": float("nan")}, {"share": float("inf")}, {"other": 1}):
         with pytest.raises(ValidationError):
             Example.model_validate(wrong)
+
+
+def test_a_call_with_wrong_settings_raises_one_line() -> None:
+    for settings, message in (
+        ({"count": 0}, "Example: count: Input should be greater than 0"),
+        ({"other": 1, "another": 2}, "Example: other: Extra inputs are not permitted"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            Example(**settings)
+        assert str(caught.value) == message
+    with pytest.raises(UserError, match=r"^WeightsConfig: --weights\.lam has no effect with"):
+        WeightsConfig(lam=0.5)
+    with pytest.raises(UserError, match=r"^TrainConfig: weights\.fraction: Input should be less"):
+        TrainConfig(input="a", model="b", output="c", weights={"fraction": 2})  # type: ignore[arg-type]
+
+
+def test_a_name_may_be_a_path() -> None:
+    paths: dict[str, Any] = {name: Path(name) for name in ("input", "tokenizer", "output", "reference", "model")}
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: paths[name] for name in names}
+
+    assert PrepareConfig(**chosen("input", "tokenizer", "output")).input == "input"
+    assert ScoreConfig(**chosen("input", "output", "reference")).reference == "reference"
+    assert EvaluateConfig(**chosen("input", "model")).model == "model"
+    assert TrainConfig(**chosen("input", "output", "model"), mix={Path("more"): 0.5}).mix == {"more": 0.5}  # type: ignore[dict-item]

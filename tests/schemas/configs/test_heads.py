@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import HeadsConfig
+from weighted_mtp.schemas.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from weighted_mtp.schemas.configs import HeadsConfig
     ],
 )
 def test_settings_of_direct_decoding_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         HeadsConfig(**{"offsets": (1,)} | settings)
 
 
@@ -30,7 +30,7 @@ def test_settings_of_direct_decoding_that_do_not_fit(settings: dict[str, Any], s
     ],
 )
 def test_settings_of_token_order_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         HeadsConfig(**settings)
 
 
@@ -47,7 +47,7 @@ def test_settings_of_token_order_that_do_not_fit(settings: dict[str, Any], sente
     ],
 )
 def test_heads_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         HeadsConfig(**settings)
 
 

@@ -1,9 +1,9 @@
 """The settings of `wmtp import`: lists written with commas."""
 
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import ImportConfig
+from weighted_mtp.schemas.errors import UserError
 
 SETTINGS = {"input": "tokens", "output": "more"}
 
@@ -18,5 +18,5 @@ def test_files_and_columns_are_separated_by_commas() -> None:
 
 
 def test_scores_are_required() -> None:
-    with pytest.raises(ValidationError, match="scores"):
+    with pytest.raises(UserError, match="scores"):
         ImportConfig(**SETTINGS)

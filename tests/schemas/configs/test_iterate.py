@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import IterateConfig
+from weighted_mtp.schemas.errors import UserError
 
 SETTINGS: dict[str, Any] = {"input": "tokens", "output": "rounds", "reference": "r", "base": "b"}
 WEIGHTS = {"weights": {"preset": "rho1-static"}}
@@ -34,5 +34,5 @@ def test_settings_of_a_round_take_precedence_and_suffixes_are_joined() -> None:
     ],
 )
 def test_settings_that_are_refused_name_their_part(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         IterateConfig(**SETTINGS | settings)

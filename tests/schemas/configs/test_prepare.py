@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.schemas.errors import UserError
 
 SETTINGS = {"input": "corpus.jsonl", "tokenizer": "t", "output": "tokens"}
 
@@ -26,7 +26,7 @@ SETTINGS = {"input": "corpus.jsonl", "tokenizer": "t", "output": "tokens"}
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         PrepareConfig(**SETTINGS | settings)
 
 

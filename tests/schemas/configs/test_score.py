@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import ScoreConfig
+from weighted_mtp.schemas.errors import UserError
 
 SETTINGS = {"input": "tokens", "output": "scored"}
 REFERENCE = {"reference": "m"}
@@ -36,7 +36,7 @@ REFERENCE = {"reference": "m"}
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ScoreConfig(**SETTINGS | settings)
 
 

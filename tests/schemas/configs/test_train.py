@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from weighted_mtp.schemas.configs import ObjectiveConfig, TrainConfig, WeightsConfig
+from weighted_mtp.schemas.errors import UserError
 
 SETTINGS = {"input": "set", "model": "m", "output": "run"}
 
@@ -21,7 +21,7 @@ SETTINGS = {"input": "set", "model": "m", "output": "run"}
     ],
 )
 def test_settings_of_the_objective_that_do_nothing_are_refused(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ObjectiveConfig(**settings)
 
 
@@ -52,7 +52,7 @@ def test_the_sum_of_live_weights_must_be_known() -> None:
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         TrainConfig(**SETTINGS | settings)
 
 
@@ -74,7 +74,7 @@ def test_shares_are_summed_as_they_are_written() -> None:
     """In binary, 0.7 + 0.1 + 0.1 + 0.1 is less than 1."""
     mix = {"a": 0.7, "b": 0.1, "c": 0.1, "d": 0.1}
     assert sum(mix.values()) < 1
-    with pytest.raises(ValidationError, match="shares should sum to less than 1"):
+    with pytest.raises(UserError, match="shares should sum to less than 1"):
         TrainConfig(**SETTINGS, mix=mix)
 
 

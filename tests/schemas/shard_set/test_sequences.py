@@ -43,6 +43,7 @@ def test_every_sequence_comes_once_with_the_columns_asked_for(scored: ShardSet) 
 def test_all_columns_are_the_default_and_none_are_possible(scored: ShardSet) -> None:
     assert list(next(scored.sequences()).columns) == ["reward", "group", "loss_reference"]
     assert next(scored.sequences(columns=[])).columns == {}
+    assert list(next(scored.sequences("reward")).columns) == ["reward"]
 
 
 def test_a_column_that_is_not_there_is_refused_before_reading(scored: ShardSet) -> None:

@@ -1,15 +1,29 @@
 """How the vLLM engine schedules and distributes requests; test_base.py compares its losses with their definition."""
 
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.engines.base import Request
+from weighted_mtp.scoring.engines.vllm_engine import request_amx
 
 TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.usefixtures("vllm_installed")
+
+
+@pytest.mark.parametrize(("supported", "granted"), [(False, False), (True, True), (True, False)])
+def test_amx_is_requested_where_there_is_amx(supported, granted, monkeypatch):
+    requests = []
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: supported)
+    monkeypatch.setattr("torch.cpu._init_amx", lambda: (requests.append(1), granted)[1])
+    refused = supported and not granted
+    with pytest.raises(UserError, match="does not let this process use AMX") if refused else nullcontext():
+        request_amx()
+    assert len(requests) == supported
 
 
 def test_preempted_requests_start_anew(make_engine, reference_model, largest_difference):

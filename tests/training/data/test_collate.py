@@ -53,6 +53,11 @@ def test_labels_and_positions_of_a_row_are_kept() -> None:
     [
         ({"input_ids": [1, 2]}, "a row has no 'weights'.* add_weighted_loss"),
         ({"input_ids": [1, 2], "weights": [1.0]}, "differ in length; give one of each for every token"),
+        ({"weights": [1.0]}, "a row has no 'input_ids'"),
+        ({"input_ids": [[1, 2]], "weights": [[1.0, 1.0]]}, "'input_ids' of a row has 2 dimensions; give a number"),
+        ({"input_ids": ["a", "b"], "weights": [1.0, 1.0]}, "'input_ids' of a row is no list of numbers"),
+        ({"input_ids": [1, 2], "weights": [1.0, 1.0], "attention_mask": [1]}, "differ in length"),
+        ({"input_ids": [], "weights": []}, "no tokens; give at least one row that has some"),
         ({"input_ids": [1, 2], "weights": [1.0, float("nan")]}, "a weight is NaN or infinite; use token_weights"),
     ],
 )
@@ -63,3 +68,16 @@ def test_what_cannot_be_trained_on_is_refused(row: dict[str, Any], message: str)
 
 def test_a_score_of_the_first_token_may_be_missing() -> None:
     assert lists([{"input_ids": [1, 2], "weights": [float("nan"), 3.0]}])["weights"] == [[0.0, 3.0]]
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(UserError, match="no tokens; give at least one row that has some"):
+        collate_rows([])
+
+
+def test_tokens_that_are_masked_are_left_out() -> None:
+    row = {"input_ids": [1, 2, 3], "weights": [0.5, 1.0, 2.0]}
+    right = {"input_ids": [1, 2, 3, 0], "weights": [0.5, 1.0, 2.0, 7.0], "attention_mask": [1, 1, 1, 0]}
+    left = {"input_ids": [0, 1, 2, 3], "weights": [7.0, 0.5, 1.0, 2.0], "attention_mask": [0, 1, 1, 1]}
+    assert lists([right]) == lists([left | {"labels": [0, 1, 2, 3]}]) == lists([row | {"attention_mask": [1, 1, 1]}])
+    assert lists([right]) == lists([row])

@@ -1,6 +1,8 @@
 """Batches for other training loops: the trainer's rows, with labels, from where they stopped."""
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -155,6 +157,7 @@ def test_a_data_loader_gives_the_same_batches(rows: Callable[..., PackedRows]) -
         ({"sequence_length": 1}, "sequence_length: Input should be greater than or equal to 2"),
         ({"sequence_length": 10**9}, "sequence_length: Input should be less than or equal to 16777216"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"sequence_length": 64.5}, "sequence_length: Input should be a valid integer"),
         ({"batch_size": 0}, "batch_size: Input should be greater than 0"),
         ({"batch_size": None, "weights": BY_BATCH}, "ranks tokens within a batch; give batch_size, or use by=corpus"),
         ({"weights": {"column": "loss_b", "preset": "dense"}}, "no column 'loss_b'"),
@@ -186,7 +189,46 @@ def test_a_shifted_loss_is_that_of_the_trainer(rows: Callable[..., PackedRows], 
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
-@pytest.mark.parametrize("state", [{}, None, {"order": {}, "rows": {"epoch": "x"}, "batches": 0}, {"order": 1}])
+def test_sizes_are_whole_numbers_of_any_type(rows: Callable[..., PackedRows]) -> None:
+    own = rows(sequence_length=64.0, batch_size=np.int64(3), seed=np.uint8(7))
+    assert_same(list(islice(own, 3)), list(islice(rows(), 3)))
+    assert own.state_dict() == json.loads(json.dumps(own.state_dict()))
+
+
+def test_a_copy_continues_like_the_stream(rows: Callable[..., PackedRows]) -> None:
+    stream = rows(weights=BY_BATCH)
+    list(islice(stream, 9))
+    copies = [copy.deepcopy(stream), pickle.loads(pickle.dumps(stream))]
+    following = list(islice(stream, 20))
+    for own in copies:
+        assert_same(list(islice(own, 20)), following)
+
+
+@pytest.mark.parametrize("position", [{"block": 99}, {"row": 10**9}, {"epoch": 10**30, "row": 10**30}])
+def test_a_position_beyond_the_set_is_refused(position: dict[str, int], rows: Callable[..., PackedRows]) -> None:
+    stream = rows()
+    stream.load_state_dict(stream.state_dict() | {"rows": position})
+    with pytest.raises(UserError, match=r"has no row .* of block .*; give a position in this set"):
+        next(iter(stream))
+
+
+def test_no_sets_are_refused() -> None:
+    with pytest.raises(UserError, match="no shard set is given; give at least one"):
+        packed_rows([], sequence_length=64)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        None,
+        {"order": {}, "rows": {"epoch": "x"}, "batches": 0},
+        {"order": 1},
+        {"order": {}, "rows": {}, "batches": -1},
+        {"order": {}, "rows": {"epoch": -1}, "batches": 0},
+        {"order": {}, "rows": {}, "batches": 0.5},
+    ],
+)
 def test_what_is_no_state_is_refused(state: object, rows: Callable[..., PackedRows]) -> None:
     with pytest.raises(UserError, match="not a state of packed_rows"):
         rows().load_state_dict(state)

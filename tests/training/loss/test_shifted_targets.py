@@ -2,8 +2,10 @@
 
 import math
 
+import pytest
 import torch
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.shifted_targets import select_targets, valid_targets
 
 IDS = torch.tensor([[10, 11, 12, 20, 21, 0]])
@@ -40,3 +42,9 @@ def test_with_live_weights_every_target_with_a_score_is_selected() -> None:
     assert found.rows.tolist() == [1, 3]
     assert found.targets.tolist() == [12, 21]
     assert found.weights.tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("offset", [0, -1])
+def test_an_offset_is_positive(offset: int) -> None:
+    with pytest.raises(UserError, match=f"offset is {offset}; give 1 for the next token, or more"):
+        select_targets(IDS, POSITIONS, WEIGHTS, offset)

@@ -79,7 +79,8 @@ def test_one_set_may_come_without_a_list(sets: list[ShardSet]) -> None:
         ({"preset": "dense", "live": True}, "depends on the loss of the model in training"),
         ({"formula": "top(excess_loss, 0.5, by=batch)"}, "ranks tokens within a batch; use packed_rows, or by=corpus"),
         ({"preset": "dense", "warmup_ratio": 0.1}, "warmup_ratio needs the number of steps of a run; leave it out"),
-        ("rho", "weights: preset: Input should be 'uniform'"),
+        ("rho", "weights: no preset 'rho'; choose from uniform, rho1, .*, or give a formula as {'formula': '...'}"),
+        ("top(excess_loss, 0.5)\n", r"weights: no preset 'top\(excess_loss, 0.5\)\\n'; .*{'formula': '...'}"),
         ({"formula": "top(excess_loss"}, r"weights: .*formula"),
         ({"formula": "loss_reference"}, "no column 'loss_reference'"),
     ],
@@ -88,3 +89,10 @@ def test_what_needs_a_run_or_is_wrong_is_refused_in_one_line(weights: Any, messa
     with pytest.raises(UserError, match=message) as refusal:
         token_weights(sets, weights)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_list_of_no_sets_and_a_seed_that_is_none_are_refused(sets: list[ShardSet]) -> None:
+    with pytest.raises(UserError, match="no shard set is given; give at least one"):
+        token_weights([])
+    with pytest.raises(UserError, match="seed: Input should be greater than or equal to 0"):
+        token_weights(sets, seed=-1)
