@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
 )
@@ -27,6 +28,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
 SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [9.0] * 8, "rope_theta": 10.0}
 SPECIAL = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **SPECIAL),
@@ -36,6 +38,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=258, n_embd=32, n_layer=3, n_head=2, n_positions=128, resid_pdrop=0, embd_pdrop=0,
                        attn_pdrop=0, **SPECIAL),
     "gpt2-dropout": GPT2Config(vocab_size=258, n_embd=32, n_layer=3, n_head=2, n_positions=128, **SPECIAL),
+    "phi3": Phi3Config(**SIZES, **SPECIAL, original_max_position_embeddings=12, rope_parameters=LONGROPE),
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, **SPECIAL),
 }  # fmt: skip
 

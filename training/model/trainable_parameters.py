@@ -61,17 +61,18 @@ def add_adapters(trunk: Any, config: LoRAConfig) -> None:
         task_type="CAUSAL_LM",
     )
     names = ",".join(config.targets)
+    decoder = decoder_of(trunk)
+    freeze_trunk(trunk)
     try:
-        LoraModel(trunk, settings, ADAPTER)
+        LoraModel(decoder, settings, ADAPTER)
     except ValueError as error:
         raise UserError(f"--lora.targets {names}: {first_line(error)}; name other modules") from error
     for target in set(config.targets) - {"all-linear"}:
-        if not any(isinstance(m, LoraLayer) and f".{n}".endswith(f".{target}") for n, m in trunk.named_modules()):
-            raise UserError(f"--lora.targets {names}: no module is named '{target}'; name other modules")
-    decoder = set(decoder_of(trunk).modules())
-    for name, module in trunk.named_modules():
-        if isinstance(module, LoraLayer) and (module not in decoder or isinstance(module.base_layer, nn.Embedding)):
-            raise UserError(f"--lora.targets {names}: {name} is not a linear layer of the decoder; name other modules")
+        if not any(isinstance(m, LoraLayer) and f".{n}".endswith(f".{target}") for n, m in decoder.named_modules()):
+            raise UserError(f"--lora.targets {names}: no module of the layers is named '{target}'; name other modules")
+    for name, module in decoder.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.base_layer, nn.Embedding):
+            raise UserError(f"--lora.targets {names}: {name} is not a linear layer; name other modules")
 
 
 def merge_adapters(trunk: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparing import logged
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from weighted_mtp.schemas.configs import HeadsConfig, LoRAConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
@@ -152,3 +152,16 @@ def test_saved_tensors_do_not_name_adapters(config: Callable[..., TrainConfig]) 
     names = load_file(run.output / "model" / "model.safetensors")
     assert not any("lora" in name or "base_layer" in name for name in names)
     assert not list((run.output / "model").glob("adapter*"))
+
+
+def test_adapters_of_a_multimodal_model_are_in_its_text_layers() -> None:
+    text = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    images = {"image_size": 8, "patch_size": 4}
+    trunk = AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text, vision_config=vision | images, mm_tokens_per_image=4)
+    )
+    add_adapters(trunk, LoRAConfig())
+    trainable = [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(name.startswith("model.language_model.layers.0.") and ".lora_" in name for name in trainable)

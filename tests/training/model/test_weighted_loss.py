@@ -47,7 +47,7 @@ def sum_alone(model: Any, batch: Batch) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2-tied", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2-tied", "gemma2", "gpt2", "gpt_neox", "phi3"])
 def test_loss_and_gradients_equal_documents_alone(architecture: str, load: Callable[..., Any], batch: Batch) -> None:
     model = load(architecture)
     expected = sum_alone(model, batch) / (batch["labels"] != -100).sum()
