@@ -20,7 +20,7 @@ from weighted_mtp.pipelines.cli.errors import (
 )
 from weighted_mtp.pipelines.cli.parser import COMMANDS, parse_arguments
 from weighted_mtp.pipelines.cli.streams import STDOUT, check_output, discard_output
-from weighted_mtp.pipelines.cli.usage import describe_usage_error
+from weighted_mtp.pipelines.cli.usage import causes, describe_usage_error
 from weighted_mtp.schemas.configs import Config
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.interruption import Interruption
@@ -75,8 +75,9 @@ def run(command: str, config: Config, interruption: Interruption) -> None:
     try:
         module = importlib.import_module(f"weighted_mtp.pipelines.{MODULES.get(command, command)}")
     except ImportError as error:
+        *_, reason = causes(error)  # transformers names only the class that it could not load
         raise UserError(
-            f"a library cannot be loaded ({first_line(error)}); install the package again, or raise the limit of "
+            f"a library cannot be loaded ({first_line(reason)}); install the package again, or raise the limit of "
             "'ulimit -v' if one is set"
         ) from error
     with interruption:

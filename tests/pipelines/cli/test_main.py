@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from weighted_mtp.schemas.configs import Config
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 
@@ -22,6 +24,22 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert complaint(SCORE, 130) == "wmtp score: interrupted; rerun the same command to finish it"
     replace_command("verify", interrupt)
     assert complaint(["verify", "corpus"], 130) == "wmtp verify: interrupted"
+
+
+def test_the_reason_why_a_library_cannot_be_loaded(
+    replace_command: Callable[..., None],
+    complaint: Callable[[list[str], int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(_: str) -> None:
+        raise ModuleNotFoundError("Could not import module 'Model'") from OSError("cannot map libmodel.so")
+
+    replace_command("score", lambda config: None)
+    monkeypatch.setattr("importlib.import_module", load)
+    line = complaint(SCORE, 1)
+    assert line.startswith(
+        "wmtp score: error: a library cannot be loaded (cannot map libmodel.so); install the package"
+    )
 
 
 def test_the_console_script_of_a_set_that_is_not_there() -> None:
