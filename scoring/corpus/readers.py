@@ -48,8 +48,9 @@ FOREIGN_STARTS = {
     b"\x1f\x8b": "compressed, and its name does not end with .gz",
     b"\x28\xb5\x2f\xfd": "compressed, and its name does not end with .zst",
     b"\xfd7zXZ\0": "compressed, and its name does not end with .xz",
+    b"version https://git-lfs.github.com/": "a pointer of Git LFS, whose content 'git lfs pull' fetches",
 }
-"""Starts of files that are no UTF-8, and what these are."""
+"""Starts of files that are no text or JSON in UTF-8, and what these are."""
 BINARY_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
@@ -122,7 +123,7 @@ def open_text(path: Location) -> io.BufferedReader:
     """Open a file as `open_stream` does.
 
     Raises:
-        ValueError: its content is no UTF-8 from the start; what it is.
+        ValueError: it is something else from the start; what it is.
     """
     stream = open_stream(path)
     for start, what in FOREIGN_STARTS.items():

@@ -109,12 +109,13 @@ def test_compressed_files_of_several_frames(suffix: str, tmp_path: Path) -> None
     ("content", "what"),
     [
         (GOOD.decode().encode("utf-16"), "in UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
         (b"\xfe\xff" + GOOD.decode().encode("utf-16-be"), "in UTF-16"),
         *((COMPRESSORS[suffix](GOOD), f"compressed, .* {suffix}") for suffix in (".gz", ".xz", ".zst")),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
-def test_files_that_are_not_in_utf8_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
+def test_files_that_are_something_else_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name}: cannot be read as .* \\(it is {what}"):
         read(write(tmp_path / name, content))
 
