@@ -205,7 +205,7 @@ def read_csv(path: Location, fields: Fields, most: int) -> Iterator[Row]:
     ):
         lines = CsvLines(stream, most)
         reader = csv.reader(lines, delimiter="\t" if data_suffix(path) == ".tsv" else ",", strict=True)
-        header = next(reader, [])
+        header = next(filter(None, reader), [])  # after blank lines
         check_names(header, fields.required)
         while True:
             lines.size = 0
