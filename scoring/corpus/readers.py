@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
 from weighted_mtp.schemas.shard_set.shards import is_text, text_sizes
 from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
@@ -115,6 +115,9 @@ def read_rows(
             read = read_parquet if source.format == "parquet" else read_arrow
             yield from enumerate(read(source.path, fields.required, most))
     except (*DAMAGE, DatasetsError) as error:
+        of_store = isinstance(error, OSError) and error.__cause__ is not None
+        if of_store or lacks_memory(error):
+            raise
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
