@@ -19,6 +19,8 @@ STORE_REMEDIES = {
     "DefaultCredentialsError": "set GOOGLE_APPLICATION_CREDENTIALS, or run 'gcloud auth application-default login'",
     "PermissionError": "check the credentials and their permissions",
     "FileNotFoundError": "check the address, and that the bucket exists",
+    "HfUriError": "check the address",
+    "ParamValidationError": "check the address",
     "ConnectionError": CONNECTION,
     "ConnectError": CONNECTION,
     "ClientConnectorError": CONNECTION,
@@ -46,5 +48,5 @@ def addresses(config: Config | None) -> list[str]:
     if config is None:
         return []
     values = (getattr(config, name) for name in type(config).model_fields)
-    flat = (str(part) for value in values for part in (value if isinstance(value, list) else [value]))
+    flat = (str(part) for value in values for part in (value if isinstance(value, list | tuple) else [value]))
     return [value for value in flat if "://" in value]

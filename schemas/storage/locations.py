@@ -162,7 +162,10 @@ def kind_of(location: Location) -> Literal["file", "directory"] | None:
         return None
     try:
         return location.fs.info(location.path)["type"]
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        cause = error.__cause__  # what a web server answers, or why it does not: fsspec calls all this missing
+        if location.protocol in ("http", "https") and cause and getattr(cause, "status", None) != 404:
+            raise cause from None
         return None
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES
-from weighted_mtp.schemas.errors import UserError, first_line
+from weighted_mtp.schemas.errors import UserError, first_line, lacks_memory
 from weighted_mtp.schemas.shard_set.shards import is_text, text_sizes
 from weighted_mtp.schemas.storage.compression import DAMAGE, data_suffix, open_stream
 from weighted_mtp.schemas.storage.locations import Location
@@ -48,8 +48,9 @@ FOREIGN_STARTS = {
     b"\x1f\x8b": "compressed, and its name does not end with .gz",
     b"\x28\xb5\x2f\xfd": "compressed, and its name does not end with .zst",
     b"\xfd7zXZ\0": "compressed, and its name does not end with .xz",
+    b"version https://git-lfs.github.com/": "a pointer of Git LFS, whose content 'git lfs pull' fetches",
 }
-"""Starts of files that are no UTF-8, and what these are."""
+"""Starts of files that are no text or JSON in UTF-8, and what these are."""
 BINARY_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
@@ -114,6 +115,9 @@ def read_rows(
             read = read_parquet if source.format == "parquet" else read_arrow
             yield from enumerate(read(source.path, fields.required, most))
     except (*DAMAGE, DatasetsError) as error:
+        of_store = isinstance(error, OSError) and error.__cause__ is not None
+        if of_store or lacks_memory(error):
+            raise
         kind = f" as {source.format}" if isinstance(source, CorpusFile) else ""
         raise UserError(f"{where}: cannot be read{kind} ({first_line(error)}); repair it or leave it out") from error
 
@@ -122,7 +126,7 @@ def open_text(path: Location) -> io.BufferedReader:
     """Open a file as `open_stream` does.
 
     Raises:
-        ValueError: its content is no UTF-8 from the start; what it is.
+        ValueError: it is something else from the start; what it is.
     """
     stream = open_stream(path)
     for start, what in FOREIGN_STARTS.items():
@@ -204,7 +208,7 @@ def read_csv(path: Location, fields: Fields, most: int) -> Iterator[Row]:
     ):
         lines = CsvLines(stream, most)
         reader = csv.reader(lines, delimiter="\t" if data_suffix(path) == ".tsv" else ",", strict=True)
-        header = next(reader, [])
+        header = next(filter(None, reader), [])  # after blank lines
         check_names(header, fields.required)
         while True:
             lines.size = 0

@@ -3,8 +3,10 @@
 import os
 import socket
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,40 @@ def test_a_store_without_its_package_names_the_extra(
     assert "install 'weighted-mtp[gcs]'; see 'wmtp prepare --help'" in line
     line = complaint(["verify", "nowhere://bucket/set"], capsys, status=2)
     assert "'nowhere://bucket/set' is neither a path nor an address with s3://, s3a://, gs://, " in line
+
+
+@pytest.mark.parametrize("status", [403, 404, None])
+def test_files_of_web_servers_that_cannot_be_read(
+    status: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert status is not None
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+        if status is None:
+            server.shutdown()
+            server.server_close()
+        words = ["prepare", "--input", address, "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out")]
+        line = complaint(words, capsys)
+        server.shutdown()
+    expected = {403: f"{address}: 403, message='Forbidden'", 404: f"--input {address}: no such file or directory"}
+    assert line.startswith(f"wmtp prepare: error: {expected.get(status, f'{address}: Connect call failed')}")
+
+
+def test_addresses_in_tuples_are_named(
+    tmp_path: Path, make_shard_set: Callable[..., ShardSet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "hf://datasets/not a name/x/*.parquet"
+    paths = ["--input", str(make_shard_set(SEQUENCES).path), "--output", str(tmp_path / "out")]
+    line = complaint(["import", *paths, "--scores", address], capsys)
+    assert line.startswith(f"wmtp import: error: {address}: Invalid HF URI")
+    assert line.endswith("; check the address")
 
 
 def test_the_hub_as_a_file_system_needs_the_network(

@@ -5,6 +5,7 @@ import lzma
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,12 +110,13 @@ def test_compressed_files_of_several_frames(suffix: str, tmp_path: Path) -> None
     ("content", "what"),
     [
         (GOOD.decode().encode("utf-16"), "in UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
         (b"\xfe\xff" + GOOD.decode().encode("utf-16-be"), "in UTF-16"),
         *((COMPRESSORS[suffix](GOOD), f"compressed, .* {suffix}") for suffix in (".gz", ".xz", ".zst")),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
-def test_files_that_are_not_in_utf8_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
+def test_files_that_are_something_else_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name}: cannot be read as .* \\(it is {what}"):
         read(write(tmp_path / name, content))
 
@@ -151,6 +153,24 @@ def test_text_that_is_not_utf8_is_an_error(sample_by: SampleBy, tmp_path: Path) 
 
 def test_empty_text_file_is_a_reject(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", b"")) == ([], [(0, "empty text")])
+
+
+def test_csv_files_may_begin_with_blank_lines(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", b"\n\r\ntext,x\n\na,1\n")) == ([(0, "a")], [])
+    assert read(write(tmp_path / "a.csv", b"\n\n")) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_failures_of_a_store_and_of_memory_are_no_damage(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[Exception] = [pa.ArrowMemoryError("malloc failed"), OSError(5, "the store is busy")]
+    failures[1].__cause__ = ValueError("503")
+    write(tmp_path / name, GOOD)
+    for failure in failures:
+        monkeypatch.setattr(readers, "open_stream", Mock(side_effect=failure))
+        with pytest.raises(type(failure)):
+            read(tmp_path / name)
 
 
 def test_csv(tmp_path: Path) -> None:
