@@ -18,7 +18,7 @@ import fsspec
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainValidator
 from upath import UPath
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import SettingsError, UserError
 from weighted_mtp.schemas.storage.links import walk_disk
 from weighted_mtp.schemas.text import is_utf8, printable
 
@@ -42,13 +42,13 @@ def locate(name: Any) -> UPath:
     """The location of a path, which may start with `~`, or of an address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        ValueError: the name is no path, empty or no UTF-8, a home directory or the protocol is unknown, its package is
+        SettingsError: the name is no path, empty or no UTF-8, a home directory or the protocol is unknown, its package is
             not installed, or an address lacks its first parts.
     """
     _check_not_empty(name)
     name = expand_home(name)
     if not is_utf8(str(name)):
-        raise ValueError(f"'{printable(str(name))}' is not in UTF-8; rename it")
+        raise SettingsError(f"'{printable(str(name))}' is not in UTF-8; rename it")
     if isinstance(name, str):
         name = re.sub("^file://localhost/", "file:///", name)
     protocol, mark, rest = str(name).partition("://")
@@ -60,17 +60,17 @@ def locate(name: Any) -> UPath:
         return UPath(location.path) if location.protocol else location
     if location is None or not mark:
         known = ", ".join(f"{known}://" for known in PACKAGES)
-        raise ValueError(f"'{printable(str(name))}' is neither a path nor an address with {known}; correct it")
+        raise SettingsError(f"'{printable(str(name))}' is neither a path nor an address with {known}; correct it")
     if protocol == "hf" and not re.match("((models|datasets|spaces|buckets)/)?+[^/]+/[^/]+", rest):
-        raise ValueError(f"{name} should name an owner, such as hf://owner/name or hf://datasets/owner/name")
+        raise SettingsError(f"{name} should name an owner, such as hf://owner/name or hf://datasets/owner/name")
     if not rest or rest.startswith("/"):
-        raise ValueError(f"{name} should have a bucket or a host after '://'")
+        raise SettingsError(f"{name} should have a bucket or a host after '://'")
     # Writes of other processes must be visible immediately.
     location = UPath(location, use_listings_cache=False)
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{protocol}:// cannot be used here ({error}); install '{PACKAGES[protocol]}'") from error
+        raise SettingsError(f"{protocol}:// cannot be used here ({error}); install '{PACKAGES[protocol]}'") from error
     return location
 
 
@@ -78,13 +78,13 @@ def expand_home(name: Any) -> Any:
     """Replace a leading `~` or `~user` of a name, which shells leave alone in `--flag=~/x`, and YAML files everywhere.
 
     Raises:
-        ValueError: there is no such home directory.
+        SettingsError: there is no such home directory.
     """
     if not isinstance(name, str) or not name.startswith("~"):
         return name
     expanded = os.path.expanduser(name)
     if expanded.startswith("~"):
-        raise ValueError(
+        raise SettingsError(
             f"no home directory for '{name.split('/')[0]}'; write './{name}' for a name that starts with ~"
         )
     return expanded
@@ -124,7 +124,7 @@ def is_missing_directory(name: str | Path) -> bool:
 
 def _check_not_empty(name: Any) -> None:
     if name == "":
-        raise ValueError("should not be empty")
+        raise SettingsError("a path should not be empty")
 
 
 def _check_name(name: str) -> str:

@@ -21,7 +21,7 @@ SETTINGS = {"input": "corpus.jsonl", "tokenizer": "t", "output": "tokens"}
             for name in ("loss_a", "entropy_a", "gradient_a", "excess_loss_2", "long_short")
         ],
         ({"number_fields": ("a",), "label_fields": ("a",)}, "name 'a' twice; name each field once"),
-        ({"input": ""}, "should not be empty"),
+        ({"input": ""}, "a path should not be empty"),
         ({"max_length": 1}, "greater than or equal to 2"),
     ],
 )

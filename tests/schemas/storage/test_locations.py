@@ -95,7 +95,7 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.Monk
         ("hf://datasets/name/", "should name an owner"),
         ("hf://", "should name an owner"),
         ("caf\udce9", r"^'caf\\udce9' is not in UTF-8; rename it$"),
-        ("", "should not be empty"),
+        ("", "a path should not be empty"),
     ],
 )
 def test_what_is_no_location(name: object, message: str) -> None:
@@ -316,3 +316,9 @@ def test_files_that_vanish_or_cannot_be_read_are_left_out(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "is_file", after_a_change)
     assert walk_files(tmp_path) == {"here": 4, "below/there": 4, "to-there": 4}
+
+
+@pytest.mark.parametrize("name", ["", "nothing://x", "s3://"])
+def test_impossible_locations_are_user_errors(name: str) -> None:
+    with pytest.raises(UserError):
+        ShardSet.open(name)
