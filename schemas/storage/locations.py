@@ -42,8 +42,8 @@ def locate(name: Any) -> UPath:
     """The location of a path, which may start with `~`, or of an address. Local locations are also `pathlib.Path`s.
 
     Raises:
-        SettingsError: the name is no path, empty or no UTF-8, a home directory or the protocol is unknown, its package is
-            not installed, or an address lacks its first parts.
+        SettingsError: the name is no path, empty or no UTF-8, a home directory or the protocol is unknown, its package
+            is not installed, or an address lacks its first parts.
     """
     _check_not_empty(name)
     name = expand_home(name)
