@@ -46,6 +46,8 @@ def locate(name: Any) -> UPath:
             is not installed, or an address lacks its first parts.
     """
     _check_not_empty(name)
+    if not isinstance(name, str | os.PathLike | UPath):
+        raise ValueError(f"should be a string, not {name!r}")
     name = expand_home(name)
     if not is_utf8(str(name)):
         raise SettingsError(f"'{printable(str(name))}' is not in UTF-8; rename it")
@@ -54,7 +56,7 @@ def locate(name: Any) -> UPath:
     protocol, mark, rest = str(name).partition("://")
     try:
         location = UPath(name) if not mark or protocol in ("file", "local", *PACKAGES) else None
-    except (ValueError, TypeError, ImportError):  # raised for some addresses, and for what is no path
+    except (ValueError, TypeError, ImportError):  # raised for some addresses
         location = None
     if location is not None and location.protocol in ("", "file", "local"):
         return UPath(location.path) if location.protocol else location

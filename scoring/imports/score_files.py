@@ -24,6 +24,7 @@ from weighted_mtp.scoring.imports.sources import (
     RowBatch,
     ScoreSource,
     damage_reported,
+    is_numeric,
 )
 
 logger = logging.getLogger("weighted_mtp")
@@ -150,7 +151,9 @@ class JsonFile(ScoreFile):
 
     def batches(self, kinds: Mapping[str, Kind]) -> Iterator[RowBatch]:
         """Batches of about `BATCH_BYTES` bytes of JSON."""
-        id_type = pa.int64() if pa.types.is_integer(self.types["document_id"]) else pa.string()
+        id_type = self.types["document_id"]
+        if not is_numeric(id_type):  # numbers with a fraction are refused later, by name
+            id_type = pa.string()
         types = {"document_id": id_type, "start": pa.int64()} | {name: JSON_TYPES[kind] for name, kind in kinds.items()}
         schema = pa.schema([(name, type_) for name, type_ in types.items() if name in self.types])
         complete = set(self.types) == set(schema.names)

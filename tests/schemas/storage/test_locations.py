@@ -87,7 +87,7 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.Monk
         ("zip://a::s3://bucket/b.zip", "neither a path nor an address"),
         ("s3:/bucket/a", "neither a path nor an address"),
         ("a\n://b", r"^'a\\n://b' is neither"),
-        (5, "^'5' is neither a path"),
+        (5, "^should be a string, not 5$"),
         ("s3://", "s3:// should have a bucket or a host after '://'"),
         ("s3:///a", "should have a bucket"),
         ("https:///a", "should have a bucket or a host"),

@@ -147,3 +147,10 @@ def test_brackets_in_texts_are_not_nested() -> None:
 )
 def test_depth(content: bytes, expected: int) -> None:
     assert nesting(content)[0].max(initial=0) == expected
+
+
+@pytest.mark.parametrize("name", ["7.0", "1" * 30])
+def test_ids_that_are_numbers_but_no_integers_of_64_bits(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"document_id": {name}, "x": [1]}}')
+    with pytest.raises(UserError, match=r"a\.jsonl: 'document_id' should be a string; it is double"):
+        read(tmp_path / "a.jsonl")

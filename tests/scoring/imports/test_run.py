@@ -207,7 +207,7 @@ def one(value: object, document: object = "doc-1") -> list[dict]:
         ([{"document_id": f"doc-{n}", "x": 1e39} for n in range(4)], "row 1: 'x' is infinite in float32"),
         ([{"document_id": "doc-0"}], "no column besides"),
         ([{"mine": [1]}], "has no column 'document_id'"),
-        ([{"document_id": 1.5, "mine": [1]}], "row 1: JSON parse error"),
+        ([{"document_id": 1.5, "mine": [1]}], "'document_id' should be a string; it is double"),
         ([{"document_id": "doc-0", "a": [1, 2, 3], "b": [1, 2]}], "'b' is not as long as the other lists"),
     ],
 )
