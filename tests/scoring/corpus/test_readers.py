@@ -114,6 +114,7 @@ def test_compressed_files_of_several_frames(suffix: str, tmp_path: Path) -> None
         (b"\xfe\xff" + GOOD.decode().encode("utf-16-be"), "in UTF-16"),
         *((COMPRESSORS[suffix](GOOD), f"compressed, .* {suffix}") for suffix in (".gz", ".xz", ".zst")),
     ],
+    ids=["utf-16", "lfs", "utf-16-be", ".gz", ".xz", ".zst"],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
 def test_files_that_are_something_else_from_the_start(name: str, content: bytes, what: str, tmp_path: Path) -> None:
