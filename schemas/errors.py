@@ -1,6 +1,12 @@
 """`UserError`, for problems that users can fix, and one-line messages of other exceptions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from pydantic import ValidationError
+
+MOST_REASON = 200
+"""Most characters of the reason of a tokenizer."""
 
 
 class UserError(Exception):
@@ -13,6 +19,29 @@ class UserError(Exception):
 
 class SettingsError(UserError, ValueError):
     """Wrong settings in a call from Python."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer fails on a text, for the given reason."""
+
+    def __init__(self, tokenizer: str, reason: str) -> None:
+        super().__init__(f"{tokenizer} fails on a text ({reason}); use another tokenizer")
+        self.reason = reason
+
+
+@contextmanager
+def tokenizer_errors(tokenizer: str = "the tokenizer") -> Iterator[None]:
+    """Raise errors of the Rust library of tokenizers as `TokenizerError`, with this name of the tokenizer.
+
+    Its errors are bare `Exception`s. Its panics are no `Exception`s, and cannot be pickled; the regular expression of a
+    pre-tokeniser panics on a text with which it takes too many steps, such as millions of spaces.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(tokenizer, first_line(error)[:MOST_REASON]) from error
 
 
 NO_CONFIG = "has no config.json; give a directory written by save_pretrained"

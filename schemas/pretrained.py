@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, logging
 
-from weighted_mtp.schemas.errors import NO_CONFIG, UserError
+from weighted_mtp.schemas.errors import NO_CONFIG, TokenizerError, UserError, tokenizer_errors
 from weighted_mtp.schemas.storage.locations import is_missing_directory
 
 PROBE_TOKENS = 16
@@ -143,8 +143,11 @@ def load_tokenizer(
         raise UserError(f"{problem} (no such directory); check the path")
     try:
         check_token_ids(Path(source) / "tokenizer.json")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer.decode(tokenizer("a")["input_ids"])  # some damage to its files shows only in use
+        with tokenizer_errors():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # some damage to its files shows only in use
+    except TokenizerError as error:
+        raise UserError(f"{problem} ({error.reason}); {remedy}") from error
     except Exception as error:
         raise load_error(error, source, problem, remedy) from error
     return tokenizer

@@ -18,8 +18,7 @@ UNIT = (0.0, 1.0)
 class Segments(Protocol):
     """N tokens in S segments of consecutive tokens. A segment may be empty.
 
-    Arrays are ranked as float16, like score columns, and summed in float64. Tensors, which hold current losses, keep
-    their precision.
+    Values are ranked as they are. Arrays are summed in float64, tensors in their own precision.
 
     Attributes:
         counts: (S,) number of tokens in each segment.
@@ -77,7 +76,6 @@ class Function:
         over_corpus: `(distribution, *numbers)` to the elementwise function of x over the whole corpus.
         by_label: whether `by` can be a label column.
         takes_magnitude: whether the last number, 1 or 0, marks x as a magnitude.
-        ranks: whether only the order of x matters.
         bounds: smallest and largest possible value.
         is_magnitude: whether values are guaranteed non-negative.
         has_signal: whether the values of a segment are never all 0, except by coincidence.
@@ -94,7 +92,6 @@ class Function:
     over_corpus: Callable[..., Callable[[np.ndarray], np.ndarray]] | None = None
     by_label: bool = False
     takes_magnitude: bool = False
-    ranks: bool = False
     bounds: Callable[..., Bounds] = ZERO_TO_ONE
     is_magnitude: Callable[..., bool] = YES
     has_signal: Callable[..., bool] = NO

@@ -23,7 +23,7 @@ from weighted_mtp.schemas.weights.operators import OPERATORS, as_floats, operate
 
 Elementwise = Callable[[np.ndarray], np.ndarray]
 MAX_EXPONENT = 11.0
-"""For larger x, e^x overflows float16, the dtype of ranked values."""
+"""For larger x, e^x overflows float16, in which expressions of several columns are counted over the corpus."""
 
 
 def _log(x: Node) -> Node:
@@ -68,6 +68,7 @@ def _rank_over_corpus(distribution: Distribution) -> Elementwise:
 def _standardise(library: ModuleType, segments: Segments, x: Any) -> Any:
     counts = segments.counts.clip(min=1)
     x = x - segments.broadcast(segments.sums(x) / counts)
+    x = x * segments.broadcast(_inverse(library, segments.maxima(abs(x))))  # squares neither overflow nor vanish
     deviations = library.sqrt(segments.sums(x * x) / counts)
     return x * segments.broadcast(_inverse(library, deviations))
 
@@ -133,13 +134,11 @@ FUNCTIONS: dict[str, Function] = OPERATORS | {
         needs="a fraction above 0 and not above 1",
         allowed=lambda fraction: 0 < fraction <= 1,
         takes_magnitude=True,
-        ranks=True,
         in_segments=lambda library, segments, x, *numbers: as_floats(segments.top(x, *numbers)),
         over_corpus=_top_over_corpus,
         has_signal=lambda x, fraction, of_magnitudes: of_magnitudes == 0 or x,
     ),
     "rank": Function(
-        ranks=True,
         in_segments=lambda library, segments, x: segments.rank(x),
         over_corpus=_rank_over_corpus,
         has_signal=YES,

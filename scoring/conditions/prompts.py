@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import UserError, tokenizer_errors
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 
@@ -35,12 +35,13 @@ def make_prompt(text: str, flag: str, source: ShardSet) -> Prompt | None:
     """Tokenise a prompt with the tokenizer of the corpus, without special tokens. None for an empty text.
 
     Raises:
-        UserError: the text has no tokens.
+        UserError: the text has no tokens, or the tokenizer fails on it.
     """
     if not text:
         return None
     tokenizer = load_corpus_tokenizer(source)
-    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    with tokenizer_errors(f"{flag}: the corpus's tokenizer"):
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     if not ids:
         raise UserError(f"{flag}: the corpus's tokenizer gives no tokens for {text!r}; leave it out")
     return Prompt(text, tuple(ids))

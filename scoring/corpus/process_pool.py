@@ -81,8 +81,12 @@ def start_server() -> None:
 
 
 def _initialize(function: Callable[[Any], Any]) -> None:
-    """Make a process exit with its parent and use one core."""
+    """Make a process exit with its parent and use one core.
+
+    It has no stderr, on which the Rust library of tokenizers describes each panic; the parent gets an exception.
+    """
     global _function
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.errors import UserError, tokenizer_errors
 
 PROBE_TEXT = "probe"
 
@@ -39,8 +39,9 @@ def default_added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
     Raises:
         UserError: it adds tokens other than BOS and EOS.
     """
-    plain = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    full = tokenizer(PROBE_TEXT)["input_ids"]
+    with tokenizer_errors():
+        plain = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+        full = tokenizer(PROBE_TEXT)["input_ids"]
     for added in (AddedTokens(bos, eos) for bos in (False, True) for eos in (False, True)):
         prefix, suffix = added_ids(tokenizer, added)
         if full == prefix + plain + suffix:
@@ -84,7 +85,8 @@ def check_text_mode(tokenizer: PreTrainedTokenizerBase) -> None:
     control.discard(tokenizer.unk_token_id)
     for string in special_strings(tokenizer):
         for text in (string, f"a{string}b", f"a {string} b"):
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            with tokenizer_errors():
+                ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             if control.intersection(ids):
                 raise UserError(
                     f"{problem} encodes {string!r} in ordinary text as a control token; use '--special_tokens parse'"

@@ -6,13 +6,14 @@ Every tokenizer process imports this module. It does not import `AutoTokenizer`,
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.configs.prepare import MAX_DOCUMENT_BYTES, SpecialTokens
+from weighted_mtp.schemas.errors import TokenizerError, tokenizer_errors
 from weighted_mtp.schemas.shard_set.shards import SEQUENCE_TYPES, list_column, shard_schema
 from weighted_mtp.schemas.text import printable, shortened
 from weighted_mtp.scoring.corpus.documents import Document, Fields, RejectedDocument, RowBatch, parse_batch
@@ -105,6 +106,10 @@ class BatchEncoder:
         flat: list[int] = []  # ids of all sequences, concatenated
         kept: list[tuple[int, int, int, int, int, bool, bool]] = []  # as ENCODED_DOCUMENT
         for document, text_ids in zip(documents, encoded, strict=True):
+            if isinstance(text_ids, TokenizerError):
+                reason = f"text on which the tokenizer fails: {printable(text_ids.reason)}"
+                rejects.append(RejectedDocument(batch.source, document.row, reason))
+                continue
             if not text_ids:
                 rejects.append(RejectedDocument(batch.source, document.row, "text without tokens"))
                 continue
@@ -134,10 +139,17 @@ class BatchEncoder:
         rejects.sort(key=lambda reject: reject.row)
         return EncodedBatch(batch.source, table, np.array(kept, ENCODED_DOCUMENT), rejects)
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without BOS and EOS around it."""
+    def token_ids(self, texts: list[str]) -> list[list[int] | TokenizerError]:
+        """Token ids of each text without BOS and EOS around it, or the error of the tokenizer."""
         if not texts:
             return []
+        try:
+            with tokenizer_errors():
+                return self._encode(texts)
+        except TokenizerError as error:
+            return [error] if len(texts) == 1 else [ids for text in texts for ids in self.token_ids([text])]
+
+    def _encode(self, texts: list[str]) -> list[Any]:
         encoding = self.tokenizer(
             texts,
             add_special_tokens=False,

@@ -18,6 +18,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 from weighted_mtp.scoring.conditions.models import check_model
+from weighted_mtp.scoring.conditions.prompts import make_prompt
 from weighted_mtp.scoring.corpus.prepare import prepare
 from weighted_mtp.training.model.mtp_model import build_model, load_model
 from weighted_mtp.training.run.compatibility import check_model as check_fits
@@ -238,6 +239,17 @@ def test_a_token_id_that_no_model_has(token_id: int, tokenizer_dir: Path, tmp_pa
         UserError, match=f"--tokenizer .*has the token id {token_id:,}(; use one with ids below|, and at)"
     ):
         prepare(settings)
+
+
+def test_a_tokenizer_that_fails_on_a_prompt(make_shard_set: MakeSet) -> None:
+    """Its regular expression takes too many steps, so its library panics."""
+    shards = make_shard_set([[1, 2]])
+    content = json.loads((shards.tokenizer_path / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (shards.tokenizer_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"^--prompt: the corpus's tokenizer fails on a text \(Onig.*\); use another"):
+        make_prompt("x" * 60, "--prompt", shards)
 
 
 def test_files_of_a_shard_set_stay_out_of_the_trained_model(

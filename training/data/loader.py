@@ -25,6 +25,8 @@ from weighted_mtp.training.weighting import Weighting
 
 BLOCK_TOKENS = 1 << 20
 BLOCK_ROWS = 64
+MOST_BATCH_TOKENS = 1 << 28
+"""Most tokens of a batch, which is held in memory."""
 
 
 def block_tokens(sequence_length: int) -> int:
@@ -37,6 +39,15 @@ def check_targets(shards: ShardSet) -> None:
     if shards.manifest.tokens == shards.manifest.rows:
         raise UserError(
             f"{shards.path}: no sequence has two tokens, so there is nothing to predict; prepare longer texts"
+        )
+
+
+def check_batch(rows: int, sequence_length: int, name: str) -> None:
+    """Raise UserError if a batch of this many rows is too large; `name` is the setting."""
+    if rows * sequence_length > MOST_BATCH_TOKENS:
+        raise UserError(
+            f"{name} {rows}: {rows:,} rows of {sequence_length:,} tokens; at most {MOST_BATCH_TOKENS:,} tokens are "
+            f"possible, so give at most {MOST_BATCH_TOKENS // sequence_length}"
         )
 
 
@@ -108,11 +119,12 @@ class RowLoader:
                 raise UserError(beyond)
             for count in counts:
                 pieces: list[Rows] = []
+                missing = count
                 while True:
-                    missing = count - sum(len(piece.tokens) for piece in pieces)
                     pieces.append(block.take(slice(row, row + missing)))
                     row += len(pieces[-1].tokens)
-                    if len(pieces[-1].tokens) == missing:
+                    missing -= len(pieces[-1].tokens)
+                    if not missing:
                         break
                     del block  # free it before the next one
                     at, block = next(blocks)

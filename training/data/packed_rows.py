@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from weighted_mtp.schemas.configs.common import Positive, RowLength, Seed
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.shard_set.zipped import SomeSets, ZippedSets
-from weighted_mtp.training.data.loader import LoaderState, RowLoader
+from weighted_mtp.training.data.loader import LoaderState, RowLoader, check_batch
 from weighted_mtp.training.rows import IGNORED, Rows
 from weighted_mtp.training.weighting import make_weighting
 from weighted_mtp.training.weighting.batch import BatchWeighting
@@ -115,14 +115,15 @@ def packed_rows(
         seed: seed of the order and of random controls.
 
     Raises:
-        UserError: the sets cannot be opened, lack a column or have nothing to predict, a size is too small, or the
-            weights need a model, a run or, for single rows, a batch.
+        UserError: the sets cannot be opened, lack a column or have nothing to predict, a size is too small or too
+            large, or the weights need a model, a run or, for single rows, a batch.
     """
     config = choose_weights(weights)
     try:
         sizes = PackedRowsConfig(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
     except ValidationError as error:
         raise UserError(f"packed_rows: {first_line(error)}") from error
+    check_batch(sizes.batch_size or 1, sizes.sequence_length, "packed_rows: batch_size")
     weighting = BatchWeighting.make(config)
     if sizes.batch_size is None and weighting.formula is not None:
         raise UserError(f"packed_rows: '{config.text}' ranks tokens within a batch; give batch_size, or use by=corpus")

@@ -22,6 +22,7 @@ from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.storage.locations import Location, local_name, locate
 from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.schemas.tokenizers import fits
+from weighted_mtp.training.data.loader import check_batch
 from weighted_mtp.training.model.mtp_model import MTPModel
 from weighted_mtp.training.run.preconditions import check_trackers
 
@@ -30,10 +31,12 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
     """Check settings against the number of processes, the row length and the installed packages.
 
     Raises:
-        UserError: a batch cannot be split, an offset exceeds the row length, or a tracker is not installed.
+        UserError: a batch cannot be split or is too large, an offset exceeds the row length, or a tracker is not
+            installed.
     """
     if config.batch_size % processes:
         raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
+    check_batch(config.batch_size, sequence_length, "--batch_size")
     if config.heads.dmtd.cycle > sequence_length:
         raise UserError(f"--heads.dmtd.cycle {config.heads.dmtd.cycle}: longer than rows of {sequence_length} tokens")
     if config.heads.offsets[-1] >= sequence_length:

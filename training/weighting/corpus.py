@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
-from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX, FLOAT16_VALUES, float16_bits
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX, FLOAT16_VALUES
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
@@ -32,6 +32,7 @@ from weighted_mtp.training.weighting.expressions import (
     fold,
     map_values,
 )
+from weighted_mtp.training.weighting.segments import OVERFLOW
 from weighted_mtp.training.weighting.tables import scored_tokens
 
 FLOAT16_NORMAL = 2.0**-14
@@ -73,10 +74,6 @@ class CorpusResolver:
             return self._over_corpus(call)
         if node.by not in ("sequence", "batch"):
             return self._by_label(call, node.by)
-        [x] = arguments
-        if FUNCTIONS[node.function].ranks and isinstance(x, TableLookup):  # ranks of float16 values
-            rounded = FLOAT16_VALUES[float16_bits(x.table)]
-            return Call(node.function, (TableLookup(x.argument, rounded),), node.numbers, node.by)
         return call
 
     def _over_corpus(self, call: Call) -> Expression:
@@ -86,6 +83,8 @@ class CorpusResolver:
         else:
             x = x if isinstance(x, TableLookup) else TableLookup(x, FLOAT16_VALUES)
             distribution = self.distribution(x)
+        if not np.isfinite(distribution.values).all():
+            raise UserError(f"{self.shards.first.path}: expression of {_names(x)}: {OVERFLOW}")
         over_corpus = FUNCTIONS[call.function].over_corpus
         assert over_corpus is not None
         try:
@@ -146,7 +145,7 @@ class CorpusResolver:
             scored = scored_tokens(table, names)
             values = np.asarray(evaluate_expression(x, scored.tokens), dtype=np.float32)
             counts.add(values)
-            largest = max(largest, float(np.abs(values[np.isfinite(values)]).max(initial=0)))
+            largest = max(largest, float(np.abs(values).max(initial=0)))
         if largest > FLOAT16_MAX or 0 < largest < FLOAT16_NORMAL:
             raise UserError(
                 f"{self.shards.first.path}: the largest value of an expression of {_names(x)} is {largest:.3g}, beyond "

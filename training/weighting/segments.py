@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weighted_mtp.schemas.shard_set.rounding import float16_bits
+from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.rounding import FLOAT16_VALUES, float16_bits
+
+OVERFLOW = "a value to compare overflows float32; scale it down, or limit it with clip()"
 
 
 class ArraySegments:
@@ -40,11 +43,10 @@ class ArraySegments:
         """See `Segments`."""
         if fraction == 1:
             return np.ones(len(values), dtype=bool)
-        keys, first_keys = self._keys(values)  # (N,), (S,)
+        keys, zeros = self._keys(values)  # (N,), (S,)
         ranked = np.sort(keys)  # (N,), by segment and then by value
         kept = np.maximum(np.ceil(fraction * self.counts - 1e-9), 1).astype(np.int64)  # (S,)
         threshold = np.full(len(self.counts), np.iinfo(keys.dtype).max, dtype=keys.dtype)  # (S,), keeps nothing
-        zeros = first_keys + ZERO_KEY  # (S,), the key of 0 in each segment
         selects = self.counts > 0  # (S,), segments that are neither empty nor all 0
         least, largest = ranked[(self.ends - self.counts)[selects]], ranked[self.ends[selects] - 1]
         selects[selects] = (least != zeros[selects]) | (least != largest)
@@ -68,12 +70,25 @@ class ArraySegments:
         return reduced
 
     def _keys(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sort keys (N,), ordered by segment and then value, and the smallest possible key of each segment (S,)."""
-        dtype = np.uint32 if len(self.counts) < 1 << 16 else np.uint64
-        first_keys = np.left_shift(np.arange(len(self.counts), dtype=dtype), dtype(16))
-        keys = np.repeat(first_keys, self.counts)  # high bits: segment; low 16 bits: value
-        keys |= SORT_KEYS[float16_bits(values)]
-        return keys, first_keys
+        """Sort keys (N,), ordered by segment and then value, and the key of 0 in each segment (S,).
+
+        Keys of values that are float16, such as stored scores, have half the size, so they are sorted faster.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        if not np.isfinite(values).all():
+            raise UserError(f"--weights.formula: {OVERFLOW}")
+        bits = float16_bits(values)
+        if np.array_equal(FLOAT16_VALUES.take(bits), values):
+            width, value_keys, zero = 16, SORT_KEYS.take(bits), SORT_KEYS[0]
+        else:
+            width, value_keys, zero = 32, _sort_keys((values + np.float32(0)).view(np.uint32)), np.uint32(1 << 31)
+        dtype = np.uint32 if (len(self.counts) - 1).bit_length() + width <= 32 else np.uint64
+        first_keys = np.left_shift(np.arange(len(self.counts), dtype=dtype), dtype(width))
+        keys = np.repeat(first_keys, self.counts)  # high bits: segment; low bits: value
+        keys |= value_keys
+        return keys, first_keys + zero
 
 
 class TensorSegments:
@@ -130,13 +145,12 @@ class TensorSegments:
         return order if len(self.counts) == 1 else order[self.index[order].sort(stable=True).indices]
 
 
-def _make_sort_keys() -> np.ndarray:
-    """An integer for each float16 bit pattern, in the order of the values; -0 and 0 are equal. (65536,) uint16."""
-    bits = np.arange(1 << 16, dtype=np.uint16)
-    keys = np.where(bits & 0x8000, ~bits, bits | 0x8000)
-    keys[0x8000] = keys[0]
-    return keys.astype(np.uint16)
+def _sort_keys(bits: np.ndarray) -> np.ndarray:
+    """Integers in the order of the floating-point values with these bit patterns (...), unsigned integers."""
+    sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+    return np.where(bits & sign, ~bits, bits | sign)
 
 
-SORT_KEYS = _make_sort_keys()
-ZERO_KEY = SORT_KEYS[0]
+SORT_KEYS = _sort_keys(np.arange(1 << 16, dtype=np.uint16))
+"""The sort key of each float16 bit pattern, (65536,) uint16; -0 and 0 are equal."""
+SORT_KEYS[1 << 15] = SORT_KEYS[0]

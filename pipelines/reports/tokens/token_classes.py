@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from weighted_mtp.pipelines.reports.tokens.token_text import decode
+from weighted_mtp.schemas.errors import tokenizer_errors
 
 CLASSES = (
     "word start",
@@ -44,8 +45,9 @@ def token_texts(tokenizer: Any, ids: np.ndarray) -> list[str]:
 
     Decodes each id after a letter: some tokenizers drop the space before the first word of a text.
     """
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    lead = decode(tokenizer, before)
-    pairs = [[*before, index] for index in ids.tolist()]
-    texts = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False) if pairs else []
+    with tokenizer_errors():
+        before = tokenizer("a", add_special_tokens=False)["input_ids"]
+        lead = decode(tokenizer, before)
+        pairs = [[*before, index] for index in ids.tolist()]
+        texts = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False) if pairs else []
     return [text[len(lead) :] if text.startswith(lead) else text for text in texts]

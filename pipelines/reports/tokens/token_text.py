@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from weighted_mtp.schemas.errors import tokenizer_errors
+
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """The exact text of token ids, including special tokens."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    with tokenizer_errors():
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -1,11 +1,15 @@
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers.pre_tokenizers import Sequence, Split
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from weighted_mtp.schemas.shard_set.shards import shard_schema
 from weighted_mtp.scoring.corpus.documents import Fields, RowBatch
@@ -101,6 +105,35 @@ def test_text_that_a_tokenizer_drops_is_rejected(tokenizer_dir: Path) -> None:
         (0, "text without tokens"),
         (2, "empty text"),
     ]
+
+
+def test_text_on_which_a_tokenizer_fails_is_rejected(tokenizer_dir: Path) -> None:
+    """The regular expression takes more steps for 60 x without a y than its library allows, which makes Rust panic."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    byte_level = tokenizer.backend_tokenizer.pre_tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Split(Regex("(x+x+)+y"), "isolated"), byte_level])
+    encoded = encode(tokenizer, ["ay", "x" * 60, "xa"], 9, bos=False, eos=False)
+    assert encoded.table["input_ids"].to_pylist() == [byte_ids("ay"), byte_ids("xa")]
+    [reject] = encoded.rejects
+    assert (reject.row, reject.kind) == (1, "text on which the tokenizer fails")
+    assert "retry-limit-in-match over" in reject.reason
+
+
+def test_interruption_of_a_tokenizer_is_no_reject(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for interruption in (KeyboardInterrupt, SystemExit, MemoryError):
+        monkeypatch.setattr(type(tokenizer), "__call__", Mock(side_effect=interruption))
+        with pytest.raises(interruption):
+            encode(tokenizer, ["a", "b"], 9, bos=False, eos=False)
+
+
+def test_a_word_that_a_tokenizer_cannot_encode_is_rejected() -> None:
+    words = Tokenizer(WordLevel({"known": 0}, unk_token="[UNK]"))
+    encoded = encode(PreTrainedTokenizerFast(tokenizer_object=words), ["known", "new"], 9, bos=False, eos=False)
+    assert encoded.table["input_ids"].to_pylist() == [[0]]
+    [reject] = encoded.rejects
+    assert reject.reason.startswith("text on which the tokenizer fails: WordLevel error: Missing [UNK]")
 
 
 def test_documents_with_repeated_ids_become_rejects(tokenizer: PreTrainedTokenizerBase) -> None:

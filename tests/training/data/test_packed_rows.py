@@ -159,6 +159,7 @@ def test_a_data_loader_gives_the_same_batches(rows: Callable[..., PackedRows]) -
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"sequence_length": 64.5}, "sequence_length: Input should be a valid integer"),
         ({"batch_size": 0}, "batch_size: Input should be greater than 0"),
+        ({"batch_size": 10**9}, "batch_size 1000000000: .* at most 268,435,456 tokens are possible, so give at most"),
         ({"batch_size": None, "weights": BY_BATCH}, "ranks tokens within a batch; give batch_size, or use by=corpus"),
         ({"weights": {"column": "loss_b", "preset": "dense"}}, "no column 'loss_b'"),
     ],

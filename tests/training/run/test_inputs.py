@@ -53,6 +53,7 @@ def test_a_held_out_set_without_targets_is_refused_before_training(
     ("settings", "processes", "message"),
     [
         ({}, 3, "--batch_size 4: give a multiple of the 3 processes"),
+        ({"batch_size": 10**9, "sequence_length": 16}, 1, "--batch_size 1000000000: .* so give at most 16777216"),
         ({"sequence_length": None, "heads": {"offsets": (1, LONGEST)}}, 1, "120 reaches beyond rows of 120 tokens"),
         ({"weights": {"formula": "loss_other"}}, 1, "no column 'loss_other'"),
     ],

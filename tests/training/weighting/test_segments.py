@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.weighting.segments import ArraySegments, TensorSegments
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=8)
@@ -97,16 +98,36 @@ def test_empty_segments() -> None:
     assert nothing.top(values[:0], 0.5, 0.0).tolist() == []
 
 
-def test_values_equal_in_float16_are_ties() -> None:
-    """Arrays are ranked like a float16 score column; torch ranks current losses in full precision."""
-    values = np.array([1, 1 + 2**-13, 70_000, 80_000], np.float32)
-    assert in_array("top", values, [4], 0.25, 1.0).tolist() == [False, False, True, True]
-    assert in_array("top", values, [4], 0.75, 1.0).tolist() == [True, True, True, True]
-    assert in_tensor("top", values, [4], 0.25, 1.0).tolist() == [False, False, False, True]
+@both
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.sampled_from([1e5, 1e-9, -3e37, 1 / 3]), st.integers(0, 99))
+def test_the_scale_of_values_does_not_matter(
+    compute: Callable[..., np.ndarray], lengths: list[int], scale: float, seed: int
+) -> None:
+    values = values_of(lengths, seed)
+    scaled = values * np.float32(scale)
+    values *= np.sign(scale).astype(np.float32)
+    for method, *numbers in (("top", 0.3, 0.0), ("top", 0.7, 0.0), ("rank",)):
+        expected = compute(method, values, lengths, *numbers)
+        np.testing.assert_array_equal(compute(method, scaled, lengths, *numbers), expected)
+
+
+@both
+def test_values_are_ranked_in_float32(compute: Callable[..., np.ndarray]) -> None:
+    values = np.array([1, 1 + 2**-13, 70_000, 80_000, 0, -0.0, -1 - 2**-20, -1], np.float32)
+    assert compute("rank", values, [4, 4]).tolist() == [0.25, 0.5, 0.75, 1, 1, 1, 0.25, 0.5]
+    assert compute("top", values, [4, 4], 0.25, 0.0).tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+def test_values_that_are_not_finite_have_no_rank() -> None:
+    for value in (math.inf, -math.inf, math.nan):
+        with pytest.raises(UserError, match="a value to compare overflows float32; scale it down, or limit it"):
+            in_array("top", np.array([1, value], np.float32), [2], 0.5, 0.0)
 
 
 def test_many_sequences_need_wider_keys() -> None:
     lengths = [2] * (1 << 16) + [1]
-    values = np.tile(np.array([1, 2], np.float32), 1 << 16)
-    kept = in_array("top", np.append(values, np.float32(5)), lengths, 0.5, 1.0)
-    assert kept.tolist() == [False, True] * (1 << 16) + [True]
+    for larger in (2, 1.0001):
+        values = np.tile(np.array([1, larger], np.float32), 1 << 16)
+        kept = in_array("top", np.append(values, np.float32(5)), lengths, 0.5, 1.0)
+        assert kept.tolist() == [False, True] * (1 << 16) + [True]

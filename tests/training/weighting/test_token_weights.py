@@ -50,6 +50,7 @@ def of_loader(sets: list[ShardSet], config: WeightsConfig, seed: int) -> dict[by
         {"preset": "dense", "lam": 0.25},
         {"preset": "rho1-static", "control": "shuffled"},
         WeightsConfig(formula="normalise(relu(excess_loss - 0.5 * long_short), by=corpus)"),
+        WeightsConfig(formula="top(exp(-3 * long_short), 0.3, by=sequence) + rank(1e5 * excess_loss, by=sequence)"),
     ],
     ids=str,
 )
