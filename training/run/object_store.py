@@ -6,12 +6,14 @@ uploaded after them. A run is finished once `summary.json` has been uploaded aft
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
 
 from upath import UPath
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.files import read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk_files
 from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, METRICS, RUN_RECORD, SETTINGS, SUMMARY
@@ -88,9 +90,12 @@ class ObjectStoreCopy:
         """Files of each complete checkpoint in the store."""
         sizes = walk_files(self.remote / CHECKPOINTS)
         complete: dict[str, list[str]] = {}
-        for marker in (name for name in sizes if name.endswith(f"/{COMPLETE}")):
+        for marker in (name for name in sizes if re.fullmatch(f"step-[0-9]+/{re.escape(COMPLETE)}", name)):
             checkpoint = marker.split("/")[0]
-            files: dict[str, int] = read_json_file(self.remote / CHECKPOINTS / marker)
+            files = read_json_file(self.remote / CHECKPOINTS / marker)
+            if not isinstance(files, dict):
+                raise UserError(f"{self.remote / CHECKPOINTS / marker}: is damaged; remove its directory and rerun")
+            # Only names of the listing, which lie inside, become local paths.
             if all(sizes.get(f"{checkpoint}/{name}") == size for name, size in files.items()):
                 complete[checkpoint] = list(files)
         return complete
