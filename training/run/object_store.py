@@ -16,11 +16,11 @@ from upath import UPath
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.files import read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk_files
-from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, METRICS, RUN_RECORD, SETTINGS, SUMMARY
+from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, SUMMARY
+from weighted_mtp.training.run.preconditions import FILES
 
 COMPLETE = "complete.json"
 """Object with the sizes of a checkpoint's other files, uploaded after them."""
-RECORDS = (RUN_RECORD, SETTINGS, METRICS, SUMMARY)
 
 
 class ObjectStoreCopy:
@@ -40,7 +40,7 @@ class ObjectStoreCopy:
         self.close()
         self.path.mkdir(parents=True)
         found = list_files(self.remote)
-        for name in RECORDS:
+        for name in FILES:
             if name in found:
                 self._get(name)
 
