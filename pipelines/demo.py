@@ -31,6 +31,7 @@ from weighted_mtp.schemas.configs import (
 )
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.schemas.storage.claims import check_empty
 from weighted_mtp.training.run.train import train
 
 VOCABULARY = 2048
@@ -46,9 +47,15 @@ ARMS = {
 
 
 def run(config: DemoConfig) -> None:
-    """Run all unfinished steps and print one table."""
+    """Run all unfinished steps and print one table.
+
+    Raises:
+        UserError: a step fails, or the output holds something else.
+    """
     started = time.monotonic()
     root = config.output
+    if not (root / "corpus" / "mixture.jsonl").exists():  # its first file
+        check_empty(root)
     seed = config.seed
     announce(1, "corpus: the Python standard library's documentation and sources")
     write_corpus(root / "corpus", seed)

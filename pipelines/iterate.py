@@ -20,7 +20,7 @@ from weighted_mtp.schemas.configs import IterateConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Condition, Contrast
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
-from weighted_mtp.schemas.storage.files import write_text
+from weighted_mtp.schemas.storage.files import read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import Location
 from weighted_mtp.schemas.weights.nodes import columns_of
 
@@ -31,10 +31,14 @@ def run(config: IterateConfig) -> None:
     """Run all unfinished rounds and print one table.
 
     Raises:
-        UserError: scoring or training fails, or a launcher started several processes.
+        UserError: scoring or training fails, a launcher started several processes, or the output holds another summary.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this command starts its own processes; run it without a launcher, and use --train.ray_workers")
+    summary_file = config.output / SUMMARY
+    earlier = read_json_file(summary_file) if summary_file.exists() else {"rounds": []}
+    if not isinstance(earlier, dict) or "rounds" not in earlier:
+        raise UserError(f"{config.output}: already holds something else ({SUMMARY}); choose another --output")
     console = new_console()
     source: Location = config.input
     reference = config.reference
@@ -57,7 +61,7 @@ def run(config: IterateConfig) -> None:
         source, reference = scored.path, str(directory / "run" / "model")
         if not config.fresh:
             model = str(directory / "run")
-    write_text(config.output / SUMMARY, json.dumps({"rounds": rounds}, indent=2) + "\n")
+    write_text(summary_file, json.dumps({"rounds": rounds}, indent=2) + "\n")
     print_rounds(rounds)
 
 

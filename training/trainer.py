@@ -85,7 +85,19 @@ class TrainingLoop:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint, after the scheduler.
+
+        Raises:
+            Exception: it is damaged, or has more steps than the run.
+        """
+        for name, own in (self.state_dict() | {"metrics": dict.fromkeys(state["metrics"], 0.0)}).items():
+            if name != "loader" and not _same_types(state[name], own):
+                raise ValueError(f"{name} has another type")
+        if state["step"] != self.scheduler.last_epoch or not 0 < state["step"] <= self.steps:
+            raise ValueError(
+                f"it is after step {state['step']:,}, and the run has {self.steps:,} steps with --continue_steps "
+                f"{self.config.continue_steps}"
+            )
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.bad_in_a_row = state["bad_in_a_row"]
         self.accumulator.load_state_dict(state["window"], main_process=self.accelerator.is_main_process)
@@ -246,3 +258,10 @@ class TrainingLoop:
             f"{self.bad_in_a_row} steps in a row, up to step {self.step + 1}; lower it and choose another --output, or "
             f"check the shards of these steps with 'wmtp verify': {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
         )
+
+
+def _same_types(value: Any, like: Any) -> bool:
+    """Whether nested dicts have the same keys, and values of the same types; integers may stand for floats."""
+    if isinstance(like, dict):
+        return value.keys() == like.keys() and all(_same_types(value[key], like[key]) for key in like)
+    return isinstance(value, int | float if isinstance(like, float) else type(like))

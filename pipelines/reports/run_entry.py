@@ -1,7 +1,5 @@
 """The entry of a training run in the catalogue of `wmtp list`. Reads records and metrics only."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -9,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.locations import Location
-from weighted_mtp.schemas.storage.training_run import METRICS, RUN_RECORD, SUMMARY
+from weighted_mtp.schemas.storage.training_run import METRICS, RUN_RECORD, SUMMARY, read_metrics
 
 Steps = Annotated[int, Field(ge=0, lt=1 << 63)]
 Record = TypeVar("Record", bound=BaseModel)
@@ -95,19 +93,6 @@ def read_record(path: Location, kind: type[Record]) -> Record:
         return kind.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); restore it, or train the run again") from error
-
-
-def read_metrics(path: Location) -> Iterator[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, last first, without damaged ones; a killed process may have truncated the last."""
-    if not path.is_file():
-        return
-    for line in reversed(path.read_bytes().splitlines()):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            yield values
 
 
 def held_out_losses(values: dict[str, Any]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from weighted_mtp.pipelines.reports.console import new_console
+from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.configs import TrainConfig
 
 
@@ -28,7 +28,7 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
     if (loss := summary["loss"]) is not None and loss == loss:
         order = ", with token order" * config.heads.predicts_order
         table.add_row("last logged loss" + f", sum over {offsets} offsets" * (offsets > 1) + order, f"{loss:.4f}")
-        table.add_row("targets with weight", f"{summary['selected_share']:.1%}")
+        table.add_row("targets with weight", formatted(summary["selected_share"], ".1%"))
     for name, counter in (("steps skipped, not finite", "bad_steps"), ("steps without signal", "no_signal_steps")):
         if summary[counter]:
             table.add_row(name, f"{summary[counter]:,}")
@@ -41,7 +41,7 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
     table.add_row("trunk (Hugging Face)", str(config.output / "model"))
     table.add_row("heads", str(config.output / "heads"))
     table.add_row("metrics", str(config.output / "metrics.jsonl"))
-    table.add_row("next", f"wmtp evaluate --model {config.output} --input SET")
+    table.add_row("next", shell_command("wmtp evaluate --model {} --input SET", config.output))
     new_console().print(table)
 
 

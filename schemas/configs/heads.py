@@ -40,7 +40,9 @@ class HeadsConfig(Config):
         "residual", description="a parallel head is x + SiLU(W x), or one decoder layer as in the MTP paper"
     )
     offsets: tuple[Positive, ...] = Field(
-        (1, 2, 3, 4), description="distances of the predicted tokens; starts with 1, may have gaps, such as [1,3,5,7]"
+        (1, 2, 3, 4),
+        max_length=256,
+        description="distances of the predicted tokens; starts with 1, may have gaps, such as [1,3,5,7]",
     )
     coefficients: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         None, description="loss coefficient of each offset; default 1; sequential heads share 0.3"

@@ -181,7 +181,9 @@ def walk_tree(directory: Location) -> tuple[dict[str, int], list[str]]:
         return walk_disk(directory)
     found = directory.fs.find(directory.path, detail=True)
     start = directory.path.rstrip("/") + "/"
-    return {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}, []
+    sizes = {name.removeprefix(start): info["size"] for name, info in found.items() if not name.endswith("/")}
+    inside = {name: size for name, size in sizes.items() if _is_inside(name)}
+    return inside, sorted(sizes.keys() - inside.keys())
 
 
 def walk_files(directory: Location) -> dict[str, int]:
@@ -200,7 +202,13 @@ def list_files(directory: Location) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     files = {info["name"].rpartition("/")[2]: info["size"] for info in found if info["type"] == "file"}
-    return {name: size for name, size in files.items() if name}  # some tools create an empty object for a directory
+    # Some tools create an empty object for a directory.
+    return {name: size for name, size in files.items() if name and _is_inside(name)}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name, below a local directory, is a path in it. An object store accepts any text, such as `../x`."""
+    return not name.startswith("/") and "\0" not in name and not {".", ".."} & set(name.split("/"))
 
 
 def resolve(location: Location) -> Location:

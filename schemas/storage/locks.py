@@ -40,13 +40,18 @@ def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
 
 
 def check_place(output: Location) -> None:
-    """Raise UserError if `output` cannot be a directory of its own: it is or lies below a file, or in a shard set."""
+    """Raise UserError if `output` cannot be a directory of its own: it is or lies below a file, or in a shard set.
+
+    Nor may its lock be a link.
+    """
     parents = output.resolve().parents if isinstance(output, Path) else output.parents
     if inside := next(filter(is_shard_set, parents), None):
         raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
     paths = (output, *output.parents) if isinstance(output, Path) else ()
     if any(os.path.lexists(path) and not os.path.isdir(path) for path in paths):
         raise UserError(f"--output {output}: is, or lies below, a file; choose another --output")
+    if isinstance(output, Path) and (output / LOCK).is_symlink():
+        raise UserError(f"--output {output}: its {LOCK} is a link, which would lead to a new file elsewhere; remove it")
 
 
 def is_shard_set(path: Location) -> bool:

@@ -1,5 +1,9 @@
 """The directory of a training run, for commands that use its model or list it."""
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.locations import Location
 
@@ -21,6 +25,9 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 """Directory of the trained trunk inside a run."""
 
+HEADS = "heads"
+"""Directory of the trained heads inside a run."""
+
 
 def trained_model(place: Location, flag: str) -> Location | None:
     """The Hugging Face checkpoint of a finished training run; None for any other directory or name.
@@ -32,8 +39,21 @@ def trained_model(place: Location, flag: str) -> Location | None:
     Raises:
         UserError: the run is not finished.
     """
-    if not (place / RUN_RECORD).exists():
+    if not (place / RUN_RECORD).is_file():
         return None
-    if not (place / SUMMARY).exists() or not (place / MODEL).is_dir():
+    if not (place / SUMMARY).is_file() or not (place / MODEL).is_dir():
         raise UserError(f"{flag} {place}: this training run is not finished; repeat its command first")
     return place / MODEL
+
+
+def read_metrics(path: Location) -> Iterator[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, last first, without damaged ones; a killed process may have truncated the last."""
+    if not path.is_file():
+        return
+    for line in reversed(path.read_bytes().splitlines()):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict):
+            yield values

@@ -98,7 +98,9 @@ def start_ray(address: str | None, pool: WorkerPool | None) -> None:
             raise UserError(f"{get_default_system_temp_dir()}: {SHORTER_PATH}") from error
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         where += "; if it requires a token, set RAY_AUTH_MODE=token" * bool(address)
-        raise UserError(f"{where} ({last_reason(error)})") from error
+        reason = last_reason(error)
+        remedy = "; use a working directory and a TMPDIR with names in UTF-8" * ("surrogates not allowed" in reason)
+        raise UserError(f"{where} ({reason}){remedy}") from error
 
 
 def stop_ray() -> None:

@@ -127,6 +127,17 @@ def test_a_long_path_of_temporary_files(starts: str, tmp_path: Path) -> None:
     assert run.stderr.splitlines()[-1] == f"weighted_mtp.schemas.errors.UserError: {message}"
 
 
+@pytest.mark.integration
+def test_a_working_directory_that_is_not_utf8(tmp_path: Path) -> None:
+    script = "from weighted_mtp.scoring.job.ray_cluster import ray_session\nwith ray_session(None): pass"
+    path = tmp_path / "caf\udce9"
+    path.mkdir()
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=path)
+    last = run.stderr.splitlines()[-1]
+    assert last.endswith("not allowed); use a working directory and a TMPDIR with names in UTF-8"), last
+
+
 def test_no_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError

@@ -197,3 +197,11 @@ def test_what_cannot_be_iterated(config: Callable[..., IterateConfig], monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"run it without a launcher, and use --train\.ray_workers"):
         run(config())
+
+
+def test_the_summary_of_a_training_run_is_not_replaced(config: Callable[..., IterateConfig]) -> None:
+    settings = config()
+    settings.output.mkdir()
+    (settings.output / "summary.json").write_text('{"steps": 1}')
+    with pytest.raises(UserError, match=r"already holds something else \(summary.json\); choose another --output"):
+        run(settings)

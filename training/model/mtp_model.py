@@ -7,6 +7,7 @@ unembedding.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import quiet_transformers
+from weighted_mtp.schemas.pretrained import MOST_REASON, quiet_transformers
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import local_copy, locate
+from weighted_mtp.schemas.storage.training_run import HEADS, MODEL, trained_model
 from weighted_mtp.training.loss.multi_head import HeadGroup, HeadLosses, HeadTargets, multi_head_cross_entropy
 from weighted_mtp.training.loss.normalizer import mean_if_labelled
 from weighted_mtp.training.loss.objectives import Objective
@@ -212,11 +214,11 @@ class MTPModel(nn.Module):
         state = self.state_dict() if state is None else state
         trunk = _under("trunk.", state)
         heads = _under("heads.", state) | {name: value for name, value in state.items() if name.startswith(TOP)}
-        with quiet_transformers(), _generation_settings_kept(self.trunk, directory / "model"):
-            self.trunk.save_pretrained(directory / "model", state_dict=merge_adapters(self.trunk, trunk))
-        (directory / "heads").mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in heads.items()}, directory / "heads" / HEADS_WEIGHTS)
-        write_text(directory / "heads" / HEADS_CONFIG, self.heads_config.model_dump_json(indent=2) + "\n")
+        with quiet_transformers(), _generation_settings_kept(self.trunk, directory / MODEL):
+            self.trunk.save_pretrained(directory / MODEL, state_dict=merge_adapters(self.trunk, trunk))
+        (directory / HEADS).mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in heads.items()}, directory / HEADS / HEADS_WEIGHTS)
+        write_text(directory / HEADS / HEADS_CONFIG, self.heads_config.model_dump_json(indent=2) + "\n")
 
 
 def _sums(losses: HeadLosses, rows: Tensor, documents: Tensor | None) -> HeadSums:
@@ -296,7 +298,7 @@ def build_model(
     """
     saved = saved_heads(name)
     config = config or saved or HeadsConfig(offsets=(1,))
-    source = name if saved is None else str(locate(name) / "model")
+    source = name if saved is None else str(locate(name) / MODEL)
     trunk = load_trunk(source, from_scratch=from_scratch, attention=attention, trust_remote_code=trust_remote_code)
     choose_factors_by_document(trunk)
     check_trunk(trunk, name)
@@ -311,14 +313,15 @@ def build_model(
                 f"--model {name}: has other heads ({', '.join(map(str, _structure(saved)))}); repeat its --heads, or "
                 f"use {source} to start with new ones"
             )
-        directory = locate(name) / "heads"
+        directory = locate(name) / HEADS
         try:
             weights = load_file(local_copy(directory) / HEADS_WEIGHTS)
             if model.top is not None:
                 model.top.load_state_dict(_under(TOP, weights))
             model.heads.load_state_dict({n: value for n, value in weights.items() if not n.startswith(TOP)})
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{directory}: cannot be loaded ({first_line(error)}); train the run again") from error
+            reason = shorten(str(error), MOST_REASON, placeholder="...")
+            raise UserError(f"{directory}: cannot be loaded ({reason}); train the run again") from error
     return model
 
 
@@ -352,10 +355,13 @@ def saved_heads(name: str) -> HeadsConfig | None:
     """The heads of a finished training run; None for any other model.
 
     Raises:
-        UserError: their config file is damaged.
+        UserError: their config file is damaged or missing, or the run is not finished.
     """
-    file = locate(name) / "heads" / HEADS_CONFIG
+    place = locate(name)
+    file = place / HEADS / HEADS_CONFIG
     if not file.exists():
+        if trunk := trained_model(place, "--model"):
+            raise UserError(f"{file}: is missing; restore it, or use {trunk}, which has no heads")
         return None
     try:
         return HeadsConfig.model_validate_json(file.read_text())

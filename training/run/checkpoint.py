@@ -44,7 +44,7 @@ class TrainingState:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.stateful = stateful | {"scheduler": scheduler}
+        self.stateful = stateful
         self.seed = seed
 
     def tensors(self) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class TrainingState:
         sizes = dict(gather_object([(name, (directory / name).stat().st_size) for name in written]))
         if accelerator.is_main_process:
             state = {name: value.state_dict() for name, value in self.stateful.items()}
-            state |= {"processes": accelerator.num_processes, "files": sizes}
+            state |= {"scheduler": self.scheduler.state_dict(), "processes": accelerator.num_processes, "files": sizes}
             torch.save(state, directory / STATE)
 
     def load(self, accelerator: Accelerator, directory: Path) -> None:
@@ -89,10 +89,11 @@ class TrainingState:
         with _checkpointing():
             reader = HuggingFaceStorageReader(str(directory))
             load(self.tensors(), storage_reader=reader, no_dist=not distributed.is_initialized())
+        # The settings determine the rest of its state. A step sets the learning rates.
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"] - 1
+        self.scheduler.step()
         for name, value in self.stateful.items():
             value.load_state_dict(state[name])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
         if state["processes"] == accelerator.num_processes:
             random_states = torch.load(directory / _random_file(accelerator), weights_only=True)
             torch.set_rng_state(random_states["cpu"])

@@ -128,7 +128,10 @@ def check_model(model: MTPModel, name: str, shards: ShardSet, sequence_length: i
             "use a model made for its tokenizer"
         )
     if (furthest := model.heads_config.offsets[-1]) >= sequence_length:
-        raise UserError(f"--sequence_length {sequence_length}: too short for a head {furthest} tokens ahead")
+        raise UserError(
+            f"--model {name}: has a head {furthest} tokens ahead, which rows of {sequence_length} tokens are too short "
+            f"for; give --sequence_length {furthest + 1} or more"
+        )
     chunk = getattr(model.trunk.config.get_text_config(), "attention_chunk_size", None)
     if chunk is not None and chunk < sequence_length:
         raise UserError(

@@ -21,15 +21,28 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError, first_line
 from weighted_mtp.schemas.storage.files import fsync, fsync_tree, write_text
 from weighted_mtp.schemas.storage.locations import remove_tree
-from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, METRICS, MODEL, RUN_RECORD, SETTINGS, SUMMARY
+from weighted_mtp.schemas.storage.training_run import (
+    CHECKPOINTS,
+    HEADS,
+    METRICS,
+    MODEL,
+    RUN_RECORD,
+    SETTINGS,
+    SUMMARY,
+    read_metrics,
+)
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.object_store import ObjectStoreCopy
-from weighted_mtp.training.run.preconditions import check_run, fixed_settings, latest_checkpoint, read_summary
+from weighted_mtp.training.run.preconditions import (
+    REMOVED,
+    TRACKING,
+    check_run,
+    fixed_settings,
+    latest_checkpoint,
+    read_summary,
+)
 
 logger = logging.getLogger("weighted_mtp")
-
-TRACKING = "wmtp"
-"""Project name for trackers, and directory of trackers that write files."""
 
 
 def without_nan(record: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +108,9 @@ class RunDirectory:
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_text(self.path / SETTINGS, settings)
         if self.metrics_file.exists():
-            # A killed process may have truncated the last line.
-            lines = [line for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(self.metrics_file, "".join(line + "\n" for line in kept))
+            lines = reversed(list(read_metrics(self.metrics_file)))
+            kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+            write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self.publish(RUN_RECORD, SETTINGS, METRICS)
         if self.store:
             self.store.remove_checkpoints(self.config.max_checkpoints)
@@ -116,16 +128,16 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and remove the checkpoints. Call it after saving."""
-        self.publish(MODEL, "heads", METRICS, TRACKING)
+        self.publish(MODEL, HEADS, METRICS, TRACKING)
         write_text(self.summary_file, json.dumps(without_nan(summary), indent=2) + "\n")
         self.publish(SUMMARY)
         self.remove_checkpoints()
 
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints of a finished run, or what a killed process left of them; not if they are kept."""
-        if self.config.keep_checkpoints:
+        if self.config.keep_checkpoints or self.checkpoints.is_symlink():
             return
-        removed = self.path / f".{CHECKPOINTS}"
+        removed = self.path / REMOVED
         remove_tree(removed)
         if self.checkpoints.exists():
             self.checkpoints.replace(removed)  # a killed process must not leave a part of a checkpoint

@@ -8,6 +8,7 @@ from weighted_mtp.schemas.shard_set.fingerprints import model_fingerprint
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
 from weighted_mtp.schemas.storage.files import sha256_file
 from weighted_mtp.schemas.storage.locations import local_name, locate
+from weighted_mtp.schemas.storage.training_run import HEADS, MODEL
 from weighted_mtp.schemas.tokenizers import check_same_tokenizer
 from weighted_mtp.training.data.loader import check_targets
 from weighted_mtp.training.data.mixing import mix_identity, open_mix
@@ -71,8 +72,8 @@ def model_identity(config: TrainConfig) -> str:
     """Identity of --model, to compare when a run is resumed: the fingerprint of a directory, else the hub id."""
     if saved_heads(config.model) is not None:
         run = locate(config.model)
-        trunk = config.model_copy(update={"model": str(run / "model")})
-        return f"{model_identity(trunk)},{sha256_file(run / 'heads' / HEADS_WEIGHTS)}"
+        trunk = config.model_copy(update={"model": str(run / MODEL)})
+        return f"{model_identity(trunk)},{sha256_file(run / HEADS / HEADS_WEIGHTS)}"
     directory = Path(local_name(config.model))
     if not directory.is_dir():
         return config.model

@@ -6,19 +6,21 @@ uploaded after them. A run is finished once `summary.json` has been uploaded aft
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
 
 from upath import UPath
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.files import read_json_file, write_text
 from weighted_mtp.schemas.storage.locations import cache_directory, list_files, remove_tree, walk_files
-from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, METRICS, RUN_RECORD, SETTINGS, SUMMARY
+from weighted_mtp.schemas.storage.training_run import CHECKPOINTS, SUMMARY
+from weighted_mtp.training.run.preconditions import FILES
 
 COMPLETE = "complete.json"
 """Object with the sizes of a checkpoint's other files, uploaded after them."""
-RECORDS = (RUN_RECORD, SETTINGS, METRICS, SUMMARY)
 
 
 class ObjectStoreCopy:
@@ -38,7 +40,7 @@ class ObjectStoreCopy:
         self.close()
         self.path.mkdir(parents=True)
         found = list_files(self.remote)
-        for name in RECORDS:
+        for name in FILES:
             if name in found:
                 self._get(name)
 
@@ -88,9 +90,12 @@ class ObjectStoreCopy:
         """Files of each complete checkpoint in the store."""
         sizes = walk_files(self.remote / CHECKPOINTS)
         complete: dict[str, list[str]] = {}
-        for marker in (name for name in sizes if name.endswith(f"/{COMPLETE}")):
+        for marker in (name for name in sizes if re.fullmatch(f"step-[0-9]+/{re.escape(COMPLETE)}", name)):
             checkpoint = marker.split("/")[0]
-            files: dict[str, int] = read_json_file(self.remote / CHECKPOINTS / marker)
+            files = read_json_file(self.remote / CHECKPOINTS / marker)
+            if not isinstance(files, dict):
+                raise UserError(f"{self.remote / CHECKPOINTS / marker}: is damaged; remove its directory and rerun")
+            # Only names of the listing, which lie inside, become local paths.
             if all(sizes.get(f"{checkpoint}/{name}") == size for name, size in files.items()):
                 complete[checkpoint] = list(files)
         return complete

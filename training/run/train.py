@@ -23,7 +23,7 @@ from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import fsync, fsync_tree
 from weighted_mtp.schemas.storage.locks import exclusive
-from weighted_mtp.schemas.storage.training_run import MODEL
+from weighted_mtp.schemas.storage.training_run import HEADS, MODEL
 from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
 from weighted_mtp.training.data.mixing import make_loader
 from weighted_mtp.training.evaluation import evaluate_model
@@ -35,9 +35,10 @@ from weighted_mtp.training.model.trunk import choose_attention
 from weighted_mtp.training.optimizer import make_optimizer
 from weighted_mtp.training.run.checkpoint import TrainingState
 from weighted_mtp.training.run.compatibility import check_model, check_native_heads, model_tokenizer
-from weighted_mtp.training.run.directory import TRACKING, RunDirectory
+from weighted_mtp.training.run.directory import RunDirectory
 from weighted_mtp.training.run.inputs import RunInputs, open_inputs
 from weighted_mtp.training.run.object_store import ObjectStoreCopy
+from weighted_mtp.training.run.preconditions import SAVING, TRACKING
 from weighted_mtp.training.schedules import make_learning_rate_schedule
 from weighted_mtp.training.sharding import distribute, full_state, sharding_requested
 from weighted_mtp.training.trainer import TrainingLoop
@@ -283,7 +284,7 @@ def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, ru
         UserError: the files cannot be written.
     """
     output = run.path
-    partial = output / ".saving"
+    partial = output / SAVING
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save(partial, weights)
@@ -292,7 +293,7 @@ def save_model(model: MTPModel, weights: dict[str, Tensor], shards: ShardSet, ru
         raise UserError(f"{output}: cannot save the model ({first_line(error)}); free some space and rerun") from error
     fsync_tree(partial)
     run.reopen()
-    for name in (MODEL, "heads"):
+    for name in (MODEL, HEADS):
         shutil.rmtree(output / name, ignore_errors=True)
         (partial / name).replace(output / name)
     partial.rmdir()

@@ -34,10 +34,13 @@ def test_mistakes_are_reported_without_frameworks(
         for file, content in files.items():
             (tmp_path / name / file).write_text(content)
     (tmp_path / "corpus.txt").write_text("text")
-    record = {"config": fixed_settings(TrainConfig(input=scored, model="m", output="o", sequence_length=9)), "steps": 1}
+    settings = fixed_settings(TrainConfig(input=scored, model="m", output="o", sequence_length=9))
+    record = {"config": settings, "inputs": {}, "steps": 1}
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "run.json").write_text(json.dumps(record))
-    (tmp_path / "done" / "summary.json").write_text("{}")
+    numbers = ("steps", "tokens", "seconds", "tokens_per_second", "loss", "selected_share", "memory_gib", "bad_steps")
+    summary = dict.fromkeys((*numbers, "no_signal_steps"), 1)
+    (tmp_path / "done" / "summary.json").write_text(json.dumps(summary))
     missing, damaged, stopped = tmp_path / "missing", tmp_path / "damaged", tmp_path / "stopped"
     new, full, file = tmp_path / "new", tmp_path / "full", tmp_path / "corpus.txt"
     score = f"score --input {tokens} --output {new}"

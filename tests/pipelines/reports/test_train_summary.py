@@ -25,7 +25,7 @@ SUMMARY = {
 
 def printed(capsys: pytest.CaptureFixture[str], config: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
     """The printed rows, and the title under the name `title`."""
-    print_summary(TrainConfig(input="set", model="m", output="run", **config), SUMMARY | summary)
+    print_summary(TrainConfig(**{"input": "set", "model": "m", "output": "run"} | config), SUMMARY | summary)
     title, *lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("│").split("│") for line in lines if line.count("│") == 3]
     return {"title": title.strip()} | {name.strip(): value.strip() for name, value in rows}
@@ -48,6 +48,10 @@ def test_numbers_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
         "metrics": "run/metrics.jsonl",
         "next": "wmtp evaluate --model run --input SET",
     }
+
+
+def test_the_next_command_can_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, {"output": "my run"}, {})["next"] == "wmtp evaluate --model 'my run' --input SET"
 
 
 def test_steps_after_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:

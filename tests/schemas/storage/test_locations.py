@@ -27,6 +27,7 @@ from weighted_mtp.schemas.storage.locations import (
     locate,
     remove_tree,
     walk_files,
+    walk_tree,
 )
 
 
@@ -191,6 +192,15 @@ def test_more_objects_than_a_listing_has_on_a_page(s3: UPath) -> None:
     assert len(list_files(s3)) == 25
     remove_tree(s3)
     assert list_files(s3) == {}
+
+
+def test_keys_that_would_leave_a_local_directory_are_left_out(s3: UPath, cache: Path) -> None:
+    start = s3.path.removeprefix("bucket/")
+    for name in ("a", "..", "../b", "/c", "d/../../e", "f..g"):
+        s3.fs.call_s3("put_object", Bucket="bucket", Key=f"{start}/{name}", Body=b"x")
+    assert walk_tree(s3) == ({"a": 1, "f..g": 1}, ["..", "../b", "/c", "d/../../e"])
+    assert list_files(s3) == {"a": 1, "f..g": 1}
+    assert sorted(path.name for path in local_copy(s3).iterdir()) == ["a", "f..g"]
 
 
 def test_trees_are_removed_and_their_neighbours_are_not(place: Location) -> None:

@@ -222,3 +222,11 @@ def test_nothing_is_written_into_a_shard_set_on_a_disk(tmp_path: Path) -> None:
     (tmp_path / TOKENIZER).mkdir()
     with pytest.raises(UserError, match="lies inside the shard set"), exclusive(tmp_path / "a" / "b"):
         pass
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"its .lock is a link, .*; remove it"), exclusive(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -119,6 +119,28 @@ def test_damaged_files_of_a_run_are_named(config: Callable[..., TrainConfig]) ->
         train(run)
 
 
+def test_a_state_that_is_not_of_the_run_is_refused(config: Callable[..., TrainConfig]) -> None:
+    run = config("run", keep_checkpoints=True)
+    train(run)
+    (run.output / "summary.json").unlink()
+    file = run.output / "checkpoints" / "step-00000006" / "state.pt"
+    state = torch.load(file)
+    for part, change, reason in (
+        ("loop", {"step": "6"}, "step has another type"),
+        ("loop", {"step": 50}, "it is after step 50, and the run has 6 steps with --continue_steps 0"),
+        ("loop", {"metrics": {"loss": "x"}}, "metrics has another type"),
+        ("loop", {"window": {}}, "window has another type"),
+        ("scheduler", {"last_epoch": "6"}, ""),
+        ("scheduler", {"last_epoch": 50}, "it is after step 6"),
+    ):
+        torch.save(state | {part: state[part] | change}, file)
+        with pytest.raises(UserError, match=rf"step-00000006: cannot be loaded \(.*{reason}"):
+            train(run)
+    # The settings determine the rest of the schedule.
+    torch.save(state | {"scheduler": state["scheduler"] | {"base_lrs": [1.0] * 9, "_last_lr": []}}, file)
+    assert train(run.model_copy(update={"continue_steps": 1}))["steps"] == 7
+
+
 def test_a_full_disk_at_a_checkpoint_is_one_line(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

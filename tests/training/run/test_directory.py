@@ -1,7 +1,9 @@
 """The directory of a run: what it may hold, what may change when a run is resumed, and what is left at the end."""
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.training.run import directory as run_module
+from weighted_mtp.training.run.preconditions import check_run, fixed_settings, read_summary
 from weighted_mtp.training.run.train import train
 
 
@@ -100,11 +103,76 @@ def test_the_record_holds_the_number_of_steps_and_may_be_damaged(config: Callabl
         record.write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"run.json: is not the record of a training run; restore it"):
             train(config("next", model=str(run.output)))
-    record.write_text("[]")
-    with pytest.raises(UserError, match=r"other settings \(everything\)"):
-        train(run)
-    train(config("next"))
-    summary = config("next").output / "summary.json"
-    summary.write_text("[]")
-    with pytest.raises(UserError, match=r"summary.json: is damaged; restore it, or remove it"):
-        train(config("next"))
+    for content in ([], {"name": "my experiment"}):
+        record.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"run.json: is not the record of a training run; choose another --output"):
+            train(run)
+
+
+def test_a_model_is_not_replaced_by_one_of_other_settings(config: Callable[..., TrainConfig]) -> None:
+    run = config("run")
+    train(run)
+    (run.output / "summary.json").unlink()
+    for lost in ("model", "heads"):
+        with pytest.raises(UserError, match=r"holds a run with other settings \(seed\)"):
+            train(config("run", seed=1))
+        shutil.rmtree(run.output / lost)
+    assert train(config("run", seed=1))["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints", ".checkpoints", ".saving", "model", "heads", "wmtp", "summary.json"]
+)
+def test_links_of_a_run_are_refused_before_its_first_step(
+    name: str, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run = config("run")
+    run.output.mkdir()
+    record = {"config": fixed_settings(run), "inputs": {}}
+    (run.output / "run.json").write_text(json.dumps(record))
+    (run.output / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"run/{name}: should be a .* that the run can replace, and no link; move it"):
+        check_run(run.output, run.output, {"config": record["config"]}, 0)
+    (run.output / name).unlink()
+    check_run(run.output, run.output, {"config": record["config"]}, 0)
+
+
+def test_the_checkpoints_of_a_finished_run_may_lie_elsewhere(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run = config("run", keep_checkpoints=True)
+    train(run)
+    (run.output / "checkpoints").rename(tmp_path / "elsewhere")
+    (run.output / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    assert train(config("run"))["already_complete"]
+    assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_damaged_metrics_are_dropped(config: Callable[..., TrainConfig]) -> None:
+    run = config("run", keep_checkpoints=True)
+    train(run)
+    (run.output / "summary.json").unlink()
+    file = run.output / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(b'{}\n[]\n{"step": "x"}\n' + whole + b"\0" * 40 + b'\n{"step": 3, "\xff": 1}\n{"step": 3')
+    train(run)
+    assert file.read_bytes().startswith(whole)
+    assert all(json.loads(line)["step"] <= 6 for line in file.read_text().splitlines())
+
+
+WHOLE: dict[str, Any] = {
+    **dict.fromkeys(("steps", "tokens", "seconds", "tokens_per_second", "memory_gib", "bad_steps"), 1),
+    **{"no_signal_steps": 0, "loss": 1.5, "selected_share": None, "eval_loss_1": None},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, [], {}, {"steps": 6}, *(WHOLE | {name: "x"} for name in ("steps", "continued_steps", "eval_loss_1"))],
+)
+def test_a_damaged_summary_is_one_line(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(WHOLE))
+    assert read_summary(tmp_path, tmp_path, 0) == WHOLE | {"continued_steps": 0}
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"summary.json: is damaged \(.*\); restore it, or remove it"):
+        read_summary(tmp_path, tmp_path, 0)

@@ -65,3 +65,7 @@ def test_where_the_sequence_length_comes_from(config: Callable[..., TrainConfig]
     assert (given.sequence_length, given.length_source) == (32, "setting")
     of_set = evaluate(EvaluateConfig(model=run.model, input=held_out))
     assert (of_set.sequence_length, of_set.length_source) == (120, "set")
+    record = run.output / "run.json"
+    record.write_text(record.read_text().replace('"sequence_length": 64', '"sequence_length": 2'))
+    with pytest.raises(UserError, match=r"--model .*: has a head 2 tokens ahead, .* give --sequence_length 3 or"):
+        evaluate(EvaluateConfig(model=str(run.output), input=held_out))

@@ -1,5 +1,7 @@
 """A trained run as a model."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,20 @@ def test_what_is_no_finished_run_is_refused(config: Callable[..., TrainConfig], 
         load_run(model_dir())
     run = config("run", max_steps=1)
     train(run)
+    heads = run.output / "heads"
+    settings = json.loads((heads / "config.json").read_text())
+    for offsets, reason in (
+        ([1, 2, 3], r"cannot be loaded \(Error\(s\) in loading state_dict for ResidualHeads: Missing key"),
+        (list(range(1, 1000)), r"config.json: cannot be read \(offsets: Tuple should have at most 256 items"),
+    ):
+        (heads / "config.json").write_text(json.dumps(settings | {"offsets": offsets}))
+        with pytest.raises(UserError, match=reason):
+            load_run(run.output)
+    shutil.rmtree(heads)
+    with pytest.raises(
+        UserError, match=r"heads/config.json: is missing; restore it, or use .*/run/model, which has no"
+    ):
+        load_run(run.output)
     (run.output / SUMMARY).unlink()
     with pytest.raises(UserError, match="this training run is not finished"):
         load_run(str(run.output))

@@ -1,5 +1,6 @@
 """Training from an object store, and into one."""
 
+import json
 import signal
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -19,7 +20,7 @@ from weighted_mtp.schemas.storage import locks
 from weighted_mtp.schemas.storage.files import copy_files, write_text
 from weighted_mtp.schemas.storage.locations import Location, walk_files
 from weighted_mtp.training.run import directory as run_module
-from weighted_mtp.training.run.object_store import COMPLETE
+from weighted_mtp.training.run.object_store import COMPLETE, ObjectStoreCopy
 from weighted_mtp.training.run.train import train
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -214,6 +215,19 @@ def test_a_checkpoint_that_lost_a_file_does_not_count(config: Callable[..., Trai
     damaged.write_bytes(bytes(damaged.stat().st_size))
     with pytest.raises(UserError, match=f"{run.output}/checkpoints/step-00000006: cannot be loaded"):
         train(run)
+
+
+def test_names_in_the_list_of_a_checkpoint_stay_in_its_directory(s3: UPath, tmp_path: Path) -> None:
+    name = "../../../../outside"
+    copy = ObjectStoreCopy(s3 / "run")
+    key = (copy.remote / "checkpoints" / "step-00000001").path.removeprefix("bucket/")
+    for file, content in {name: b"owned", COMPLETE: json.dumps({name: 5}).encode()}.items():
+        s3.fs.call_s3("put_object", Bucket="bucket", Key=f"{key}/{file}", Body=content)
+    copy.download_checkpoint()
+    assert not list(tmp_path.rglob("outside"))
+    s3.fs.call_s3("put_object", Bucket="bucket", Key=f"{key}/{COMPLETE}", Body=b"[]")
+    with pytest.raises(UserError, match=r"step-00000001/complete.json: is damaged; remove its directory and rerun"):
+        copy.download_checkpoint()
 
 
 def test_a_store_that_holds_something_else_is_left_alone(
