@@ -286,9 +286,9 @@ def build_model(
     """Build the model for training in float32, from pretrained weights or from the config alone.
 
     With decoder heads, a pretrained trunk keeps all layers, and each extra head starts as a copy of the last layer.
-    From scratch, the last layers of the trunk become the extra heads, which leaves the number of parameters unchanged
-    (arXiv 2404.19737, section 2). If `name` is a training run, its heads are loaded; `config` None uses the heads of
-    the run, or none.
+    From scratch, the trunk has a layer less for each extra head, which is a layer like its last one. That leaves the
+    number of parameters unchanged (arXiv 2404.19737, section 2). If `name` is a training run, its heads are loaded;
+    `config` None uses the heads of the run, or none.
 
     Raises:
         UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or is a
@@ -297,7 +297,10 @@ def build_model(
     saved = saved_heads(name)
     config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / "model")
-    trunk = load_trunk(source, from_scratch=from_scratch, attention=attention, trust_remote_code=trust_remote_code)
+    moved = len(config.offsets) - 1 if from_scratch and config.block == "decoder" else 0
+    trunk = load_trunk(
+        source, from_scratch=from_scratch, less=moved, attention=attention, trust_remote_code=trust_remote_code
+    )
     choose_factors_by_document(trunk)
     check_trunk(trunk, name)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
