@@ -30,6 +30,7 @@ from weighted_mtp.training.model.head_sums import HeadSums
 from weighted_mtp.training.model.heads import Heads, TrunkOutput, make_heads
 from weighted_mtp.training.model.trainable_parameters import merge_adapters
 from weighted_mtp.training.model.trunk import (
+    ON_GPU_ONLY,
     LayerCall,
     check_trunk,
     choose_factors_by_document,
@@ -308,6 +309,7 @@ def build_model(
         check_split(trunk, config.dmtd)
     top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None
     model = MTPModel(trunk, heads, config, top)
+    check_heads(model, name)
     if saved is not None and not from_scratch:
         if _structure(saved) != _structure(config):
             raise UserError(
@@ -323,6 +325,30 @@ def build_model(
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{directory}: cannot be loaded ({first_line(error)}); train the run again") from error
     return model
+
+
+@torch.no_grad()
+def check_heads(model: MTPModel, name: str) -> None:
+    """Run the heads on short artificial documents, unless the trunk's attention needs a GPU.
+
+    Raises:
+        UserError: they do not run, because the layers of the trunk need more than their arguments in a call.
+    """
+    trunk = model.trunk
+    if trunk.config._attn_implementation in ON_GPU_ONLY:
+        return
+    positions = torch.arange(model.heads_config.offsets[-1] + 5)[None] % 5
+    training = model.training
+    model.eval()
+    try:
+        model(positions % trunk.config.get_text_config().vocab_size, positions, torch.ones(positions.shape))
+    except Exception as error:  # of any type, from the code of an architecture
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{name}: the layers of {type(trunk).__name__} do not run as heads ({reason}); use --heads.kind parallel "
+            "with --heads.block residual, without --heads.dmtd, or another architecture"
+        ) from error
+    model.train(training)
 
 
 def _structure(config: HeadsConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     DiffLlamaConfig,
     Exaone4Config,
     ExaoneMoeConfig,
@@ -73,6 +74,21 @@ def test_decoder_heads_from_scratch_keep_the_parameter_count(architecture: str, 
     assert heads.trunk.config.num_hidden_layers == 1
     with pytest.raises(UserError, match="too few"):
         build_model(path, HeadsConfig(block="decoder", offsets=(1, 2, 3, 4)), from_scratch=True)
+
+
+@pytest.mark.parametrize("settings", [{"block": "decoder"}, {"kind": "sequential"}], ids=str)
+def test_layers_that_do_not_run_as_heads_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Hidden states of this architecture have several streams."""
+    sizes = {"head_dim": 16, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    AutoConfig.for_model("hy_v4", **LLAMA | sizes).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"the layers of HYV4ForCausalLM do not run as heads \(RuntimeError: .*\); use"):
+        build_model(str(tmp_path), HeadsConfig(**settings, offsets=(1, 2)), from_scratch=True)
+
+
+def test_layers_that_cannot_be_left_out_are_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma4_unified_text", **LLAMA).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"Config does not allow 2 layers besides 2 decoder heads \(.*\); use --heads"):
+        build_model(str(tmp_path), HeadsConfig(block="decoder", offsets=(1, 2, 3)), from_scratch=True)
 
 
 def test_residual_heads_start_as_the_trunks_own_prediction(model_dir: Callable[..., Path]) -> None:
