@@ -26,6 +26,7 @@ from transformers.utils import find_adapter_config_file, logging
 
 from weighted_mtp.schemas.errors import NO_CONFIG, TokenizerError, UserError, tokenizer_errors
 from weighted_mtp.schemas.storage.locations import is_missing_directory
+from weighted_mtp.schemas.text import printable, shortened
 
 PROBE_TOKENS = 16
 PROBED_LAYERS = 2
@@ -53,6 +54,8 @@ MOST_TOKEN_ID = 1 << 24
 """Largest token id of a tokenizer that is loaded. transformers lists all smaller ids that no token has."""
 MOST_REASON = 160
 """Most characters of a message of transformers in a message of this project."""
+HUB_EXPERTS = ("deepgemm", "deepgemm_megamoe", "sonicmoe")
+"""Implementations of experts that transformers downloads from the Hugging Face hub."""
 SHARPENING = 1000.0
 """Factor on the attention scores of a probe, without which small weights would hide a soft-cap."""
 
@@ -117,12 +120,28 @@ def load_config(name: str, source: str | Path, *, trust_remote_code: bool = Fals
             raise UserError(f"{name}: {NO_CONFIG}")
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_sizes(config.to_dict())
-        return config
     except UserError:
         raise
     except Exception as error:
         remedy = "restore the checkpoint" if Path(source).is_dir() else "check the name and the connection"
         raise load_error(error, source, f"{name}: config.json cannot be read", remedy) from error
+    if not trust_remote_code and (kernel := hub_kernel(config)):
+        raise UserError(
+            f"{name}: config.json wants the kernel {printable(shortened(kernel))}, which is code from the Hugging Face "
+            "hub; if you trust it, add --trust_remote_code, else remove that from config.json"
+        )
+    return config
+
+
+def hub_kernel(config: Any) -> str | None:
+    """The first kernel in a config, or in one inside it, that transformers would download from the hub and run."""
+    attention, experts = str(config._attn_implementation), str(config._experts_implementation)
+    if "/" in attention:
+        return attention
+    if experts in HUB_EXPERTS:
+        return experts
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return next((kernel for part in parts if part is not None and (kernel := hub_kernel(part))), None)
 
 
 def load_tokenizer(
@@ -372,7 +391,12 @@ def recorded_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[A
 
 
 def same_attention(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an attention layer and its eager form give the same for the arguments of a call."""
+    """Whether an attention layer and its eager form give the same for the arguments of a call.
+
+    A layer with several masks, as in ZAYA, is not compared, and counts as different.
+    """
+    if isinstance(kwargs.get("attention_mask"), dict):
+        return False
     sharp: Any = copy.deepcopy(layer).float()
     sharp.scaling *= SHARPENING
     args, kwargs = as_float32(args), as_float32(kwargs)

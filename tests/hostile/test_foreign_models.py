@@ -13,7 +13,7 @@ import pytest
 
 from weighted_mtp.schemas.configs import PrepareConfig, TrainConfig
 from weighted_mtp.schemas.errors import UserError
-from weighted_mtp.schemas.pretrained import OwnCodeError, load_tokenizer
+from weighted_mtp.schemas.pretrained import OwnCodeError, load_config, load_tokenizer
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import read_json_file
 from weighted_mtp.schemas.tokenizers import load_corpus_tokenizer
@@ -159,6 +159,31 @@ def test_a_kernel_that_is_not_installed(make_model: MakeModel, make_shard_set: M
             attempt()
     with pytest.raises(UserError, match=r"^--attention flash_attention_2: cannot be used \(Flash.*\); choose another$"):
         build_model(str(path), None, from_scratch=False, attention="flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_attn_implementation": "kernels-community/flash\n-attn2"},
+        {"attn_implementation": {"": "else/where@main:name"}},
+        {"experts_implementation": "sonicmoe"},
+    ],
+)
+def test_kernels_from_the_hub_need_trust(
+    change: dict[str, Any], make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd"
+    shutil.copytree(make_model(), path)
+    edit(path / "config.json", **change)
+    attempts: list[Callable[[], Any]] = [
+        lambda: check_model(str(path), "--reference", make_shard_set([[1, 2]])),
+        lambda: build_model(str(path), None, from_scratch=False),
+        lambda: build_model(str(path), None, from_scratch=True),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UserError, match=r"/odd: config.json wants the kernel .*; if you trust it, add --trust_re"):
+            attempt()
+    assert load_config("--model", path, trust_remote_code=True).num_hidden_layers == 2
 
 
 def test_a_negative_limit_of_positions_is_none(make_model: MakeModel, make_shard_set: MakeSet, tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_sdpa_is_refused_for_a_model_that_it_changes(gemma: Path, from_scratch: 
     assert model.trunk.config._attn_implementation == "eager"
 
 
+def test_layers_with_several_masks_are_eager(tmp_path: Path) -> None:
+    settings = {"num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts": 2, "pad_token_id": 0}
+    make("zaya", **settings, router_hidden_size=16).save_pretrained(tmp_path)
+    assert load_causal_lm("--base zaya", tmp_path, dtype=torch.float32).config._attn_implementation == "eager"
+
+
 Weights = dict[str, torch.Tensor]
 
 

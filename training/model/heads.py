@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.training.loss.multi_head import HeadGroup
 from weighted_mtp.training.loss.shifted_targets import valid_targets
-from weighted_mtp.training.model.trunk import LayerCall, attention_width, decoder_parts, make_layer, shorten
+from weighted_mtp.training.model.trunk import LayerCall, attention_width, decoder_parts, make_layer
 
 
 class TrunkOutput(NamedTuple):
@@ -108,20 +107,8 @@ class DecoderHeads(Heads):
     reads = ("last_layer_input",)
 
     def __init__(self, trunk: Any, offsets: Sequence[int], *, from_scratch: bool) -> None:
-        """Copy the last layer of a pretrained trunk for each head, or move the last layers of a new trunk here.
-
-        Raises:
-            UserError: the trunk has too few layers.
-        """
-        layers, norm = decoder_parts(trunk)
-        extra = len(offsets) - 1
-        if not from_scratch:
-            super().__init__(copy.deepcopy(layers[-1]) for _ in range(extra))
-        elif extra >= len(layers):
-            raise UserError(f"--heads.offsets: {len(layers)} layers are too few for {extra} decoder heads; use fewer")
-        else:
-            super().__init__(layers[-extra:])
-            shorten(trunk, len(layers) - extra)
+        super().__init__(make_layer(trunk, from_scratch=from_scratch) for _ in offsets[1:])
+        _, norm = decoder_parts(trunk)
         self.final_norm = [norm]  # the trunk's own; a list keeps it from becoming a submodule of the heads
 
     def groups(self, trunk: TrunkOutput) -> list[HeadGroup]:
@@ -150,7 +137,7 @@ class SequentialModule(nn.Module):
 
     def __init__(self, trunk: Any, *, from_scratch: bool) -> None:
         super().__init__()
-        layers, norm = decoder_parts(trunk)
+        _, norm = decoder_parts(trunk)
         size = trunk.config.get_text_config().hidden_size
         self.hidden_layernorm, self.token_layernorm = copy.deepcopy(norm), copy.deepcopy(norm)
         self.input_proj = nn.Linear(2 * size, size, bias=False)
@@ -158,7 +145,7 @@ class SequentialModule(nn.Module):
             trunk._init_weights(module)
         with torch.no_grad():
             self.input_proj.weight[:, :size] = torch.eye(size)
-        self.mtp_block = make_layer(trunk) if from_scratch else copy.deepcopy(layers[-1])
+        self.mtp_block = make_layer(trunk, from_scratch=from_scratch)
         self.final_layernorm = copy.deepcopy(norm)
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor, call: LayerCall) -> Tensor:
@@ -211,7 +198,7 @@ def make_heads(trunk: Any, kind: str, block: str, offsets: Sequence[int], *, fro
     """Build heads of a kind and block (see `schemas.configs.HeadsConfig`) for a trunk.
 
     Raises:
-        UserError: the trunk has too few layers, or its architecture hides them.
+        UserError: the trunk's architecture hides its layers.
     """
     if kind == "sequential":
         return SequentialHeads(trunk, offsets, from_scratch=from_scratch)

@@ -32,6 +32,7 @@ from weighted_mtp.training.model.head_sums import HeadSums
 from weighted_mtp.training.model.heads import Heads, TrunkOutput, make_heads
 from weighted_mtp.training.model.trainable_parameters import merge_adapters
 from weighted_mtp.training.model.trunk import (
+    ON_GPU_ONLY,
     LayerCall,
     check_trunk,
     choose_factors_by_document,
@@ -288,9 +289,9 @@ def build_model(
     """Build the model for training in float32, from pretrained weights or from the config alone.
 
     With decoder heads, a pretrained trunk keeps all layers, and each extra head starts as a copy of the last layer.
-    From scratch, the last layers of the trunk become the extra heads, which leaves the number of parameters unchanged
-    (arXiv 2404.19737, section 2). If `name` is a training run, its heads are loaded; `config` None uses the heads of
-    the run, or none.
+    From scratch, the trunk has a layer less for each extra head, which is a layer like its last one. That leaves the
+    number of parameters unchanged (arXiv 2404.19737, section 2). If `name` is a training run, its heads are loaded;
+    `config` None uses the heads of the run, or none.
 
     Raises:
         UserError: the model cannot be loaded, has too few layers, computes its logits in an unsupported way, or is a
@@ -299,7 +300,10 @@ def build_model(
     saved = saved_heads(name)
     config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / MODEL)
-    trunk = load_trunk(source, from_scratch=from_scratch, attention=attention, trust_remote_code=trust_remote_code)
+    moved = len(config.offsets) - 1 if from_scratch and config.block == "decoder" else 0
+    trunk = load_trunk(
+        source, from_scratch=from_scratch, less=moved, attention=attention, trust_remote_code=trust_remote_code
+    )
     choose_factors_by_document(trunk)
     check_trunk(trunk, name)
     heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
@@ -307,6 +311,7 @@ def build_model(
         check_split(trunk, config.dmtd)
     top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None
     model = MTPModel(trunk, heads, config, top)
+    check_heads(model, name)
     if saved is not None and not from_scratch:
         if _structure(saved) != _structure(config):
             raise UserError(
@@ -323,6 +328,30 @@ def build_model(
             reason = shorten(str(error), MOST_REASON, placeholder="...")
             raise UserError(f"{directory}: cannot be loaded ({reason}); train the run again") from error
     return model
+
+
+@torch.no_grad()
+def check_heads(model: MTPModel, name: str) -> None:
+    """Run the heads on short artificial documents, unless the trunk's attention needs a GPU.
+
+    Raises:
+        UserError: they do not run, because the layers of the trunk need more than their arguments in a call.
+    """
+    trunk = model.trunk
+    if trunk.config._attn_implementation in ON_GPU_ONLY:
+        return
+    positions = torch.arange(model.heads_config.offsets[-1] + 5)[None] % 5
+    training = model.training
+    model.eval()
+    try:
+        model(positions % trunk.config.get_text_config().vocab_size, positions, torch.ones(positions.shape))
+    except Exception as error:  # of any type, from the code of an architecture
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{name}: the layers of {type(trunk).__name__} do not run as heads ({reason}); use --heads.kind parallel "
+            "with --heads.block residual, without --heads.dmtd, or another architecture"
+        ) from error
+    model.train(training)
 
 
 def _structure(config: HeadsConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,18 +44,27 @@ class LayerCall:
         return output[0] if isinstance(output, tuple) else output
 
 
-def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_trunk(
+    name: str,
+    *,
+    from_scratch: bool,
+    less: int = 0,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a causal language model in float32, from its weights or from its config alone.
 
     Args:
         name: directory, address in an object store, or Hugging Face id.
         from_scratch: start from random weights.
+        less: number of last layers to leave out from scratch.
         attention: an attention implementation of transformers; None for the default, or `eager` where that leaves out
             a part of the model.
         trust_remote_code: whether Python code of the model may run.
 
     Raises:
-        UserError: the model cannot be loaded, lacks weights, or has a part that `attention` leaves out.
+        UserError: the model cannot be loaded, lacks weights, has too few layers or some that cannot be left out, or has
+            a part that `attention` leaves out.
     """
     source = local_name(name)
     config = load_config(name, source, trust_remote_code=trust_remote_code)
@@ -62,6 +72,8 @@ def load_trunk(name: str, *, from_scratch: bool, attention: str | None = None, t
     try:
         if not from_scratch:
             return load_causal_lm(name, source, attention=attention, **settings)
+        if less:
+            config = without_layers(config, name, less)
         trunk = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **settings)
         settle_attention(name, trunk, attention)
         return trunk
@@ -127,26 +139,46 @@ def recorded_call(module: nn.Module) -> Iterator[LayerCall]:
         hook.remove()
 
 
-def make_layer(trunk: Any) -> nn.Module:
-    """Build a decoder layer like the trunk's last, with random weights."""
+def make_layer(trunk: Any, *, from_scratch: bool) -> nn.Module:
+    """Copy the trunk's last decoder layer; `from_scratch` with random weights of its own."""
     layers, _ = decoder_parts(trunk)
     layer = copy.deepcopy(layers[-1])
-    layer.apply(trunk._init_weights)
+    if from_scratch:
+        layer.apply(trunk._init_weights)
     return layer
 
 
-def shorten(trunk: Any, layers: int) -> None:
-    """Remove all but the first `layers` decoder layers of a trunk."""
-    decoder_layers, _ = decoder_parts(trunk)
-    del decoder_layers[layers:]
-    shorten_config(trunk.config.get_text_config(), layers)
+def without_layers(config: Any, name: str, less: int) -> Any:
+    """The Hugging Face config of a model without its last layers, as the saved model will have it.
+
+    Raises:
+        UserError: too few layers remain, or the config of such a model cannot be read.
+    """
+    total = config.get_text_config().num_hidden_layers
+    if less >= total:
+        raise UserError(f"--heads.offsets: {total} layers are too few for {less} decoder heads; use fewer")
+    short = copy.deepcopy(config)
+    try:
+        shorten_config(short.get_text_config(), total - less)
+        read = type(config).from_dict(json.loads(short.to_json_string()))
+    except Exception as error:  # of any type, from the code of the config
+        raise UserError(
+            f"{name}: {type(config).__name__} does not allow {total - less} layers besides {less} decoder heads "
+            f"({first_line(error)}); use --heads.block residual"
+        ) from error
+    read._name_or_path = config._name_or_path  # tells where its own code is
+    return read
 
 
 def shorten_config(config: Any, layers: int) -> None:
-    """Reduce a Hugging Face config to `layers` layers."""
+    """Reduce a Hugging Face config to its first `layers` layers, and all lists with an entry for each of them."""
+    total = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == total and not name.endswith("token_id"):
+            setattr(config, name, value[:layers])
+    if hasattr(config, "attention_types"):  # of GPT-Neo, which computes `attention_layers` from it
+        config.attention_types = [[config.attention_layers, 1]]
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
 
 
 def choose_factors_by_document(trunk: Any) -> None:
