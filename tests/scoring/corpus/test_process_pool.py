@@ -34,3 +34,7 @@ def test_few_items_are_under_way(workers: int, bound: int) -> None:
 def test_dead_process_is_a_user_error() -> None:
     with pytest.raises(UserError, match="--workers"):
         list(map_in_order(os._exit, range(20), 2, "scoring"))
+
+
+def test_processes_have_no_stderr() -> None:
+    assert list(map_in_order(os.readlink, ["/proc/self/fd/2"], 2, "scoring")) == [os.devnull]
