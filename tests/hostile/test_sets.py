@@ -10,7 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forging import describe_file, rewrite_manifest, rewrite_shard, rewrite_statistics
-from mutations import HOSTILE_JSON, EditJson, EditRows, Mutation, ReplaceFile, mutate, nested
+from mutations import (
+    COLUMN_TYPES,
+    HOSTILE_JSON,
+    EditJson,
+    EditRows,
+    EditType,
+    Mutation,
+    ReplaceFile,
+    mutate,
+    nested,
+)
 from operations import (
     import_columns,
     inspect_set,
@@ -201,6 +211,12 @@ def test_contrasts_of_columns_that_the_set_lacks_can_be_subtracted(directory: Pa
     shown_by(subtract, directory / "good", directory / "good")
     edit_manifest(directory / "good", ("columns", "gain", "origin", "minuend"), "nothing")
     shown_by(subtract, directory / "good", directory / "good")
+
+
+def test_a_label_of_documents_that_do_not_begin_has_no_statistics(directory: Path) -> None:
+    """Label `a` occurs in the first shard only."""
+    mutate(directory / "good", [EditType(SHARD, 1, COLUMN_TYPES.index(pa.int64()))], True)
+    assert "no document with group 'a' begins in the set" in refused(directory / "good", show_weights)
 
 
 def test_a_tokenizer_that_fails_in_use_is_refused(directory: Path) -> None:

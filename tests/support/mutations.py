@@ -266,7 +266,11 @@ def edit_column(table: pa.Table, index: int, action: str, value: int) -> pa.Tabl
         return table.set_column(index, field, spoilt)
     with_null = any(one is None or (is_list and None in one) for one in values)
     kind = pa.list_(pa.field("element", field.type.value_type, True)) if is_list and with_null else field.type
-    return table.set_column(index, pa.field(field.name, kind, with_null or field.nullable), pa.array(values, kind))
+    try:
+        column = pa.array(values, kind)
+    except (OverflowError, pa.ArrowInvalid):  # an edited number that the type, of an earlier edit, does not have
+        return table
+    return table.set_column(index, pa.field(field.name, kind, with_null or field.nullable), column)
 
 
 def edited_value(value: Any, action: str, variant: int) -> Any:

@@ -19,6 +19,7 @@ from weighted_mtp.schemas.shard_set.rounding import FLOAT16_MAX, FLOAT16_VALUES
 from weighted_mtp.schemas.shard_set.shards import flat_values
 from weighted_mtp.schemas.shard_set.value_counts import ValueCounts
 from weighted_mtp.schemas.shard_set.zipped import ZippedSets
+from weighted_mtp.schemas.text import printable, shortened
 from weighted_mtp.schemas.weights.distribution import Distribution
 from weighted_mtp.schemas.weights.functions import FUNCTIONS
 from weighted_mtp.schemas.weights.nodes import LIVE, Call, ColumnRef, Constant, FormulaError, Node
@@ -171,12 +172,18 @@ class CorpusResolver:
                 bar.update(len(flat_values(table["input_ids"])))
 
     def _by_label(self, call: Call, label: str) -> Expression:
-        """Standardise over the documents of each label. A document with several sequences counts once."""
+        """Standardise over the documents of each label. A document with several sequences counts once.
+
+        Raises:
+            UserError: no document with a label begins in the shards.
+        """
         [x] = call.arguments
         names = columns_read(x)
         sums = []
+        labels: set[str] = set()
         for shard in range(len(self.shards.first.manifest.shards)):
             table = self.shards.read_sequences(shard, ["start", label, *names])
+            labels.update(table[label].unique().to_pylist())
             table = table.filter(pa.compute.equal(table["start"], 0))
             columns = {name: table[name].to_numpy() for name in names}
             values = pl.Series(np.asarray(evaluate_expression(x, Tokens(columns, {})), dtype=np.float64))
@@ -189,6 +196,11 @@ class CorpusResolver:
         deviation[deviation < 1e-6 * np.abs(mean)] = 0  # rounding error of equal values
         inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
         index = {name: number for number, name in enumerate(total["label"].to_list())}
+        if without := sorted(labels - index.keys()):
+            raise UserError(
+                f"{self.shards.first.path}: no document with {label} '{printable(shortened(without[0]))}' begins in "
+                "the set (start 0); prepare its documents again"
+            )
         return StandardiseByLabel(x, label, index, mean.astype(np.float32), inverse.astype(np.float32))
 
 
