@@ -8,14 +8,14 @@ from rich.console import RenderableType
 from weighted_mtp.pipelines.reports.console import WIDTH, new_console
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage.files import write_text
-from weighted_mtp.schemas.storage.locks import is_shard_set
+from weighted_mtp.schemas.storage.locks import enclosing_shard_set
 
 
 def check_page(html: Path | None) -> None:
     """Raise UserError unless the name of the page ends in .html or .htm, or if it lies in a shard set."""
     if html and html.suffix not in (".html", ".htm"):
         raise UserError(f"--html {html}: give a name that ends in .html, to avoid overwriting other files")
-    if inside := next(filter(is_shard_set, html.resolve().parents), None) if html else None:
+    if html and (inside := enclosing_shard_set(html)):
         raise UserError(f"--html {html}: lies inside the shard set {inside}; choose another directory")
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from weighted_mtp.pipelines.reports.console import new_console, shell_command
 from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.storage.training_run import HEADS, METRICS, MODEL
 
 
 def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
@@ -38,9 +39,9 @@ def print_summary(config: TrainConfig, summary: dict[str, Any]) -> None:
     if "eval_sequence_length" in summary:
         table.add_row("held-out sequence length", f"{summary['eval_sequence_length']:,}")
     table.add_row("peak memory", f"{summary['memory_gib']:.2f} GiB")
-    table.add_row("trunk (Hugging Face)", str(config.output / "model"))
-    table.add_row("heads", str(config.output / "heads"))
-    table.add_row("metrics", str(config.output / "metrics.jsonl"))
+    table.add_row("trunk (Hugging Face)", str(config.output / MODEL))
+    table.add_row("heads", str(config.output / HEADS))
+    table.add_row("metrics", str(config.output / METRICS))
     table.add_row("next", shell_command("wmtp evaluate --model {} --input SET", config.output))
     new_console().print(table)
 

@@ -44,14 +44,19 @@ def check_place(output: Location) -> None:
 
     Nor may its lock be a link.
     """
-    parents = output.resolve().parents if isinstance(output, Path) else output.parents
-    if inside := next(filter(is_shard_set, parents), None):
+    if inside := enclosing_shard_set(output):
         raise UserError(f"--output {output}: lies inside the shard set {inside}; choose a directory outside it")
     paths = (output, *output.parents) if isinstance(output, Path) else ()
     if any(os.path.lexists(path) and not os.path.isdir(path) for path in paths):
         raise UserError(f"--output {output}: is, or lies below, a file; choose another --output")
     if isinstance(output, Path) and (output / LOCK).is_symlink():
         raise UserError(f"--output {output}: its {LOCK} is a link, which would lead to a new file elsewhere; remove it")
+
+
+def enclosing_shard_set(path: Location) -> Location | None:
+    """The shard set that `path` lies in; None if it lies in none. On a disk, links are followed first."""
+    parents = path.resolve().parents if isinstance(path, Path) else path.parents
+    return next(filter(is_shard_set, parents), None)
 
 
 def is_shard_set(path: Location) -> bool:

@@ -87,7 +87,7 @@ def test_a_call_with_wrong_settings_raises_one_line() -> None:
     with pytest.raises(UserError, match=r"^WeightsConfig: --weights\.lam has no effect with"):
         WeightsConfig(lam=0.5)
     with pytest.raises(UserError, match=r"^TrainConfig: weights\.fraction: Input should be less"):
-        TrainConfig(input="a", model="b", output="c", weights={"fraction": 2})  # type: ignore[arg-type]
+        TrainConfig(input="a", model="b", output="c", weights={"fraction": 2})
 
 
 def test_a_name_may_be_a_path() -> None:
@@ -99,4 +99,4 @@ def test_a_name_may_be_a_path() -> None:
     assert PrepareConfig(**chosen("input", "tokenizer", "output")).input == "input"
     assert ScoreConfig(**chosen("input", "output", "reference")).reference == "reference"
     assert EvaluateConfig(**chosen("input", "model")).model == "model"
-    assert TrainConfig(**chosen("input", "output", "model"), mix={Path("more"): 0.5}).mix == {"more": 0.5}  # type: ignore[dict-item]
+    assert TrainConfig(**chosen("input", "output", "model"), mix={Path("more"): 0.5}).mix == {"more": 0.5}
