@@ -1,9 +1,12 @@
 """Time and memory of the weighted cross-entropy, compared with PyTorch, Liger and cut-cross-entropy.
 
     .venv/bin/python benchmarks/loss.py [--dtype bfloat16] [--threads 2]
+    .venv/bin/python benchmarks/loss.py --model smollm2-135m [--threads 2]
     .venv/bin/python benchmarks/loss.py --device cuda --dtype bfloat16 --rows 16384 --hidden 896 --vocabulary 151936
 
-The second command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed.
+The second command has the hidden size and vocabulary of SmolLM2-135M, and where its package is installed (see
+`support.smollm2`) its unembedding and its hidden states of Python's documentation. Other inputs are random. The last
+command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed.
 
 Each implementation computes the sum of weighted losses and its gradients for hidden states and unembedding. All except
 ours receive the weights only in the backward pass, so they also compute rows of weight 0. They take turns, in an order
@@ -30,9 +33,11 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from support import smollm2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
@@ -61,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="default 4096; 128 for bfloat16 on a CPU")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--model", choices=["smollm2-135m"], help="instead of --hidden and --vocabulary")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--share", type=float, default=0.6, help="share of rows with nonzero weight")
@@ -70,12 +76,18 @@ def main() -> None:
     slow = arguments.dtype == "bfloat16" and arguments.device == "cpu"
     rows = arguments.rows or (128 if slow else 4096)
     torch.set_num_threads(arguments.threads)
-    problem = make_problem(
-        rows, arguments.hidden, arguments.vocabulary, getattr(torch, arguments.dtype), arguments.device
-    )
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model and smollm2.package():
+        problem, inputs = real_problem(rows, dtype, arguments.device), "real inputs"
+    else:
+        sizes = (arguments.hidden, arguments.vocabulary)
+        if arguments.model:
+            sizes = smollm2.SHAPE["hidden_size"], smollm2.SHAPE["vocab_size"]
+        problem, inputs = make_problem(rows, *sizes, dtype, arguments.device), "random inputs"
     few = problem._replace(weights=problem.weights * (torch.rand_like(problem.weights) < arguments.share))
     place = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} thread(s)"
-    shape = f"{rows} x {arguments.hidden} x {arguments.vocabulary}, {arguments.dtype}, {place}"
+    vocabulary, hidden = problem.unembedding.shape
+    shape = f"{rows} x {hidden} x {vocabulary}, {inputs}, {arguments.dtype}, {place}"
     runs = implementations(problem, few, arguments.share)
     seconds = measure(runs, arguments.rounds or (1 if slow else 3), clock(arguments.device, arguments.threads))
     report_time(seconds, shape)
@@ -90,6 +102,29 @@ def make_problem(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, de
         torch.randn(rows, hidden).to(device, dtype).requires_grad_(),
         (0.02 * torch.randn(vocabulary, hidden)).to(device, dtype).requires_grad_(),
         torch.randint(vocabulary, (rows,)).to(device),
+        (0.1 + torch.rand(rows)).to(device),
+    )
+
+
+def real_problem(rows: int, dtype: torch.dtype, device: str) -> Problem:
+    """Hidden states of SmolLM2-135M that predict the next token of real text; all rows have nonzero weight."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = smollm2.write_checkpoint(Path(directory))
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    states, targets, wanted = [], [], rows
+    for ids in map(torch.from_numpy, smollm2.real_rows(tokenizer, smollm2.MOST_ROWS, 2048)):
+        if wanted <= 0:
+            break
+        with torch.inference_mode():
+            states.append(model.model(ids[None].long()).last_hidden_state[0, : min(wanted, len(ids) - 1)])
+        targets.append(ids[1 : 1 + len(states[-1])].long())
+        wanted -= len(states[-1])
+    if wanted > 0:
+        raise SystemExit(f"--rows {rows}: real text has {rows - wanted}")
+    return Problem(
+        torch.cat(states).clone().to(device, dtype).requires_grad_(),
+        model.lm_head.weight.detach().to(device, dtype).requires_grad_(),
+        torch.cat(targets).to(device),
         (0.1 + torch.rand(rows)).to(device),
     )
 
@@ -192,7 +227,7 @@ def measure(runs: dict[str, Implementation], rounds: int, now: Callable[[], floa
 
 def heads_memory(problem: Problem, heads: int) -> int:
     """Peak bytes of the loss of residual heads on one trunk output, with gradients but without its arguments."""
-    trunk = SimpleNamespace(config=SimpleNamespace(hidden_size=problem.hidden.shape[1]))
+    trunk = SimpleNamespace(config=PreTrainedConfig(hidden_size=problem.hidden.shape[1]))
     residual = ResidualHeads(trunk, range(1, heads + 1)).to(problem.hidden.device, problem.hidden.dtype)
     trunk_pass = TrunkOutput((problem.hidden[None],), torch.arange(len(problem.targets))[None], LayerCall())
     task = HeadTargets(

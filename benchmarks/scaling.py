@@ -1,14 +1,17 @@
 """Cost of a scoring run excluding its engines: time and memory of the driver, and overhead of a worker.
 
-    .venv/bin/python benchmarks/scaling.py [--units 1000 4000] [--parts driver overhead memory]
+    .venv/bin/python benchmarks/scaling.py [--units 1000 4000] [--parts driver overhead memory idle]
 
-Everything is real (Ray, the job, workers, shards, manifests) except the engines: they return synthetic losses, either
-immediately or at a fixed rate. The driver is measured on sets of many small shards, each set in its own process, after
-a short warm-up run. Memory is resident memory per unit, above that before the first step: "kept" after a step, "peak"
-during it.
+Everything is real (Ray, the job, workers, shards, manifests) except the engines, which return synthetic losses, either
+immediately or at a fixed rate; only the part `idle` has real engines. The driver is measured on sets of many small
+shards, each set in its own process, after a short warm-up run. Memory is resident memory per unit, above that before
+the first step: "kept" after a step, "peak" during it.
 
 The overhead is measured on one worker whose engines score exactly --rate tokens of the corpus per second. The memory of
 a worker is measured with engines that take no time. This is the worst case, because reading and writing always lag.
+
+`idle` is the time in which neither of two models in one worker computes, between the first and the last shard of a set
+of small shards.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from weighted_mtp.pipelines import list as catalogue
 from weighted_mtp.schemas.configs import ListConfig, WeightsConfig
@@ -44,7 +50,9 @@ from weighted_mtp.schemas.storage.claims import claim_output
 from weighted_mtp.schemas.storage.files import DATA, TOKENIZER, copy_files
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.conditions.plan import plan_columns
-from weighted_mtp.scoring.engines.base import EngineConfig, Request
+from weighted_mtp.scoring.engines.base import EngineConfig, EngineMethod, Request
+from weighted_mtp.scoring.engines.choice import choose_engine
+from weighted_mtp.scoring.engines.loading import load_engine
 from weighted_mtp.scoring.job.driver import ScoringJob
 from weighted_mtp.scoring.job.finish import finish
 from weighted_mtp.scoring.job.ray_cluster import ray_session
@@ -55,6 +63,7 @@ from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.weighting import make_weighting
 
+PARTS = ["driver", "overhead", "memory", "idle"]
 VOCABULARY = 150_000
 LENGTH = 2048
 WARM_UP = 200
@@ -104,28 +113,56 @@ def main() -> None:
     if "memory" in arguments.parts:
         with tempfile.TemporaryDirectory(dir=arguments.work) as work:
             console.print(memory_report(arguments, Path(work)))
+    if "idle" in arguments.parts:
+        with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+            console.print(idle_report(arguments, Path(work)))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=["driver", "overhead", "memory"], default=["driver", "overhead", "memory"])
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
     add("--units", type=int, nargs="+", default=[1000, 4000], help="shards of each set for the driver")
     add("--rate", type=float, default=50_000, help="tokens of the corpus scored per second by a worker's engines")
     add("--shard_tokens", type=int, default=1 << 18, help="tokens per shard for the overhead")
     add("--shards", type=int, default=8, help="number of shards for the overhead")
     add("--held_tokens", type=int, default=1 << 22, help="tokens per shard for the memory of a worker")
+    add("--small_shards", type=int, default=20, help="number of small shards for the idle time of engines")
+    add("--small_tokens", type=int, default=1 << 16, help="tokens per small shard")
+    add("--engine", choices=["auto", "vllm", "transformers"], default="auto", help="engine whose idle time is measured")
     shm = Path("/dev/shm")
     add("--work", type=Path, default=shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir()), help="directory")
     add("--one", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
+class ObservedEngine:
+    """A real engine that appends the start and the end of each call to the file `calls` beside its model."""
+
+    def __init__(self, model: ScoringModel, config: EngineConfig) -> None:
+        (model.directory / "pid").write_text(str(os.getpid()))
+        self.engine = load_engine(model.directory, config)
+        self.file = model.directory / "calls"
+
+    @property
+    def computed_tokens(self) -> int:
+        """See `Engine.computed_tokens`."""
+        return self.engine.computed_tokens
+
+    def score(self, requests: list[Request]) -> list[np.ndarray]:
+        """See `Engine.score`."""
+        started = time.monotonic()
+        scores = self.engine.score(requests)
+        with self.file.open("a") as file:
+            file.write(f"{started} {time.monotonic()}\n")
+        return scores
+
+
+def make_set(path: Path, units: int, shard_tokens: int, vocabulary: int = VOCABULARY) -> ShardSet:
     """Write a token set of `units` shards, all with the same content."""
     length = min(LENGTH, shard_tokens)
     lengths = np.full(shard_tokens // length, length)
-    ids = np.random.default_rng(0).zipf(1.3, lengths.sum()) % VOCABULARY
+    ids = np.random.default_rng(0).zipf(1.3, lengths.sum()) % vocabulary
     columns = {
         "document_id": pa.array([f"document-{row}" for row in range(len(lengths))]),
         "start": pa.array(np.zeros(len(lengths), np.int64)),
@@ -140,7 +177,7 @@ def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
     for name in names[1:]:
         (path / DATA / name).write_bytes(content)
     corpus = {"input": "corpus", "text_field": "text", "max_length": length, "adds_bos": False, "adds_eos": False}
-    ids_of_tokenizer = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+    ids_of_tokenizer = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None}
     digest = directory_digest(path / TOKENIZER)
     manifest = Manifest(
         corpus=CorpusInfo(**corpus, documents=units, rejects=0),
@@ -153,13 +190,14 @@ def make_set(path: Path, units: int, shard_tokens: int) -> ShardSet:
 
 @dataclass
 class Run:
-    """A scoring run with fake engines, with the steps of `wmtp score`."""
+    """A scoring run with the steps of `wmtp score`, with real engines if their settings are given."""
 
     source: ShardSet
     output: Path
     workers: int
     models: tuple[str, ...] = ("reference", "base")
     rate: float | None = None
+    engine: EngineConfig | None = None
     started: float = 0.0
     process: Path = field(init=False)
     base_rss: int = field(init=False)
@@ -172,7 +210,7 @@ class Run:
             directory.mkdir(parents=True)
             models.append(ScoringModel(name, directory, name, None))
         self.plan = plan_columns(models[0], models[1] if models[1:] else None, None)
-        engine = EngineConfig("transformers", None, "float32", 8192, self.source.manifest.longest, 1)
+        engine = self.engine or EngineConfig("transformers", None, "float32", 8192, self.source.manifest.longest, 1)
         self.task = ScoringTask(self.source.reader, self.output, self.plan, engine, None)
         self.origins = {**describe_conditions(self.plan, engine), **self.plan.contrasts}
         self.request = describe_request(self.source, self.origins)
@@ -182,7 +220,8 @@ class Run:
 
     def score(self, at_end: Callable[[], None] = lambda: None) -> float:
         """Score all shards; return the seconds since the first worker was ready. Calls `at_end` before workers stop."""
-        load = partial(FakeEngine, rate=self.rate and self.rate * len(self.plan.models))
+        synthetic = partial(FakeEngine, rate=self.rate and self.rate * len(self.plan.models))
+        load = ObservedEngine if self.engine else synthetic
         units = self.source.manifest.shards
         job = ScoringJob(self.task, units, WorkerPool(self.workers, self.workers, 1.0, 0.0), print, load)
         ended = 0.0
@@ -362,6 +401,43 @@ def memory_report(arguments: argparse.Namespace, work: Path) -> Table:
         alone = alone or peaks[0]
         row = f"{peaks[0] / MIB:,.0f}", f"{peaks[0] / arguments.held_tokens:.0f}", f"{peaks[0] / alone:.2f}"
         table.add_row(f"{units} units", *row)
+    return table
+
+
+def idle_report(arguments: argparse.Namespace, work: Path) -> Table:
+    """Time between the calls of real engines: two tiny models, for which everything else takes long, and one worker."""
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    source = make_set(work / "tokens", arguments.small_shards, arguments.small_tokens, config.vocab_size)
+    name = choose_engine(arguments.engine)
+    method: EngineMethod | None = "pooler" if name == "vllm" else None
+    threads = len(os.sched_getaffinity(0))
+    engine = EngineConfig(name, method, "float32", 8192, source.manifest.longest, threads)
+    run = Run(source, work / "scored", 1, engine=engine)
+    disable_progress_bar()
+    for model in run.plan.models:
+        LlamaForCausalLM(config).save_pretrained(model.directory)
+    with ray_session(None, WorkerPool(1, 1, 1.0, 0.0)):
+        run.score()
+    calls = []
+    for model in run.plan.models:
+        lines = (model.directory / "calls").read_text().splitlines()[1:]  # the first call is the probe
+        calls += [tuple(map(float, line.split())) for line in lines]
+    calls.sort()
+    gaps = np.array([start - end for (_, end), (start, _) in pairwise(calls)])
+    total = calls[-1][1] - calls[0][0]
+    table = Table("idle engines", title=f"{arguments.small_shards} shards of {arguments.small_tokens:,} tokens, {name}")
+    table.add_column("seconds", justify="right")
+    table.add_column("of the total", justify="right")
+    table.add_row("first call to the end of the last", f"{total:.2f}", "100.0 %")
+    table.add_row(f"between the {len(calls)} calls", f"{gaps.sum():.3f}", f"{gaps.sum() / total:.2%}")
+    table.add_row("longest gap", f"{gaps.max():.3f}", f"{gaps.max() / total:.2%}")
     return table
 
 

@@ -1,19 +1,21 @@
 """Speed and memory of token scoring: this project's engines, compared with straightforward implementations.
 
     .venv/bin/python benchmarks/scoring.py [--model qwen2.5-0.5b] [--sequences 64] [--length 4096] [--json FILE]
+    .venv/bin/python benchmarks/scoring.py --model smollm2-135m --sequences 16 --length 2048
 
-Each row scores the same random tokens with the same random weights in a separate process. The result is the fastest of
---repeats passes after one warm-up pass; a pass ends with all losses in NumPy arrays. The table also shows how much
-longer the slowest pass took. The plain loop runs the model's own code on one sequence at a time. It is measured first,
-as the reference for all other losses.
+Each row scores the same tokens with the same weights in a separate process. Both are random, except for smollm2-135m
+where its package is installed (see `support.smollm2`): its weights and Python's documentation. The result is the
+fastest of --repeats passes after one warm-up pass; a pass ends with all losses in NumPy arrays. The table also shows
+how much longer the slowest pass took. The plain loop runs the model's own code on one sequence at a time. It is
+measured first, as the reference for all other losses.
 
 Model FLOP utilisation is the FLOPs of the forward pass per second, divided by the peak of the hardware. Per token:
 
-    2 * (M + S * hidden size * vocabulary) + 4 * layers * query heads * head size * length / 2
+    2 * (M + S * hidden size * vocabulary) + 4 * layers * query heads * head size * context
 
-with M the matrix parameters of the layers, S the share of scored tokens, and length / 2 the mean context of causal
-attention. Embedding lookups are free. This is the forward third of 6N + 12LHQT in appendix B of Chowdhery et al. 2022,
-"PaLM: Scaling Language Modeling with Pathways", which counts full contexts.
+with M the matrix parameters of the layers, S the share of scored tokens, and the mean context of causal attention, half
+the length of a sequence. Embedding lookups are free. This is the forward third of 6N + 12LHQT in appendix B of
+Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", which counts full contexts.
 
 Memory is the peak while scoring, also relative to the loaded engine including vLLM's cache. On a GPU it is memory
 allocated by PyTorch, on a CPU resident memory of the process.
@@ -30,7 +32,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,9 +40,11 @@ import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from support import smollm2
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from weighted_mtp.schemas.errors import first_line
+from weighted_mtp.schemas.shard_set.manifest import Quantity
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig, EngineMethod, Request
 from weighted_mtp.scoring.engines.choice import engine_version
 from weighted_mtp.scoring.engines.loading import load_engine
@@ -63,12 +67,21 @@ SHAPES = {
     "tiny": ("llama", 260, 64, 128, 2, 2, 1),
     "mini": ("llama", 4096, 256, 768, 2, 4, 4),
     "small": ("llama", 32000, 512, 1536, 8, 8, 8),
+    "smollm2-135m": ("llama", *smollm2.SHAPE.values()),
     "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2),
     "qwen2.5-1.5b": ("qwen2", 151936, 1536, 8960, 28, 12, 2),
 }
 METHODS = [name for name in ENGINES if "-" not in name]
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Peak of GPUs in dense bfloat16, 1e12 FLOPs per second, by a part of their names."""
+
+
+class Flops(NamedTuple):
+    """Number of tokens, and FLOPs of a pass over all of them: of the layers, and of the head."""
+
+    tokens: int
+    layers: float
+    head: float
 
 
 def main() -> None:
@@ -94,11 +107,12 @@ def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=SHAPES, default="qwen2.5-0.5b" if gpu else "tiny", help="model shape; weights are random")
+    add("--model", choices=SHAPES, default="qwen2.5-0.5b" if gpu else "tiny", help="shape of the model")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if gpu else "float32")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--sequences", type=int, default=64 if gpu else 128)
-    add("--length", type=int, default=4096 if gpu else 512, help="tokens per sequence")
+    add("--length", type=int, default=4096 if gpu else 512, help="tokens per sequence, of real text at most")
+    add("--shortest", type=int, help="shortest sequence of random tokens; lengths are then log-uniform up to --length")
     add("--batch_tokens", type=int, default=8192, help="tokens computed at once, except in the plain loop")
     add("--engines", nargs="+", choices=METHODS, default=METHODS)
     add("--repeats", type=int, default=3)
@@ -114,8 +128,9 @@ def parse() -> argparse.Namespace:
     add("--one", choices=ENGINES, help=argparse.SUPPRESS)
     add("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not 0 <= arguments.first_scored < 1 or arguments.length < 2:
-        parser.error("--first_scored must be at least 0 and less than 1, --length at least 2")
+    arguments.real = arguments.model == "smollm2-135m" and smollm2.package() is not None
+    if not 0 <= arguments.first_scored < 1 or not 2 <= (arguments.shortest or arguments.length) <= arguments.length:
+        parser.error("--first_scored must be at least 0 and less than 1, and 2 <= --shortest <= --length")
     if not arguments.one and arguments.peak_tflops is None and gpu and arguments.dtype == "bfloat16":
         device = torch.cuda.get_device_name()
         arguments.peak_tflops = next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
@@ -139,33 +154,49 @@ def describe(arguments: argparse.Namespace) -> dict[str, str]:
         machine = f"{torch.cuda.get_device_name()}, {machine}"
     load = f"{arguments.threads} threads used, load average before {os.getloadavg()[0]:.1f}"
     vllm = engine_version("vllm") if find_spec("vllm") else "not installed"
-    tokens = f"{arguments.sequences} sequences of {arguments.length} tokens, {arguments.batch_tokens} at once"
+    shortest = 2 if arguments.real else arguments.shortest
+    lengths = f"{shortest} to {arguments.length}" if shortest else f"{arguments.length}"
+    kind = "documentation of Python" if arguments.real else "random tokens"
+    tokens = f"{kind}, {arguments.sequences} sequences of {lengths} tokens, {arguments.batch_tokens} at once"
     return {
         "machine": f"{machine}, {len(os.sched_getaffinity(0))} cores, {load}",
         "software": f"torch {torch.__version__}, vllm {vllm}, transformers {transformers.__version__}",
-        "model": f"{arguments.model}, {arguments.dtype}, random weights",
+        "model": f"{arguments.model}, {arguments.dtype}, {'real' if arguments.real else 'random'} weights",
         "tokens": f"{tokens}, fastest of {arguments.repeats} passes after one to warm up",
     }
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Write model and tokens into the directory `work`; returns FLOPs per token of the layers and the head."""
+def prepare(arguments: argparse.Namespace) -> Flops:
+    """Write model and tokens into the directory `work`; returns the FLOPs of the layers and of the head."""
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    architecture, *numbers = SHAPES[arguments.model]
-    sizes = dict(zip(SIZES + HEADS, numbers, strict=True)) | {"max_position_embeddings": max(32768, arguments.length)}
-    config = AutoConfig.for_model(architecture, **sizes, tie_word_embeddings=True)
-    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, arguments.dtype))
-    model.save_pretrained(arguments.work / "model")
-    shape = arguments.sequences, arguments.length
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-    np.save(arguments.work / "tokens.npy", tokens)
+    directory, dtype = arguments.work / "model", getattr(torch, arguments.dtype)
+    if arguments.real:
+        rows = smollm2.real_rows(smollm2.write_checkpoint(directory, dtype), arguments.sequences, arguments.length)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    else:
+        architecture, *numbers = SHAPES[arguments.model]
+        sizes = dict(zip(SIZES + HEADS, numbers, strict=True)) | {
+            "max_position_embeddings": max(32768, arguments.length)
+        }
+        config = AutoConfig.for_model(architecture, **sizes, tie_word_embeddings=True)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        model.save_pretrained(directory)
+        rng = np.random.default_rng(0)
+        shortest = arguments.shortest or arguments.length
+        lengths = (
+            np.exp(rng.uniform(np.log(shortest), np.log(arguments.length), arguments.sequences)).round().astype(int)
+        )
+        rows = [rng.integers(0, config.vocab_size, length, dtype=np.int32) for length in lengths]
+    np.savez(arguments.work / "tokens.npz", *rows)
+    config, lengths = model.config, np.array([len(row) for row in rows])
     matrices = sum(weight.numel() for weight in model.model.layers.parameters() if weight.dim() == 2)
-    attention = 4 * config.num_hidden_layers * config.hidden_size * arguments.length / 2
-    return 2 * matrices + attention, 2 * config.hidden_size * config.vocab_size
+    attention = 4 * config.num_hidden_layers * config.hidden_size * (lengths**2).sum() / 2
+    head = 2.0 * config.hidden_size * config.vocab_size * lengths.sum()
+    return Flops(int(lengths.sum()), float(2 * matrices * lengths.sum() + attention), float(head))
 
 
-def run(name: str, arguments: argparse.Namespace, flops: tuple[float, float]) -> dict[str, Any]:
+def run(name: str, arguments: argparse.Namespace, flops: Flops) -> dict[str, Any]:
     """One row, measured in a separate process."""
     row: dict[str, Any] = {"engine": name}
     if name not in ("transformers", "loop") and not find_spec("vllm"):
@@ -179,8 +210,8 @@ def run(name: str, arguments: argparse.Namespace, flops: tuple[float, float]) ->
     row |= json.loads(result.read_text()) if result.exists() else {"error": f"ended with status {process.returncode}"}
     if "error" in row:
         return row | {"log": process.stderr[-8000:]}
-    row["tokens_per_second"] = arguments.sequences * arguments.length / min(row["seconds"])
-    row["flops_per_token"] = flops[0] + flops[1] * row["scored"] / arguments.length
+    row["tokens_per_second"] = flops.tokens / min(row["seconds"])
+    row["flops_per_token"] = (flops.layers + flops.head * row["scored"]) / flops.tokens
     if arguments.peak_tflops:
         row["utilisation"] = row["tokens_per_second"] * row["flops_per_token"] / arguments.peak_tflops / 1e12
     return row
@@ -197,14 +228,15 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each pass, memory in bytes, scored tokens per sequence, largest difference from the plain loop."""
+    """Seconds of each pass, memory in bytes, share of scored tokens, largest difference from the plain loop."""
     name, _, variant = arguments.one.partition("-")
-    first = int(arguments.length * arguments.first_scored) if variant == "context" else 0
-    tokens = np.load(arguments.work / "tokens.npy")
-    requests = [Request(ids, first, ("loss", "entropy") if variant == "entropy" else ("loss",)) for ids in tokens]
+    context = arguments.first_scored if variant == "context" else 0.0
+    quantities: tuple[Quantity, ...] = ("loss", "entropy") if variant == "entropy" else ("loss",)
+    tokens = list(np.load(arguments.work / "tokens.npz").values())
+    requests = [Request(ids, int(len(ids) * context), quantities) for ids in tokens]
     torch.set_num_threads(arguments.threads)
     engine = load(name, arguments)
-    engine.score([Request(tokens[0, :2])])  # part of loading: first use may read weights from disk
+    engine.score([Request(tokens[0][:2])])  # part of loading: first use may read weights from disk
     loaded = peak_memory(reset=True)
     seconds = []
     for _ in range(1 + arguments.repeats):
@@ -212,15 +244,15 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         scores = engine.score(requests)
         seconds.append(time.perf_counter() - start)
     peak = peak_memory()
-    row = {"seconds": seconds[1:], "scored": arguments.length - first}
+    losses = [score[0] for score in scores]
+    row = {"seconds": seconds[1:], "scored": sum(map(len, losses)) / sum(map(len, tokens))}
     row |= {"peak_bytes": peak, "above_loaded_bytes": peak - loaded}
-    losses = np.stack([score[0] for score in scores])
-    expected = arguments.work / "loop.npy"
+    expected = arguments.work / "loop.npz"
     if name == "loop":
-        np.save(expected, losses)
+        np.savez(expected, *losses)
     if expected.exists():
-        known = slice(max(0, 1 - first), None)  # all but the first token of a sequence
-        row["largest_difference"] = float(np.abs(losses - np.load(expected)[:, first:])[:, known].max())
+        pairs = zip(losses, np.load(expected).values(), strict=True)
+        row["largest_difference"] = max(float(np.nanmax(np.abs(a - b[len(b) - len(a) :]))) for a, b in pairs)
     return row
 
 

@@ -1,10 +1,14 @@
 """Size of a score on disk: bytes per token and column of the shard format, compared with plain Parquet.
 
-    .venv/bin/python benchmarks/storage.py [--set SCORED_SET] [--tokens 300000]
+    .venv/bin/python benchmarks/storage.py [--tokens 300000]
+    .venv/bin/python benchmarks/storage.py --model smollm2-135m --tokens 40000
+    .venv/bin/python benchmarks/storage.py --set SCORED_SET
 
-Without --set the scores are real token losses in float32: a small Llama is trained on the Python standard library and
-scores it halfway and at the end. A set has only rounded values, so its rows for unrounded float32 are those of rounded
-values. The last row is the entropy of the rounded values, a lower bound for any code that treats tokens independently.
+By default the scores are token losses of a toy in float32: a small Llama is trained on the Python standard library and
+scores it halfway and at the end. The second command takes the losses of a real model, which must be installed (see
+`support.smollm2`), on Python's documentation, with up to 2,048 and up to 128 tokens of context. A set has only rounded
+values, so its rows for unrounded float32 are those of rounded values. The last row is the entropy of the rounded
+values, a lower bound for any code that treats tokens independently.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
+from support import smollm2
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,6 +40,7 @@ from weighted_mtp.schemas.shard_set.shards import (
     write_shard,
 )
 
+CONTEXT, SHORT = 2048, 128
 VOCABULARY = 2048
 LENGTH = 256
 BATCH = 16
@@ -43,11 +49,15 @@ STEPS = 150
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", type=Path, help="scored shard set; default: compute scores")
+    scores = parser.add_mutually_exclusive_group()
+    scores.add_argument("--set", type=Path, help="scored shard set; default: compute scores")
+    scores.add_argument("--model", choices=["smollm2-135m"], help="real model to compute scores; default: a toy")
     parser.add_argument("--tokens", type=int, default=300_000, help="number of tokens")
     arguments = parser.parse_args()
-    table = table_of_set(arguments.set, arguments.tokens) if arguments.set else computed_table(arguments.tokens)
-    report(table)
+    if arguments.set:
+        report(table_of_set(arguments.set, arguments.tokens))
+    else:
+        report(real_table(arguments.tokens) if arguments.model else toy_table(arguments.tokens))
 
 
 def table_of_set(path: Path, tokens: int) -> pa.Table:
@@ -64,7 +74,7 @@ def table_of_set(path: Path, tokens: int) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def computed_table(tokens: int) -> pa.Table:
+def toy_table(tokens: int) -> pa.Table:
     """Token losses of a small Llama and their improvement over the second half of its training, float32."""
     texts = [text for _, text in [*documentation(), *list(sources())[::3]]]
     tokenizer = ByteLevelBPETokenizer()
@@ -84,15 +94,33 @@ def computed_table(tokens: int) -> pa.Table:
     model = LlamaForCausalLM(config)
     scored = rows[: tokens // LENGTH]
     halfway, final = (token_losses(model, scored) for _ in train_in_two_halves(model, rows))
-    lengths = np.full(len(scored), LENGTH)
-    columns = [
-        pa.array([f"row-{row}" for row in range(len(scored))]),
-        pa.array(np.zeros(len(scored), np.int64)),
-        list_column(scored.ravel(), lengths),
-        list_column(final, lengths),
-        list_column(halfway - final, lengths),
-    ]
-    return pa.table(columns, names=[*(field.name for field in TOKEN_FIELDS), "loss_reference", "excess_loss"])
+    return scored_table(list(scored), {"loss_reference": final, "excess_loss": halfway - final})
+
+
+def real_table(tokens: int) -> pa.Table:
+    """Token losses of SmolLM2-135M with a long and a short context, and their difference, float32."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = smollm2.write_checkpoint(Path(directory))
+        model = LlamaForCausalLM.from_pretrained(directory).eval()
+    rows: list[np.ndarray] = []
+    for row in smollm2.real_rows(tokenizer, smollm2.MOST_ROWS, CONTEXT):
+        rows += [row] * (sum(map(len, rows)) < tokens)
+    full = np.concatenate([token_losses(model, row[None]) for row in rows])
+    short = np.concatenate(
+        [token_losses(model, row[None, start : start + SHORT]) for row in rows for start in range(0, len(row), SHORT)]
+    )
+    return scored_table(rows, {"loss_reference": full, "loss_short": short, "long_short": short - full})
+
+
+def scored_table(rows: list[np.ndarray], scores: dict[str, np.ndarray]) -> pa.Table:
+    """A table like a shard: rows of token ids, and float32 scores [tokens of all rows]."""
+    lengths = np.array([len(row) for row in rows])
+    columns = {
+        "document_id": pa.array([f"row-{row}" for row in range(len(rows))]),
+        "start": pa.array(np.zeros(len(rows), np.int64)),
+        "input_ids": list_column(np.concatenate(rows), lengths),
+    }
+    return pa.table(columns | {name: list_column(values, lengths) for name, values in scores.items()})
 
 
 def train_in_two_halves(model: LlamaForCausalLM, rows: np.ndarray) -> Iterator[None]:

@@ -32,13 +32,12 @@ class Request:
 
 
 class Engine(Protocol):
-    """A frozen causal language model.
+    """A frozen causal language model."""
 
-    Attributes:
-        computed_tokens: tokens computed so far.
-    """
-
-    computed_tokens: int
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens computed so far."""
+        ...
 
     def score(self, requests: list[Request]) -> list[np.ndarray]:
         """Score the tokens of each sequence given the tokens before them.

@@ -4,6 +4,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,8 +66,43 @@ def load_scoring_engine(model: ScoringModel, config: EngineConfig) -> Engine:
     return load_engine(directory, config)
 
 
+class QueuedEngine:
+    """An engine as one shard uses it: calls wait for their turn in the thread of the engines.
+
+    Attributes:
+        seconds: duration of the calls, without the wait.
+    """
+
+    def __init__(self, engine: Engine, thread: ThreadPoolExecutor) -> None:
+        self.engine = engine
+        self.thread = thread
+        self.seconds = 0.0
+
+    @property
+    def computed_tokens(self) -> int:
+        """See `Engine.computed_tokens`."""
+        return self.engine.computed_tokens
+
+    def score(self, requests: list[Request]) -> list[np.ndarray]:
+        """See `Engine.score`."""
+
+        def run() -> list[np.ndarray]:
+            started = time.monotonic()
+            try:
+                return self.engine.score(requests)
+            finally:
+                self.seconds += time.monotonic() - started
+
+        return self.thread.submit(run).result()
+
+
 class ShardScorer:
-    """Scores shards with the engines of one worker, each model loaded once."""
+    """Scores shards with the engines of one worker, each model loaded once.
+
+    Several threads may score one shard each. The engines take the requests of one shard after those of another, never
+    together: a score does not depend on the shards that a worker happens to hold. While the engines compute one shard,
+    the requests of the next are already waiting for them.
+    """
 
     def __init__(self, task: ScoringTask, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
         """Load the engines.
@@ -80,13 +116,15 @@ class ShardScorer:
             OutOfMemoryError: an engine does not fit into memory.
         """
         self.task = task
+        # CUDA's current device and stream are per thread, so a single thread creates and uses the engines.
+        self.engine_thread = ThreadPoolExecutor(1)
         self.engines: dict[str, Engine] = {}
         self.probed_tokens = 0
         for model in task.plan.models:
             engine = replace(task.engine, max_length=task.engine.max_length + task.plan.longest_prompt(model))
             try:
-                loaded = self.engines[model.fingerprint] = load(model, engine)
-                loaded.score([PROBE_REQUEST])  # an engine may load a model that it cannot run
+                loaded = self.engines[model.fingerprint] = self.engine_thread.submit(load, model, engine).result()
+                QueuedEngine(loaded, self.engine_thread).score([PROBE_REQUEST])  # it may not run what it loads
             except UserError:
                 raise
             except Exception as error:  # engines raise exceptions of any type
@@ -119,13 +157,13 @@ class ShardScorer:
             OutOfMemoryError: an engine ran out of memory.
             BrokenEngineError: an engine stopped working.
         """
-        started = time.monotonic()
+        engines = {name: QueuedEngine(engine, self.engine_thread) for name, engine in self.engines.items()}
         lengths = list_lengths(table["input_ids"])
         sequences = np.split(flat_values(table["input_ids"]), np.cumsum(lengths)[:-1])
         scores: dict[str, np.ndarray] = {}  # by column, float32 [tokens of the shard]
         rejects: list[RejectedSequence] = []
         for model in self.task.plan.models:
-            reasons, scored = self._score_model(model, sequences, table, one_by_one, scores)
+            reasons, scored = self._score_model(model, engines[model.fingerprint], sequences, table, one_by_one, scores)
             if reasons and not scored:
                 raise UserError(
                     f"{model.name}: no sequence of {shard} can be scored ({min(reasons.items())[1]}); "
@@ -144,11 +182,12 @@ class ShardScorer:
             in_nats = name in self.task.plan.in_nats
             rounded = round_nats(scores[name]) if in_nats else round_float16(scores[name])
             table = table.append_column(name, list_column(rounded, lengths))
-        return ScoredShard(table, rejects, time.monotonic() - started)
+        return ScoredShard(table, rejects, sum(engine.seconds for engine in engines.values()))
 
     def _score_model(
         self,
         model: ScoringModel,
+        engine: Engine,
         sequences: list[np.ndarray],
         table: pa.Table,
         one_by_one: OneByOne | None,
@@ -159,7 +198,7 @@ class ShardScorer:
         Returns:
             Reasons why sequences could not be scored, by row, and the number of scored sequences.
         """
-        plan, engine = self.task.plan, self.engines[model.fingerprint]
+        plan = self.task.plan
         wanted = plan.measured_by(model)
         known = None  # stored losses under the full context, float32 [tokens] for each row
         if column := plan.stored_losses(model):

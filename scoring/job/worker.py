@@ -1,12 +1,12 @@
 """A worker: a process that holds the engines and scores shards.
 
-It may have two units at once: while one is in the engines, the other is read or written. No more are in memory.
+It may have two units at once: while one is in the engines, the other is read, prepared, completed or written, or waits
+for the engines. No more are in memory.
 """
 
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -47,8 +47,6 @@ class ScoringWorker:
     def __init__(self, task: ScoringTask, load: Callable[[ScoringModel, EngineConfig], Engine]) -> None:
         self.task = task
         self.load = load
-        # CUDA's current device and stream are per thread, so a single thread creates and uses the engines.
-        self.engine_thread = ThreadPoolExecutor(1)
         self.scorer: ShardScorer | None = None
 
     def start(self) -> Outcome:
@@ -64,7 +62,7 @@ class ScoringWorker:
         return self.scorer.computed_tokens if self.scorer else 0
 
     def _start(self) -> Outcome:
-        self.scorer = self.engine_thread.submit(ShardScorer, self.task, self.load).result()
+        self.scorer = ShardScorer(self.task, self.load)
         return Outcome("done")
 
     def _score(self, unit: Unit) -> Outcome:
@@ -75,7 +73,7 @@ class ScoringWorker:
         one_by_one = None
         if unit.one_by_one:
             one_by_one = OneByOne(unit.given_up, partial(note_sequence, self.task.output, unit.attempt))
-        scored = self.engine_thread.submit(self.scorer.score, unit.shard.name, table, one_by_one).result()
+        scored = self.scorer.score(unit.shard.name, table, one_by_one)
         unit.attempt.note(self.task.output).unlink(missing_ok=True)  # failures from here on are not due to a sequence
         write_unit(self.task.output, unit.attempt, scored, self.task.plan.columns, read_seconds)
         return Outcome("done", rejects=len(scored.rejects))

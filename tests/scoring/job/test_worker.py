@@ -1,7 +1,9 @@
 """A worker in this process, with an engine whose losses are the token ids divided by ten."""
 
 import errno
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from shard_files import read_shard
 
 from weighted_mtp.schemas.errors import UserError
+from weighted_mtp.schemas.shard_set.rounding import round_nats
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.shards import flat_values, list_column, list_lengths, write_shard
 from weighted_mtp.schemas.storage.files import PROGRESS
@@ -75,6 +78,32 @@ def test_a_unit_is_written_under_the_names_of_its_attempt(task, unit, one_by_one
     np.testing.assert_array_equal(losses, np.array([nan, 102, 154, nan, nan, nan, 358]) / 512)
     assert asked.attempt.record(task.output).exists()
     assert pop_note(task.output, asked.attempt) is None
+
+
+def test_engines_compute_one_shard_while_another_is_completed(task, unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    second_shard_computed = threading.Event()
+    threads = []
+
+    class Engine(PlainEngine):
+        def score(self, requests: list[Request]) -> list[np.ndarray]:
+            threads.append(threading.current_thread())
+            if len(threads) == 3:  # the first was the probe
+                second_shard_computed.set()
+            return super().score(requests)
+
+    def round_later(scores: np.ndarray) -> np.ndarray:
+        assert second_shard_computed.wait(60)
+        return round_nats(scores)
+
+    monkeypatch.setattr("weighted_mtp.scoring.job.scorer.round_nats", round_later)
+    monkeypatch.setattr(f"{__name__}.REFUSED", -1)
+    worker, units = started(task, Engine()), [unit(), unit()]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(worker.score, units)) == [Outcome("done")] * 2
+    assert len(threads) == 3
+    assert len({*threads}) == 1
+    first, second = (asked.attempt.shard(task.output).read_bytes() for asked in units)
+    assert first == second
 
 
 def test_a_shard_with_swapped_tokens_is_not_scored(task, unit) -> None:
