@@ -58,6 +58,7 @@ ENGINES = {
     "dicts": "vLLM, prompt_logprobs",
     "prompt_logprobs": "vLLM, prompt_logprobs, flat",
     "transformers": "transformers, batches",
+    "transformers-gradient": "the same, and gradients",
     "loop": "transformers, plain loop",
 }
 COLUMNS = ("tokens/s", "slowest pass", "pooler is N x faster", "MFU", "peak memory", "above loaded", "difference")
@@ -117,6 +118,7 @@ def parse() -> argparse.Namespace:
     add("--engines", nargs="+", choices=METHODS, default=METHODS)
     add("--repeats", type=int, default=3)
     add("--entropy", action="store_true", help="also measure the pooler with entropies")
+    add("--gradient", action="store_true", help="also measure the transformers engine with gradients")
     add(
         "--first_scored",
         type=float,
@@ -143,6 +145,8 @@ def selected(arguments: argparse.Namespace) -> list[str]:
     if "pooler" in wanted:
         wanted |= {"pooler-entropy"} if arguments.entropy else set()
         wanted |= {"pooler-context"} if arguments.first_scored else set()
+    if "transformers" in wanted:
+        wanted |= {"transformers-gradient"} if arguments.gradient else set()
     return [name for name in ENGINES if name in wanted]
 
 
@@ -199,7 +203,7 @@ def prepare(arguments: argparse.Namespace) -> Flops:
 def run(name: str, arguments: argparse.Namespace, flops: Flops) -> dict[str, Any]:
     """One row, measured in a separate process."""
     row: dict[str, Any] = {"engine": name}
-    if name not in ("transformers", "loop") and not find_spec("vllm"):
+    if name.partition("-")[0] not in ("transformers", "loop") and not find_spec("vllm"):
         return row | {"error": "vLLM is not installed"}
     command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--work", str(arguments.work)]
     threads = {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -231,7 +235,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each pass, memory in bytes, share of scored tokens, largest difference from the plain loop."""
     name, _, variant = arguments.one.partition("-")
     context = arguments.first_scored if variant == "context" else 0.0
-    quantities: tuple[Quantity, ...] = ("loss", "entropy") if variant == "entropy" else ("loss",)
+    more: dict[str, Quantity] = {"entropy": "entropy", "gradient": "gradient"}
+    quantities = ("loss", *([more[variant]] if variant in more else []))
     tokens = list(np.load(arguments.work / "tokens.npz").values())
     requests = [Request(ids, int(len(ids) * context), quantities) for ids in tokens]
     torch.set_num_threads(arguments.threads)

