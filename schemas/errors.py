@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 
 MOST_REASON = 200
-"""Most characters of the reason of a tokenizer."""
+"""Most characters of a library's message in a message of this project."""
 
 
 class UserError(Exception):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, logging
 
-from weighted_mtp.schemas.errors import NO_CONFIG, TokenizerError, UserError, tokenizer_errors
+from weighted_mtp.schemas.errors import MOST_REASON, NO_CONFIG, TokenizerError, UserError, tokenizer_errors
 from weighted_mtp.schemas.storage.locations import is_missing_directory
 from weighted_mtp.schemas.text import printable, shortened
 
@@ -52,8 +52,6 @@ LIMITS = (
 """Largest values of config entries, by their names. Thousands of layers take minutes to build, even without weights."""
 MOST_TOKEN_ID = 1 << 24
 """Largest token id of a tokenizer that is loaded. transformers lists all smaller ids that no token has."""
-MOST_REASON = 160
-"""Most characters of a message of transformers in a message of this project."""
 HUB_EXPERTS = ("deepgemm", "deepgemm_megamoe", "sonicmoe")
 """Implementations of experts that transformers downloads from the Hugging Face hub."""
 SHARPENING = 1000.0

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from weighted_mtp.schemas.configs import HeadsConfig
-from weighted_mtp.schemas.errors import UserError, first_line
-from weighted_mtp.schemas.pretrained import MOST_REASON, quiet_transformers
+from weighted_mtp.schemas.errors import MOST_REASON, UserError, first_line
+from weighted_mtp.schemas.pretrained import quiet_transformers
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import local_copy, locate
 from weighted_mtp.schemas.storage.training_run import HEADS, MODEL, trained_model
