@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/loss.py [--dtype bfloat16] [--threads 2]
     .venv/bin/python benchmarks/loss.py --device cuda --dtype bfloat16 --rows 16384 --hidden 896 --vocabulary 151936
 
-The second command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed.
+The second command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed, and ours once more
+without the fused kernel.
 
 Each implementation computes the sum of weighted losses and its gradients for hidden states and unembedding. All except
 ours receive the weights only in the backward pass, so they also compute rows of weight 0. They take turns, in an order
@@ -40,6 +41,7 @@ from weighted_mtp.training.loss.multi_head import (
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
+from weighted_mtp.training.loss.objectives import CrossEntropy, Objective
 from weighted_mtp.training.model.heads import ResidualHeads, TrunkOutput
 from weighted_mtp.training.model.trunk import LayerCall
 
@@ -112,6 +114,7 @@ def implementations(dense: Problem, few: Problem, share: float) -> dict[str, Imp
         f"ours, {share:.0%} of the rows have weight": (ours, few),
     }
     if dense.hidden.device.type == "cuda":
+        runs["ours, every row, without the fused kernel"] = partial(ours, objective=PlainCrossEntropy()), dense
         for package, name, run in (
             ("liger_kernel", "Liger, without weights", liger),
             ("cut_cross_entropy", "cut-cross-entropy", cut_cross_entropy),
@@ -137,11 +140,15 @@ def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) ->
     return losses.float() @ problem.weights
 
 
-def ours(problem: Problem) -> Tensor:
+class PlainCrossEntropy(CrossEntropy):
+    """Computed by PyTorch also on a GPU: the fused kernel is for `CrossEntropy` only."""
+
+
+def ours(problem: Problem, objective: Objective | None = None) -> Tensor:
     """Only rows of nonzero weight, as selected by `training.loss.shifted_targets.select_targets`."""
     [rows] = problem.weights.nonzero(as_tuple=True)
     return weighted_linear_cross_entropy(
-        problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows]
+        problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows], objective=objective
     )[0]
 
 
