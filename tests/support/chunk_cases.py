@@ -78,8 +78,8 @@ def ordinary_chunks() -> dict[str, Chunk]:
 def extreme_chunks() -> dict[str, Chunk]:
     """Rows with ties, infinities, NaN and large logits, in several blocks."""
     width = 2 * BLOCK + 3
-    logits = torch.randn(11, width, generator=torch.Generator().manual_seed(0))
-    targets = torch.full((11,), 5)
+    logits = torch.randn(13, width, generator=torch.Generator().manual_seed(0))
+    targets = torch.full((13,), 5)
     logits[0, [5, width - 1]] = 9.0  # the target is one of two largest
     logits[1, :BLOCK] = -torch.inf  # a whole block, the first
     targets[1] = width - 1
@@ -92,11 +92,13 @@ def extreme_chunks() -> dict[str, Chunk]:
     logits[8, 5] = torch.inf  # the target
     logits[9, 5] = 300.0  # the probability rounds to 1
     logits[10, 6] = 300.0  # the probability rounds to 0
-    chunk = Chunk(logits, targets, torch.linspace(-1, 2, 11))
+    logits[11] -= 1000.0  # all of them far below 0
+    logits[12] += 1000.0
+    chunk = Chunk(logits, targets, torch.linspace(-1, 2, 13))
     masked = torch.where(torch.arange(width) % 3 == 0, -torch.inf, 0.0)
     return {
         "extreme": chunk,
-        "extreme-weights-zero": chunk._replace(weights=torch.zeros(11)),
+        "extreme-weights-zero": chunk._replace(weights=torch.zeros(13)),
         "extreme-softcap": chunk._replace(softcap=30.0),
         "extreme-bfloat16": chunk._replace(logits=logits.bfloat16()),
         "masked-by-the-bias": chunk._replace(bias=masked),

@@ -1,7 +1,8 @@
 """Losses of hidden states against an unembedding, one chunk of logits at a time.
 
 The gradient of each chunk of logits is computed right after its losses. This takes three matrix products and four
-passes over the chunk. Recomputing the logits in the backward pass would take four matrix products.
+passes over the chunk. Recomputing the logits in the backward pass would take four matrix products. On CUDA, one kernel
+makes these passes for the cross-entropy (see `training.loss.fused_cross_entropy`).
 """
 
 from importlib.util import find_spec
