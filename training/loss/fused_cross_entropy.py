@@ -44,8 +44,8 @@ def fused_cross_entropy(
             None if bias is None else bias.contiguous(),
             losses,
             correct,
-            vocabulary,
             softcap,
+            vocabulary,
             BLOCK,
             num_warps=WARPS,
         )
@@ -60,8 +60,8 @@ def cross_entropy_kernel(
     bias: tl.tensor,
     losses: tl.tensor,
     correct: tl.tensor,
-    vocabulary: tl.tensor,
     softcap: tl.tensor,
+    vocabulary: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """One row: loss and top-1 with a running softmax, then the gradient in place of the logits."""

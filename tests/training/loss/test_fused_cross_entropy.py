@@ -38,9 +38,10 @@ dtype = sys.argv[1]
 for capability, weights, bias, softcap in product((80, 90), ("*fp32", None), ("*fp32", None), ("fp32", None)):
     types = {
         "logits": "*" + dtype, "targets": "*i64", "weights": weights, "bias": bias, "losses": "*fp32",
-        "correct": "*i1", "vocabulary": "i32", "softcap": softcap, "block": None,
+        "correct": "*i1", "softcap": softcap, "vocabulary": None, "block": None,
     }
-    constants = {name: BLOCK if name == "block" else None for name, kind in types.items() if kind is None}
+    constants = {name: None for name, kind in types.items() if kind is None}
+    constants |= {"vocabulary": 50257, "block": BLOCK}
     signature = {name: kind or "constexpr" for name, kind in types.items()}
     kernel = triton.compile(
         ASTSource(cross_entropy_kernel, signature, constants),
