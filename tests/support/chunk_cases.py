@@ -63,7 +63,8 @@ def ordinary_chunks() -> dict[str, Chunk]:
     chunks = {}
     generator = torch.Generator().manual_seed(0)
     dtypes = torch.float32, torch.bfloat16, torch.float16
-    for dtype, vocabulary, softcap, with_bias in product(dtypes, (1, 7, BLOCK, 9001), (None, 3.0), (False, True)):
+    kinds = [*product(dtypes, (1, 7, BLOCK, 9001), (None, 3.0), (False, True)), (torch.bfloat16, 2**18, None, False)]
+    for dtype, vocabulary, softcap, with_bias in kinds:
         logits = 4 * torch.randn(5, vocabulary, generator=generator)
         targets = torch.randint(vocabulary, (5,), generator=generator)
         targets[0], targets[1] = 0, vocabulary - 1
@@ -127,9 +128,9 @@ def whole_problem() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), unembedding, bias, targets, torch.rand(13, generator=generator) - 0.3
 
 
-def run_whole(matmul_dtype: torch.dtype, *, fused: bool) -> Whole:
+def run_whole(matmul_dtype: torch.dtype, *, fused: bool, device: str = "cpu") -> Whole:
     """The loss of several chunks, with the products in a dtype that a CPU otherwise does not use."""
-    hidden, unembedding, bias, targets, weights = whole_problem()
+    hidden, unembedding, bias, targets, weights = (value.to(device) for value in whole_problem())
     loss = ChunkedLoss(
         unembedding,
         bias,

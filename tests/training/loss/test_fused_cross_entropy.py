@@ -150,6 +150,15 @@ def test_equals_the_plain_form_on_a_gpu(name: str) -> None:
     assert torch.equal(own.logits_alone.nan_to_num(), chunk.logits.nan_to_num())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_of_several_chunks_on_a_gpu(matmul_dtype: torch.dtype) -> None:
+    own = run_whole(matmul_dtype, fused=True, device="cuda")
+    error = 1e-5 if matmul_dtype == torch.float32 else 2e-2
+    for of_gpu, of_plain in zip(own, run_whole(matmul_dtype, fused=False), strict=True):
+        torch.testing.assert_close(of_gpu.cpu(), of_plain, rtol=error, atol=error)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_compiles_for_gpus_with_64_bit_offsets_of_rows(dtype: str, tmp_path: Path) -> None:
     run_python("-c", COMPILE, dtype, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
