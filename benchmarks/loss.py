@@ -3,8 +3,7 @@
     .venv/bin/python benchmarks/loss.py [--dtype bfloat16] [--threads 2]
     .venv/bin/python benchmarks/loss.py --device cuda --dtype bfloat16 --rows 16384 --hidden 896 --vocabulary 151936
 
-The second command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed, and ours once more
-without the fused kernel.
+The second command is for a GPU. It also runs Liger and cut-cross-entropy if they are installed.
 
 Each implementation computes the sum of weighted losses and its gradients for hidden states and unembedding. All except
 ours receive the weights only in the backward pass, so they also compute rows of weight 0. They take turns, in an order
@@ -12,7 +11,7 @@ that is reversed in each round.
 
 On a CPU, time is CPU time of one thread (with `--threads` above 1, wall-clock time), and memory is the peak of
 PyTorch's allocator, from its profiler. There bfloat16 matrix products may take minutes, so the default is fewer rows;
-the cost per row hardly depends on their number.
+the cost per row hardly depends on their number. On a GPU, ours also runs once without its fused kernel.
 """
 
 import argparse
