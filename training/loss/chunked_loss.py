@@ -13,10 +13,10 @@ from torch import Tensor
 
 from weighted_mtp.training.loss.objectives import CrossEntropy, Objective
 
-CHUNK_ROWS = 1024
-
 PRODUCT_BYTES = 2**26
 """Bound of the temporary memory of `add_product`."""
+
+CHUNK_ROWS = 1024
 
 
 class RowLosses(NamedTuple):
@@ -74,11 +74,11 @@ class ChunkedLoss:
         self.loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else dtype
         self.matmul_dtype = self.loss_dtype if self.device == "cpu" else autocast
-        self.fused = self.device == "cuda" and self.loss_dtype == torch.float32 and find_spec("triton") is not None
         self.unembedding = unembedding.detach().to(self.matmul_dtype)
         self.bias = bias
         self.softcap = softcap
         self.chunk_rows = chunk_rows
+        self.fused = self.device == "cuda" and self.loss_dtype == torch.float32 and find_spec("triton") is not None
         self.grad_unembedding: Tensor | None = None
         if needs_unembedding_grad:
             self.grad_unembedding = torch.zeros_like(unembedding, dtype=self.loss_dtype)
