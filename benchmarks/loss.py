@@ -14,7 +14,7 @@ that is reversed in each round.
 
 On a CPU, time is CPU time of one thread (with `--threads` above 1, wall-clock time), and memory is the peak of
 PyTorch's allocator, from its profiler. There bfloat16 matrix products may take minutes, so the default is fewer rows;
-the cost per row hardly depends on their number.
+the cost per row hardly depends on their number. On a GPU, ours also runs once without its fused kernel.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from weighted_mtp.training.loss.multi_head import (
     multi_head_cross_entropy,
     weighted_linear_cross_entropy,
 )
+from weighted_mtp.training.loss.objectives import CrossEntropy, Objective
 from weighted_mtp.training.model.heads import ResidualHeads, TrunkOutput
 from weighted_mtp.training.model.trunk import LayerCall
 
@@ -147,6 +148,7 @@ def implementations(dense: Problem, few: Problem, share: float) -> dict[str, Imp
         f"ours, {share:.0%} of the rows have weight": (ours, few),
     }
     if dense.hidden.device.type == "cuda":
+        runs["ours, every row, without the fused kernel"] = partial(ours, objective=PlainCrossEntropy()), dense
         for package, name, run in (
             ("liger_kernel", "Liger, without weights", liger),
             ("cut_cross_entropy", "cut-cross-entropy", cut_cross_entropy),
@@ -172,11 +174,15 @@ def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) ->
     return losses.float() @ problem.weights
 
 
-def ours(problem: Problem) -> Tensor:
+class PlainCrossEntropy(CrossEntropy):
+    """Computed by PyTorch also on a GPU: the fused kernel is for `CrossEntropy` only."""
+
+
+def ours(problem: Problem, objective: Objective | None = None) -> Tensor:
     """Only rows of nonzero weight, as selected by `training.loss.shifted_targets.select_targets`."""
     [rows] = problem.weights.nonzero(as_tuple=True)
     return weighted_linear_cross_entropy(
-        problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows]
+        problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.weights[rows], objective=objective
     )[0]
 
 

@@ -1,15 +1,20 @@
 """Losses of hidden states against an unembedding, one chunk of logits at a time.
 
 The gradient of each chunk of logits is computed right after its losses. This takes three matrix products and four
-passes over the chunk. Recomputing the logits in the backward pass would take four matrix products.
+passes over the chunk. Recomputing the logits in the backward pass would take four matrix products. On CUDA, one kernel
+makes these passes for the cross-entropy (see `training.loss.fused_cross_entropy`).
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weighted_mtp.training.loss.objectives import CrossEntropy, Objective
+
+PRODUCT_BYTES = 2**26
+"""Bound of the temporary memory of `add_product`."""
 
 CHUNK_ROWS = 1024
 
@@ -37,6 +42,7 @@ class ChunkedLoss:
         loss_dtype: dtype of logits in the softmax, losses and accumulated gradients: float32, or float64 for float64
             hidden states.
         matmul_dtype: dtype of matrix products: on a CPU `loss_dtype`, else the dtype of autocast or hidden states.
+        fused: whether one Triton kernel computes the cross-entropy: on CUDA with Triton, except in float64.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class ChunkedLoss:
         self.bias = bias
         self.softcap = softcap
         self.chunk_rows = chunk_rows
+        self.fused = self.device == "cuda" and self.loss_dtype == torch.float32 and find_spec("triton") is not None
         self.grad_unembedding: Tensor | None = None
         if needs_unembedding_grad:
             self.grad_unembedding = torch.zeros_like(unembedding, dtype=self.loss_dtype)
@@ -113,35 +120,69 @@ class ChunkedLoss:
             for start in range(0, len(targets), self.chunk_rows):
                 rows = slice(start, start + self.chunk_rows)
                 states = hidden_states[rows].to(self.matmul_dtype)  # (C, D)
-                logits = torch.mm(states, self.unembedding.T, out=buffer[: len(states)]).to(self.loss_dtype)  # (C, V)
-                if self.bias is not None:
-                    logits += self.bias
-                softcap_slope = None
-                if self.softcap is not None:
-                    logits.div_(self.softcap).tanh_()
-                    softcap_slope = 1 - logits.square() if weights is not None else None
-                    logits.mul_(self.softcap)
-                chunk = objective(logits, targets[rows])
-                objective_losses[rows], token_losses[rows], correct[rows] = chunk[:3]
-                if weights is None:
+                logits = torch.mm(states, self.unembedding.T, out=buffer[: len(states)])  # (C, V)
+                row_weights = None if weights is None else weights[rows]
+                losses, grad_logits = self.losses_of_logits(logits, targets[rows], row_weights, objective)
+                objective_losses[rows], token_losses[rows], correct[rows] = losses
+                if grad_logits is None:
                     continue
-                grad_logits = chunk.gradient(weights[rows])  # (C, V), in the memory of the logits
-                if softcap_slope is not None:
-                    grad_logits *= softcap_slope
                 grad_states = self._add_gradients(grad_logits, states, needs_states=grad_hidden is not None)
                 if grad_hidden is not None and grad_states is not None:
                     grad_hidden[rows] = grad_states
         return RowLosses(objective_losses, token_losses, correct)
 
+    def losses_of_logits(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None, objective: Objective
+    ) -> tuple[RowLosses, Tensor | None]:
+        """Losses of a chunk of logits, and the gradient (C, V) of their sum times `weights`, None without weights.
+
+        Args:
+            logits: (C, V) in `matmul_dtype`, before bias and soft-cap; overwritten.
+            targets: (C,) targets of the objective.
+            weights: (C,) in `loss_dtype`, or None.
+            objective: the loss of a row.
+        """
+        if self.fused and type(objective) is CrossEntropy:
+            from weighted_mtp.training.loss.fused_cross_entropy import fused_cross_entropy
+
+            losses, correct = fused_cross_entropy(logits, targets, weights, self.bias, self.softcap)
+            return RowLosses(losses, losses, correct), None if weights is None else logits
+        logits = logits.to(self.loss_dtype)
+        if self.bias is not None:
+            logits += self.bias
+        softcap_slope = None
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_()
+            softcap_slope = 1 - logits.square() if weights is not None else None
+            logits.mul_(self.softcap)
+        chunk = objective(logits, targets)
+        grad_logits = None if weights is None else chunk.gradient(weights)  # in the memory of the logits
+        if grad_logits is not None and softcap_slope is not None:
+            grad_logits *= softcap_slope
+        return RowLosses(*chunk[:3]), grad_logits
+
     def _add_gradients(self, grad_logits: Tensor, states: Tensor, *, needs_states: bool) -> Tensor | None:
         """Add a chunk's gradients of unembedding and bias; return that of its hidden states (C, D), if needed."""
         if self.grad_bias is not None:
-            self.grad_bias += grad_logits.sum(0)
+            self.grad_bias += grad_logits.sum(0, dtype=self.loss_dtype)
         grad_logits = grad_logits.to(self.matmul_dtype)
         grad_states = grad_logits @ self.unembedding if needs_states else None
         if self.grad_unembedding is not None:
-            if self.matmul_dtype == self.loss_dtype:
-                self.grad_unembedding.addmm_(grad_logits.T, states)
-            else:
-                self.grad_unembedding += grad_logits.T @ states
+            add_product(self.grad_unembedding, grad_logits.T, states)
         return grad_states
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the matrix product of left (M, K) and right (K, N) to total (M, N), without a temporary of its size.
+
+    CUDA adds products of bfloat16 and float16 to float32 without rounding them. Other devices cannot, and form them in
+    blocks of rows.
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        rows = max(1, PRODUCT_BYTES // total[0].nbytes)
+        for block, factors in zip(total.split(rows), left.split(rows), strict=True):
+            block += factors @ right
