@@ -37,7 +37,8 @@ def private_surroundings() -> Iterator[None]:
         OSError: the directory cannot be made.
         UserError: no home directory for caches.
     """
-    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    usual = tempfile.gettempdir()  # Python does not look at TMPDIR again
+    parent = Path(os.environ.get("RAY_TMPDIR", usual))
     remove_abandoned(parent)
     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_directory() / "torchinductor")

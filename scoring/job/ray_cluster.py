@@ -26,8 +26,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment even under `uv run`
 }
-KILL_SECONDS = 10.0
-"""Longest wait for killed processes to end."""
+KILL_SECONDS = 1.0
+"""Longest wait for killed processes to end. In a container where nothing reaps them they remain as zombies."""
 
 
 def count_places(pool: WorkerPool) -> int:
