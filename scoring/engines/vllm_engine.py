@@ -5,10 +5,12 @@ uses only vLLM's public API: the prompt log-probabilities of a request that gene
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.manifest import Quantity
@@ -24,6 +26,8 @@ VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|vllm_dist_)\S+$", re.MULTILINE)
+"""Python's and vLLM's names of shared memory, as in /proc/PID/maps."""
 RETURNED_QUANTITIES: tuple[Quantity, ...] = ("loss", "entropy")
 """Rows of a vLLM result, in this order; entropies only if requested."""
 
@@ -53,6 +57,8 @@ class VllmEngine:
         own_code = getattr(hf_config, "auto_map", None) or {}
         if "AutoModelForCausalLM" in own_code and self.engine.model_config.using_transformers_backend():
             raise ValueError("vLLM would not run the code of its output layer")
+        if config.tensor_parallel_size > 1:
+            unlink_shared_memory()
         self.computed_tokens = 0
         self.max_in_flight = 2 * self.engine.vllm_config.scheduler_config.max_num_seqs
 
@@ -85,6 +91,17 @@ class VllmEngine:
             self.engine.abort_request(list(running))  # the engine may be used again
             raise
         return results
+
+
+def unlink_shared_memory() -> None:
+    """Remove the names of the memory that this process and vLLM's processes share. All of them have opened it.
+
+    Linux then frees it with the last of them, also if they are killed. They would leave it behind otherwise.
+    """
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        for path in SHARED_MEMORY.findall(Path(f"/proc/{process.pid}/maps").read_text()):
+            Path(path).unlink(missing_ok=True)
 
 
 def request_amx() -> None:

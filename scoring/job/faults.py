@@ -72,18 +72,18 @@ def measure_each(
 
     Raises:
         OutOfMemoryError: memory ran out.
-        BrokenEngineError: a sequence failed alone, and the engine has not worked since.
+        BrokenEngineError: sequences failed, and the engine has not worked since.
     """
     try:
         found = dict(zip(rows, measure(rows), strict=True))
     except Exception as error:  # engines raise exceptions of any type
         if is_out_of_memory(error):
             raise OutOfMemoryError(reason_for(error)) from error
+        try:
+            check_engine()
+        except Exception as broken:
+            raise BrokenEngineError(reason_for(error)) from broken
         if len(rows) == 1:
-            try:
-                check_engine()
-            except Exception as broken:
-                raise BrokenEngineError(reason_for(error)) from broken
             return {}, {rows[0]: reason_for(error)}
         half = len(rows) // 2
         first, first_reasons = measure_each(measure, rows[:half], find_fault, check_engine)

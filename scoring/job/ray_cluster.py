@@ -5,7 +5,8 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from textwrap import shorten
 
 import psutil
@@ -17,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from weighted_mtp.schemas.errors import SHORTER_PATH, UserError, first_line, is_socket_path_error
 from weighted_mtp.schemas.interruption import Interruption
 from weighted_mtp.scoring.job.addresses import check_reachable
+from weighted_mtp.scoring.job.local_ray import private_surroundings
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 ENVIRONMENT = {
@@ -24,8 +26,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment even under `uv run`
 }
-ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""If 0, Ray joins no cluster and binds all its ports to loopback, as on Windows and macOS."""
+KILL_SECONDS = 1.0
+"""Longest wait for killed processes to end. In a container where nothing reaps them they remain as zombies."""
 
 
 def count_places(pool: WorkerPool) -> int:
@@ -56,7 +58,7 @@ def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator
     """Connect to the Ray cluster at `address`, or start Ray on this machine; disconnect or shut down at the end.
 
     Does nothing if Ray is already connected. Ray on this machine has room for every worker of `pool`, no dashboard, and
-    all ports on loopback.
+    serves this process only (see `scoring.job.local_ray`).
 
     Raises:
         UserError: no cluster at `address`.
@@ -65,11 +67,12 @@ def ray_session(address: str | None, pool: WorkerPool | None = None) -> Iterator
         yield
         return
     os.environ.update(ENVIRONMENT | os.environ)
-    try:
-        start_ray(address, pool)
-        yield
-    finally:
-        stop_ray()
+    with nullcontext() if address else private_surroundings():
+        try:
+            start_ray(address, pool)
+            yield
+        finally:
+            stop_ray()
 
 
 def start_ray(address: str | None, pool: WorkerPool | None) -> None:
@@ -88,14 +91,12 @@ def start_ray(address: str | None, pool: WorkerPool | None) -> None:
             with silent_stderr(), Interruption(deferred=True):
                 ray.init(address=address, **quiet)
         else:
-            os.environ[ON_LOOPBACK] = "0"
-            ray_constants.ENABLE_RAY_CLUSTER = False  # this process has already read the variable
             cpus = math.ceil(pool.max_workers * pool.cpus) if pool else 1
             with silent_stderr(), Interruption(deferred=True):
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as error:  # a start that times out raises a bare Exception
         if is_socket_path_error(error):
-            raise UserError(f"{get_default_system_temp_dir()}: {SHORTER_PATH}") from error
+            raise UserError(f"{Path(get_default_system_temp_dir()).parent}: {SHORTER_PATH}") from error
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
         where += "; if it requires a token, set RAY_AUTH_MODE=token" * bool(address)
         reason = last_reason(error)
@@ -115,6 +116,7 @@ def stop_ray() -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(processes, KILL_SECONDS)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def test_a_shard_that_memory_cannot_hold_is_not_damaged(make_shard_set: Callable
     [
         "from weighted_mtp.scoring.corpus.process_pool import start_server; start_server()",
         pytest.param(
-            "from weighted_mtp.scoring.job.ray_cluster import start_ray; start_ray(None, None)",
+            "from weighted_mtp.scoring.job.ray_cluster import ray_session\nwith ray_session(None): pass",
             marks=pytest.mark.integration,
         ),
     ],

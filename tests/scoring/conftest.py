@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import PROGRESS
-from weighted_mtp.scoring.job.ray_cluster import ON_LOOPBACK
+from weighted_mtp.scoring.job.local_ray import ON_LOOPBACK
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 300.0
@@ -172,6 +172,16 @@ class Scoring:
         self.log.with_suffix(".hold").touch()
         yield
         self.log.with_suffix(".hold").unlink()
+
+    @contextmanager
+    def computing(self) -> Iterator[int]:
+        """Inside the block, a worker computes one shard all the time; yields its process."""
+        busy, computed = self.log.with_suffix(".busy"), self.log.with_suffix(".computed")
+        computed.unlink(missing_ok=True)
+        busy.touch()
+        self.wait_until(lambda: computed.exists() and computed.read_text())
+        yield int(computed.read_text())
+        busy.unlink()
 
     def workers(self) -> set[int]:
         """Processes of workers that are alive."""

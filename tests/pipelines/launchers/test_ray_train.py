@@ -1,7 +1,11 @@
 """`wmtp train --ray_workers` trains as one process does, and the output of workers reaches the driver."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from reach import LOOPBACK, named_sockets, open_ports
 from safetensors.torch import load_file
 
 from weighted_mtp.pipelines import train as train_command
@@ -104,3 +109,32 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     assert "\rtrain:" not in shown, "no bar where the driver has no terminal"
     assert shown.count("wmtp train: a worker failed (its process died: killed, crashed, or out of memory)") == 1
     assert "continuing from step-000000" in shown
+
+
+def test_only_the_rendezvous_of_torch_listens_beyond_loopback(config: Callable[..., TrainConfig]) -> None:
+    """The Ray that the command starts is out of reach of other users, and is gone at the end."""
+    run = config("run", ray_workers=2, max_steps=100_000)
+    file = run.output.with_suffix(".json")
+    file.write_text(run.model_dump_json())
+    command = [sys.executable, "-m", "weighted_mtp", "train", "--config", str(file)]
+    with tempfile.TemporaryDirectory() as path:
+        temporary = Path(path)
+        driver = subprocess.Popen(command, env={**os.environ, "TMPDIR": path}, stderr=subprocess.DEVNULL)
+        try:
+            while not (run.output / "checkpoints" / "step-00000005").exists():
+                assert driver.poll() is None
+                time.sleep(0.05)
+            tree = psutil.Process(driver.pid).children(recursive=True)
+            ports, sockets = open_ports(tree), named_sockets(tree)
+            assert len([process for process in tree if process.name().startswith("ray::RayTrain")]) == 2
+            (beyond,) = (name for (ip, _), name in ports.items() if ip not in LOOPBACK)
+            assert beyond.startswith("ray::RayTrain")
+            (directory,) = temporary.glob("wmtp-*")
+            assert sockets
+            assert all(socket.is_relative_to(directory) for socket in sockets), sockets
+            assert {entry.stat().st_mode & 0o777 for entry in temporary.iterdir()} == {0o700}
+            driver.send_signal(signal.SIGTERM)
+            assert driver.wait(60) == 128 + signal.SIGTERM
+        finally:
+            driver.kill()
+        assert list(temporary.iterdir()) == []

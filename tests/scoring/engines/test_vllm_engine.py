@@ -2,13 +2,16 @@
 
 import os
 from contextlib import nullcontext
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.engines.base import Request
-from weighted_mtp.scoring.engines.vllm_engine import request_amx
+from weighted_mtp.scoring.engines.vllm_engine import request_amx, unlink_shared_memory
 
 TOLERANCE = 1e-4
 
@@ -24,6 +27,19 @@ def test_amx_is_requested_where_there_is_amx(supported, granted, monkeypatch):
     with pytest.raises(UserError, match="does not let this process use AMX") if refused else nullcontext():
         request_amx()
     assert len(requests) == supported
+
+
+def test_shared_memory_loses_its_name():
+    """As vLLM's, whose processes have opened it before."""
+    memory = SharedMemory(create=True, size=8)
+    name = Path("/dev/shm") / memory.name
+    assert name.exists()
+    unlink_shared_memory()
+    assert not name.exists()
+    memory.buf[0] = 7
+    assert memory.buf[0] == 7
+    memory.close()
+    resource_tracker.unregister(memory._name, "shared_memory")
 
 
 def test_preempted_requests_start_anew(make_engine, reference_model, largest_difference):

@@ -2,7 +2,8 @@
 
 Run as a script, so that Ray sends what is defined here by value. Arguments: the log, seconds that a shard takes at
 least, constants of `scoring.job.fleet` as JSON, the arguments of `wmtp`. Engines wait while the log has a sibling
-`.hold`.
+`.hold`. While it has a sibling `.busy` they compute the rows again and again; each time they write their process to
+`.computed`.
 """
 
 import json
@@ -41,6 +42,9 @@ class LoggedEngine:
         time.sleep(self.seconds)
         while self.log.with_suffix(".hold").exists():
             time.sleep(0.05)
+        while self.log.with_suffix(".busy").exists():
+            self.engine.score(requests)
+            self.log.with_suffix(".computed").write_text(str(os.getpid()))
         return self.engine.score(requests)
 
 

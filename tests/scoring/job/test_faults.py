@@ -122,5 +122,7 @@ def test_an_engine_that_stopped_working_is_no_reason_to_give_up_a_row() -> None:
     def broken() -> None:
         raise RuntimeError("engine is dead")
 
+    measure = Measure({1: ValueError("bad")})
     with pytest.raises(BrokenEngineError, match="ValueError: bad"):
-        measured(Measure({1: ValueError("bad")}), [0, 1], broken)
+        measured(measure, [0, 1], broken)
+    assert measure.asked == [[0, 1]], "a dead engine is not asked again"

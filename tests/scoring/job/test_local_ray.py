@@ -1,16 +1,21 @@
-"""The Ray that `wmtp score` starts on this machine: where it listens, and what is left of it when anything dies."""
+"""The Ray that `wmtp score` starts on this machine: its surroundings, and what is left of it when anything dies."""
 
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
 
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.verification import verify
+from weighted_mtp.scoring.job.local_ray import PREFIX, private_surroundings, remove_abandoned
 
 SIGNALLED_AT_START = """
 import os, ray, signal
@@ -57,22 +62,51 @@ def wait_for_end_of(processes: list[psutil.Process], seconds: float = 20.0) -> N
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-def test_ports_are_on_loopback_and_the_dashboard_has_none(run):
-    run.start()
-    run.wait_until(lambda: run.done() > 0)
-    processes = [psutil.Process(run.process.pid), *run.children()]
-    names = {process.name() for process in processes}
-    assert {"gcs_server", "raylet"} <= names
-    listening = set()
-    for process in processes:
-        sockets = [socket for socket in process.net_connections("inet") if socket.status == psutil.CONN_LISTEN]
-        assert not (sockets and any("dashboard.py" in argument for argument in process.cmdline()))
-        listening |= {socket.laddr.ip for socket in sockets}
-    assert listening
-    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    run.send(signal.SIGINT)
-    assert run.wait() == 130
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's directory for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    return tmp_path
+
+
+def test_surroundings_are_private_and_removed(parent: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    before = dict(os.environ)
+    tokens = set()
+    for _ in range(2):
+        with private_surroundings():
+            (directory,) = parent.iterdir()
+            assert directory.stat().st_mode & 0o777 == 0o700
+            assert os.environ["TMPDIR"] == os.environ["RAY_TMPDIR"] == str(directory)
+            assert get_authentication_mode() == AuthenticationMode.TOKEN
+            assert AuthenticationTokenLoader.instance().get_raw_token() == os.environ["RAY_AUTH_TOKEN"]
+            tokens.add(os.environ["RAY_AUTH_TOKEN"])
+        assert list(parent.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), private_surroundings():
+        raise KeyboardInterrupt
+    assert list(parent.iterdir()) == []
+    assert len(tokens) == 2
+    assert dict(os.environ) == before
+    assert get_authentication_mode() == AuthenticationMode.DISABLED
+
+
+def test_directories_of_failed_jobs_are_kept_for_a_day(parent: Path):
+    with pytest.raises(UserError), private_surroundings():
+        raise UserError("failed")
+    (failed,) = parent.iterdir()
+    (parent / "other").mkdir()
+    with private_surroundings():
+        assert failed.exists()
+    for path in parent.iterdir():
+        os.utime(path, times=(0, 0))
+    with private_surroundings():
+        assert not failed.exists()
+        assert len(list(parent.iterdir())) == 2
+        (running,) = parent.glob(f"{PREFIX}*")
+        os.utime(running, times=(0, 0))
+        remove_abandoned(parent)
+        assert running.exists(), "it is locked"
 
 
 @pytest.mark.slow
