@@ -11,7 +11,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fcntl import ioctl
@@ -26,6 +26,7 @@ from shutil import which
 TUN_DEVICES = Path("/dev/net/tun")
 SET_INTERFACE, IP_PACKETS_ONLY = 0x400454CA, 0x1001
 """`TUNSETIFF`, and `IFF_TUN | IFF_NO_PI`, of `linux/if_tun.h`."""
+TCP = 6
 LONGEST_PACKET = 65536
 LONGEST_WAIT_SECONDS = 1.0
 """How long a packet waits for a link with a limited rate until it is dropped, as by a full queue."""
@@ -95,9 +96,10 @@ def why_no_network() -> str | None:
 
 
 class Network:
-    """Hosts whose links meet in one switch, the thread."""
+    """Hosts whose links meet in one switch, the thread, with a firewall: hosts accept connections at `ports` only."""
 
-    def __init__(self) -> None:
+    def __init__(self, ports: Collection[int]) -> None:
+        self.ports = ports
         self.hosts: dict[bytes, Host] = {}
         self.closed = threading.Event()
         self.switch = threading.Thread(target=self._carry, daemon=True)
@@ -138,7 +140,7 @@ class Network:
             for device in select(list(senders), [], [], min(max(wait, 0.0), 0.1))[0]:
                 for packet in read_packets(device):
                     receiver = self.hosts.get(packet[16:20])  # the destination in an IPv4 header
-                    if receiver is None:
+                    if receiver is None or self._is_refused(packet):
                         continue
                     left = senders[device].link.carry(len(packet), time.monotonic(), 0, rng)
                     arrived = left and receiver.link.carry(len(packet), left, 1, rng)
@@ -150,6 +152,10 @@ class Network:
                     with suppress(OSError):
                         os.write(receiver.device, packet)
 
+    def _is_refused(self, packet: bytes) -> bool:
+        """Whether an IPv4 packet asks for a TCP connection (SYN without ACK) to a closed port."""
+        return packet[9] == TCP and packet[33] & 0x12 == 0x02 and int.from_bytes(packet[22:24]) not in self.ports
+
 
 def read_packets(device: int) -> Iterator[bytes]:
     """All packets that a device has sent."""
@@ -159,9 +165,9 @@ def read_packets(device: int) -> Iterator[bytes]:
 
 
 @contextmanager
-def running_network() -> Iterator[Network]:
-    """A network that is removed at the end."""
-    network = Network()
+def running_network(ports: Collection[int]) -> Iterator[Network]:
+    """A network with these open ports that is removed at the end."""
+    network = Network(ports)
     try:
         yield network
     finally:
