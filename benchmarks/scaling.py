@@ -58,7 +58,7 @@ from weighted_mtp.scoring.job.finish import finish
 from weighted_mtp.scoring.job.ray_cluster import ray_session
 from weighted_mtp.scoring.job.scorer import ScoringTask
 from weighted_mtp.scoring.job.setup import describe_conditions, describe_request
-from weighted_mtp.scoring.job.units import find_done, gather
+from weighted_mtp.scoring.job.units import commit, find_done, gather
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 from weighted_mtp.training.data.loader import RowLoader
 from weighted_mtp.training.weighting import make_weighting
@@ -223,7 +223,8 @@ class Run:
         synthetic = partial(FakeEngine, rate=self.rate and self.rate * len(self.plan.models))
         load = ObservedEngine if self.engine else synthetic
         units = self.source.manifest.shards
-        job = ScoringJob(self.task, units, WorkerPool(self.workers, self.workers, 1.0, 0.0), print, load)
+        pool = WorkerPool(self.workers, self.workers, 1.0, 0.0)
+        job = ScoringJob(self.task, units, pool, print, partial(commit, self.output), load)
         ended = 0.0
         for progress in job.run():
             if not self.started and progress.workers:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,7 +30,8 @@ def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
     """Lock the directory `output` for this process. Creates it if missing and removes it again if it stays empty.
 
     On a disk the kernel locks a file and releases it when the process ends. In an object store the lock is an object
-    that the process renews. Yields a function that returns whether the lock is still held; on a disk it always is.
+    that the process renews. Yields a function that returns whether the lock is still held: on a disk it always is, and
+    in a store it asks the store only if the lock was not renewed for so long that another process may have taken it.
 
     Raises:
         UserError: another process holds the lock, `output` is a file, or it lies inside a shard set.
@@ -37,6 +39,12 @@ def exclusive(output: Location) -> Iterator[Callable[[], bool]]:
     check_place(output)
     with _locked_file(output) if isinstance(output, Path) else _lease(output) as held:
         yield held
+
+
+def check_held(output: Location, held: Callable[[], bool]) -> None:
+    """Raise UserError if the lock of `output`, with the function that `exclusive` yields, is no longer held."""
+    if not held():
+        raise UserError(f"--output {output}: another run has taken over its lock; rerun the same command when it ends")
 
 
 def check_place(output: Location) -> None:
@@ -97,12 +105,14 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
     lock = output / LOCK
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     name = f"{holder} {uuid4().hex}"
+    renewed_at = time.monotonic()
     if not _create(lock, name):
         found = _content(lock)
         logger.warning("%s: locked by %s; checking whether it is alive", output, " ".join(found.split()[:4]))
         time.sleep(3 * RENEWAL_SECONDS)
         if _content(lock) == found:
             lock.unlink(missing_ok=True)
+        renewed_at = time.monotonic()
         created = _create(lock, name)
         time.sleep(RENEWAL_SECONDS / 10)  # another process may have mistaken this lock for the old one and removed it
         if not created or not _content(lock).startswith(name):
@@ -110,18 +120,25 @@ def _lease(output: UPath) -> Iterator[Callable[[], bool]]:
     done = threading.Event()
 
     def renew() -> None:
+        nonlocal renewed_at
         while not done.wait(RENEWAL_SECONDS):
+            started = time.monotonic()
             with suppress(Exception):  # stores may be temporarily unavailable, and raise different exceptions
                 if not _content(lock).startswith(name):
+                    renewed_at = -inf
                     logger.error("%s: this run no longer holds its lock; it stops", output)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also interrupts a wait
                     return
                 lock.write_bytes(f"{name} {time.time()}".encode())
+                renewed_at = started
+
+    def held() -> bool:
+        return time.monotonic() < renewed_at + 3 * RENEWAL_SECONDS or _content(lock).startswith(name)
 
     renewal = threading.Thread(target=renew, daemon=True)
     renewal.start()
     try:
-        yield lambda: _content(lock).startswith(name)
+        yield held
     finally:
         done.set()
         renewal.join()

@@ -1,17 +1,17 @@
 """Contrasts of stored columns only, without models, engines and workers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from weighted_mtp.schemas.shard_set.manifest import ShardEntry
 from weighted_mtp.scoring.job.report import Progress
 from weighted_mtp.scoring.job.scorer import ScoringTask, ShardScorer, load_scoring_engine
-from weighted_mtp.scoring.job.units import commit, new_attempt, write_unit
+from weighted_mtp.scoring.job.units import Attempt, new_attempt, write_unit
 
 
-def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
-    """Score units sequentially in this process, for a plan of contrasts only.
+def subtract(task: ScoringTask, units: list[ShardEntry], commit: Callable[[Attempt], None]) -> Iterator[Progress]:
+    """Score units sequentially in this process, for a plan of contrasts only, and `commit` each.
 
     Raises:
         UserError: a shard is damaged.
@@ -26,6 +26,6 @@ def subtract(task: ScoringTask, units: list[ShardEntry]) -> Iterator[Progress]:
         read_seconds = time.monotonic() - started
         attempt = new_attempt(shard.name)
         write_unit(task.output, attempt, scorer.score(shard.name, table), task.plan.columns, read_seconds)
-        commit(task.output, attempt)
+        commit(attempt)
         progress = replace(progress, units=progress.units + 1, tokens=progress.tokens + shard.tokens)
         yield progress

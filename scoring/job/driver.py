@@ -19,7 +19,7 @@ from weighted_mtp.scoring.job.ray_cluster import check_places
 from weighted_mtp.scoring.job.report import Progress
 from weighted_mtp.scoring.job.retry_policy import ScoringPolicy, Worker
 from weighted_mtp.scoring.job.scorer import ScoringTask, load_scoring_engine
-from weighted_mtp.scoring.job.units import commit, pop_note
+from weighted_mtp.scoring.job.units import Attempt, pop_note
 from weighted_mtp.scoring.job.worker_pool import WorkerPool
 
 POLL_SECONDS = 1.0
@@ -33,6 +33,7 @@ class ScoringJob:
         units: the shards to score.
         pool: number and resources of the workers.
         report: called with one line about each incident.
+        commit: moves the files of a finished attempt to their final names.
         load: creates an engine; tests and benchmarks replace it.
     """
 
@@ -42,10 +43,12 @@ class ScoringJob:
         units: list[ShardEntry],
         pool: WorkerPool,
         report: Callable[[str], None],
+        commit: Callable[[Attempt], None],
         load: Callable[[ScoringModel, EngineConfig], Engine] = load_scoring_engine,
     ) -> None:
         self.task = task
         self.report = report
+        self.commit = commit
         self.policy = ScoringPolicy(units, task.engine.batch, pool.max_workers, report)
         self.fleet = WorkerFleet(pool, load)
         self.checked_at = time.monotonic()
@@ -90,7 +93,7 @@ class ScoringJob:
     def _handle_death(self, death: Death) -> None:
         if death.out_of_memory:
             self.policy.halve_batch(death.worker, "Ray killed a worker")
-        self._lose(death.worker, death.reason, caused_by_unit=not (death.out_of_memory or death.with_node))
+        self._lose(death.worker, death.reason, caused_by_unit=not (death.out_of_memory or death.with_host))
 
     def _handle_result(self, result: CallResult) -> None:
         worker, unit, outcome = result.worker, result.unit, result.outcome
@@ -108,7 +111,7 @@ class ScoringJob:
         elif unit is None:
             self.policy.set_ready(worker)
         else:
-            commit(self.task.output, unit.attempt)
+            self.commit(unit.attempt)
             self.fleet.unit_done(worker)
             self.policy.complete(worker, unit, outcome.rejects)
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.scoring.conditions.models import ScoringModel
 from weighted_mtp.scoring.engines.base import Engine, EngineConfig
-from weighted_mtp.scoring.job.ray_cluster import cause_of_death, count_places, describe_nodes, head_answers, node_died
+from weighted_mtp.scoring.job.ray_cluster import cause_of_death, count_places, describe_nodes, head_answers, host_lost
 from weighted_mtp.scoring.job.retry_policy import UNITS_PER_WORKER, Worker
 from weighted_mtp.scoring.job.scorer import ScoringTask
 from weighted_mtp.scoring.job.units import Unit
@@ -70,11 +70,11 @@ class CallResult:
 
 @dataclass(frozen=True)
 class Death:
-    """A worker died on its own or with its node, or Ray killed it to free memory."""
+    """A worker died on its own, Ray killed it to free memory, or its node or the connection to it was lost."""
 
     worker: Worker
     reason: str
-    with_node: bool
+    with_host: bool
     out_of_memory: bool
 
 
@@ -129,7 +129,7 @@ class WorkerFleet:
                 answer = ray.get(ref)
             except RayError as error:
                 memory = isinstance(error, RayOutOfMemoryError)
-                yield Death(call.worker, cause_of_death(error), node_died(error), memory)
+                yield Death(call.worker, cause_of_death(error), host_lost(error), memory)
                 continue
             if call.query:
                 self._note_progress(self.actors[call.worker], answer)

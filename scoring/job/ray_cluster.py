@@ -13,7 +13,7 @@ import psutil
 import ray
 from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants, services, utils, worker
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from weighted_mtp.schemas.errors import SHORTER_PATH, UserError, first_line, is_socket_path_error
 from weighted_mtp.schemas.interruption import Interruption
@@ -145,15 +145,18 @@ def cause_of_death(error: RayError) -> str:
     """Cause of a worker's death in one line. Ray states it below the first line and the details of the actor."""
     if "worker process has died" in str(error):
         return "its process died: killed, crashed, or out of memory"
+    if isinstance(error, ActorUnavailableError):
+        return "the connection to it broke"
     if isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False):
         return last_reason(error)
     lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
     return shorten(lines[min(1, len(lines) - 1)], 200, placeholder="...") if lines else type(error).__name__
 
 
-def node_died(error: RayError) -> bool:
-    """Whether a worker died with its node."""
-    return "its node has died" in str(error) and not isinstance(error, RayTaskError)
+def host_lost(error: RayError) -> bool:
+    """Whether a worker's node died, or the connection to the worker broke: no failure of the worker itself."""
+    died = "its node has died" in str(error) and not isinstance(error, RayTaskError)
+    return died or isinstance(error, ActorUnavailableError)
 
 
 def head_answers() -> bool:

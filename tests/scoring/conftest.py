@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from network import Host
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._private.node import Node
@@ -102,7 +103,7 @@ def is_worker(process: int) -> bool:
 
 @dataclass
 class Scoring:
-    """A `wmtp score` in a process of its own whose engines log which rows they score."""
+    """A `wmtp score` in a process of its own, maybe on a host of its own, whose engines log which rows they score."""
 
     arguments: list[str]
     output: Path
@@ -111,6 +112,7 @@ class Scoring:
     environment: dict[str, str]
     seconds: float
     constants: dict[str, float]
+    host: Host | None = None
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -118,6 +120,8 @@ class Scoring:
         driver = Path(__file__).parent / "job" / "logged_driver.py"
         settings = [self.log, self.seconds, json.dumps(self.constants)]
         command = [sys.executable, str(driver), *map(str, settings), "score", *self.arguments]
+        if self.host:
+            command = self.host.command(*command)
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **self.environment}
         with self.printed.open("ab") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -222,6 +226,7 @@ def scoring(reference_model: Path, tmp_path: Path) -> Iterator[Callable[..., Sco
         seconds: float = 0.1,
         environment: dict[str, str] | None = None,
         constants: dict[str, float] | None = None,
+        host: Host | None = None,
     ) -> Scoring:
         settings = {"input": tokens.path, "output": tmp_path / output, "reference": reference_model}
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -235,6 +240,7 @@ def scoring(reference_model: Path, tmp_path: Path) -> Iterator[Callable[..., Sco
                 environment or {},
                 seconds,
                 constants or {},
+                host,
             )
         )
         return made[-1]

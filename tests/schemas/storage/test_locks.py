@@ -21,7 +21,7 @@ from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.storage import locks
 from weighted_mtp.schemas.storage.files import LOCK, MANIFEST, TOKENIZER, write_text
 from weighted_mtp.schemas.storage.locations import list_files
-from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.schemas.storage.locks import check_held, exclusive
 
 HOLD = """
 from weighted_mtp.schemas.storage import locks
@@ -163,6 +163,22 @@ def test_a_lock_survives_a_store_outage(s3: UPath, monkeypatch: pytest.MonkeyPat
         while locks._content(s3 / LOCK) == before:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_the_store_is_asked_about_a_lock_that_another_process_may_have_taken(
+    s3: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "RENEWAL_SECONDS", 60.0)
+    with exclusive(s3) as held:
+        own = (s3 / LOCK).read_text()
+        write_text(s3 / LOCK, "process 1 on nowhere 0")
+        assert held(), "no process takes a lock that was renewed a moment ago"
+        monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.0)
+        assert not held()
+        with pytest.raises(UserError, match="another run has taken over its lock; rerun the same command when it ends"):
+            check_held(s3, held)
+        write_text(s3 / LOCK, own)
+        check_held(s3, held)
 
 
 def test_a_lock_is_read_whole_while_its_holder_renews_it(s3: UPath, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from weighted_mtp.pipelines.score import run as run_score
 from weighted_mtp.schemas.configs import ScoreConfig
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.shard_set.verification import verify
-from weighted_mtp.scoring.job.ray_cluster import ray_session
+from weighted_mtp.scoring.job.ray_cluster import cause_of_death, host_lost, ray_session
 
 ROWS = 160
 
@@ -39,6 +40,13 @@ def test_nodes_come_and_go(nodes, scoring, tokens: ShardSet):
     lost = [line for line in run.lines() if "lost a worker" in line]
     assert len(lost) == 1
     assert "raylet" not in run.printed.read_text(), "Ray has pages to say about a dead node"
+
+
+def test_a_broken_connection_is_no_failure_of_the_worker():
+    error = ActorUnavailableError("The actor is temporarily unavailable: RpcError: ...", None)
+    assert host_lost(error)
+    assert cause_of_death(error) == "the connection to it broke"
+    assert not host_lost(ActorDiedError())
 
 
 @pytest.mark.slow
