@@ -75,6 +75,18 @@ class LoRAConfig(Config):
     )
 
 
+class PlanConfig(Config):
+    """The devices of `--dry_run`, where they are not those of this machine."""
+
+    processes: Positive | None = Field(
+        None, description="processes, one a device; default those of the launcher or of --ray_workers, else 1"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cuda is a GPU; auto takes one if it is here")
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="memory of a device, GiB; default that of the GPU of this machine"
+    )
+
+
 class TrainConfig(Config):
     """Train a language model on scored shards with a weighted multi-token-prediction loss."""
 
@@ -170,6 +182,10 @@ class TrainConfig(Config):
     )
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
+    dry_run: bool = Field(
+        False, description="only print the length of the run and the memory that each device needs; reads no weights"
+    )
+    plan: PlanConfig = Field(PlanConfig(), description="other devices than those of this machine, with --dry_run")
 
     _check_mix = field_validator("mix")(check_mix)
 
@@ -190,4 +206,6 @@ class TrainConfig(Config):
             raise ValueError("--lora needs --trainable lora")
         if self.ray_address and not self.ray_workers:
             raise ValueError("--ray_address needs --ray_workers")
+        if not self.dry_run and self.plan != PlanConfig():
+            raise ValueError("--plan needs --dry_run")
         return self

@@ -19,6 +19,7 @@ CHANGEABLE_ON_RESUME = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
     "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
     "max_bad_steps", "ray_workers", "ray_address", "continue_steps", "trust_remote_code",
+    "dry_run", "plan",
 }  # fmt: skip
 """Settings that may change when a stopped run is resumed, because they do not affect the result of its steps.
 
