@@ -52,6 +52,9 @@ class ObjectiveConfig(Config):
 class OptimizerConfig(Config):
     """AdamW and its learning rate schedule."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="moments in float32, or in 8 bits, which takes a quarter of their memory and needs torchao"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
     betas: tuple[FractionBelowOne, FractionBelowOne] = Field(

@@ -338,7 +338,7 @@ def build_untrained(
     Raises:
         UserError: the config cannot be read, or the model has too few layers.
     """
-    source = name if saved_heads(name) is None else str(locate(name) / MODEL)
+    source = trunk_source(name)
     less = moved_layers(config, from_scratch=from_scratch)
     try:
         trunk = random_trunk(source, less=less, attention=attention, trust_remote_code=trust_remote_code)
@@ -349,6 +349,11 @@ def build_untrained(
         raise load_error(error, source, f"{name}: cannot build the model", hint) from error
     choose_factors_by_document(trunk)
     return add_heads(trunk, config, from_scratch=from_scratch)
+
+
+def trunk_source(name: str) -> str:
+    """Directory, address or id of the trunk of a model: of a training run, the model in it."""
+    return name if saved_heads(name) is None else str(locate(name) / MODEL)
 
 
 def moved_layers(config: HeadsConfig, *, from_scratch: bool) -> int:

@@ -37,6 +37,7 @@ from weighted_mtp.training.model.decoder_layers import checkpoint_activations
 from weighted_mtp.training.model.mtp_model import MTPModel
 from weighted_mtp.training.model.trunk import decoder_of
 from weighted_mtp.training.optimizer import make_optimizer
+from weighted_mtp.training.run.checkpoint import make_state
 from weighted_mtp.training.sharding import shard_model
 
 PARAMETERS = "parameters"
@@ -92,7 +93,8 @@ class StepMemory:
 class MemoryTracker(TorchDispatchMode):
     """Adds up the sizes of all tensors that exist, by the kind that `kind` had when they were made.
 
-    Tensors whose sizes depend on values have the largest possible size: every token is a target.
+    Tensors whose sizes depend on values have the largest possible size: every token is a target. A condition that the
+    code of a model checks, such as whether a sequence is long, holds.
     """
 
     def __init__(self) -> None:
@@ -134,6 +136,8 @@ class MemoryTracker(TorchDispatchMode):
         """Run an operator on tensors without data, and count the tensors that it makes."""
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # tensors made of tensors, such as shards: their parts come back here
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
         if func is torch.ops.aten.nonzero.default:
             result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         elif func is torch.ops.aten._grouped_mm.default:  # whose shape function is stricter than the operator
@@ -210,20 +214,13 @@ def step_memory(model: MTPModel, config: TrainConfig, devices: Devices, sequence
     Raises:
         UserError: the model's own code depends on the values of tensors.
     """
-    rows = config.batch_size // devices.processes
-    shape = min(config.micro_batch_size, rows), sequence_length
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     tracker = MemoryTracker()
-    with fake_processes(devices) as mesh, FakeTensorMode(), tracker, products_of(devices):
+    with torch.compiler.set_stance("force_eager"), fake_processes(devices) as mesh, products_of(devices):
+        make_state(make_optimizer(nn.Linear(256, 16), config.optimizer))  # computes the tables of 8-bit moments
         try:
-            allocate(model)
-            size = tracker.totals[PARAMETERS]
-            if config.activation_checkpointing:
-                checkpoint_activations(model)
-            if mesh is not None:
-                shard_model(model, mesh, bfloat16=devices.bfloat16)
-            buckets = _buckets(model, tracker) if devices.processes > 1 and mesh is None else None
-            _run_steps(model, config, devices, shape, tracker, passes=-(-rows // shape[0]))
-            del buckets
+            with FakeTensorMode(), tracker:
+                _run_steps(model, config, devices, sequence_length, mesh, tracker)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
             raise UserError(
                 f"--dry_run: the memory of {config.model} cannot be planned, because its code depends on the values of "
@@ -244,25 +241,35 @@ def allocate(model: nn.Module) -> None:
 
 
 def _run_steps(
-    model: MTPModel, config: TrainConfig, devices: Devices, shape: tuple[int, int], tracker: MemoryTracker, passes: int
+    model: MTPModel,
+    config: TrainConfig,
+    devices: Devices,
+    sequence_length: int,
+    mesh: DeviceMesh | None,
+    tracker: MemoryTracker,
 ) -> None:
     """Make the moments with a step of zero gradients, then run a step of at most two of its forward passes."""
+    allocate(model)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if mesh is not None:
+        shard_model(model, mesh, bfloat16=devices.bfloat16)
+    tracker.kind = BUCKETS
+    copied = devices.processes > 1 and mesh is None
+    buckets = [torch.empty_like(p) for p in model.parameters() if p.requires_grad and copied]
+    tracker.kind = MOMENTS
     optimizer = make_optimizer(model, config.optimizer)
     model.train()
-    tracker.kind = MOMENTS
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    make_state(optimizer)
 
     tracker.watch(model)
     tracker.kind = ACTIVATIONS
     decoder_of(model.trunk).register_forward_hook(lambda *_: setattr(tracker, "kind", LOSS))
+    rows = config.batch_size // devices.processes
+    shape = min(config.micro_batch_size, rows), sequence_length
     ids, weights = torch.zeros(shape, dtype=torch.int64), torch.ones(shape)
     objective = make_objective(config.objective)
-    for _ in range(min(passes, 2)):  # in the second, memory also holds the gradients of the first
+    for _ in range(min(-(-rows // shape[0]), 2)):  # in the second, memory also holds the gradients of the first
         tracker.kind, tracker.part_of_step = ACTIVATIONS, FORWARD
         with torch.autocast("cpu", torch.bfloat16, enabled=devices.bfloat16):
             loss, _ = model(ids, ids.clone(), weights, objective=objective)
@@ -272,12 +279,7 @@ def _run_steps(
     tracker.part_of_step = UPDATE
     clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
     optimizer.step()
-
-
-def _buckets(model: nn.Module, tracker: MemoryTracker) -> list[Tensor]:
-    """A copy of each gradient, as in the buckets of DDP."""
-    tracker.kind = BUCKETS
-    return [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    del buckets  # until here they are in memory
 
 
 @contextmanager

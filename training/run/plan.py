@@ -8,10 +8,12 @@ import numpy as np
 import torch
 
 from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.pretrained import load_config
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
+from weighted_mtp.schemas.storage.locations import local_name
 from weighted_mtp.training.data.mixing import make_loader
 from weighted_mtp.training.loss.shifted_targets import valid_targets
-from weighted_mtp.training.model.mtp_model import MTPModel, build_untrained
+from weighted_mtp.training.model.mtp_model import MTPModel, build_untrained, trunk_source
 from weighted_mtp.training.model.trainable_parameters import select_trainable
 from weighted_mtp.training.model.trunk import ON_GPU_ONLY
 from weighted_mtp.training.run.compatibility import check_model, check_native_heads
@@ -107,9 +109,11 @@ def planned_devices(config: TrainConfig, *, shard: bool) -> Devices:
 
 
 def planned_attention(config: TrainConfig) -> str | None:
-    """The attention to plan with; `sdpa`, which needs a mask in addition, in place of kernels for GPUs only."""
+    """The attention to plan with: eager for a soft-cap, and `sdpa`, which needs a mask, for kernels of a GPU."""
     if config.attention == "auto":
-        return None
+        source = local_name(trunk_source(config.model))
+        trunk = load_config(f"--model {config.model}", source, trust_remote_code=config.trust_remote_code)
+        return "eager" if getattr(trunk.get_text_config(), "attn_logit_softcapping", None) else None
     return "sdpa" if config.attention in ON_GPU_ONLY else config.attention
 
 

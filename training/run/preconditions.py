@@ -156,6 +156,12 @@ def check_trackers(names: Iterable[str]) -> None:
             raise UserError(f"--trackers: the package for '{name}' is not installed; install it or remove '{name}'")
 
 
+def check_optimizer(kind: str) -> None:
+    """Raise UserError if the package of an optimizer is not installed."""
+    if kind == "adamw8bit" and not is_installed("torchao"):
+        raise UserError("--optimizer.kind adamw8bit: torchao is not installed; install it, or use adamw")
+
+
 def is_installed(package: str) -> bool:
     """Whether a distribution is installed."""
     try:
