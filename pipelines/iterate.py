@@ -55,6 +55,7 @@ def run(config: IterateConfig) -> None:
         training = config.training(input=scored.path, output=directory / "run", model=model)
         training = use_round_columns(training, added, scoring.suffix)
         summary = train.run(training)
+        assert summary is not None
         release_memory()
         fingerprint = reference_fingerprint(scored, added, scoring.suffix)
         rounds.append(describe_round(number, scored, fingerprint, training, summary))

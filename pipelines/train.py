@@ -1,18 +1,28 @@
 """`wmtp train`: train on scored shards and print a summary."""
 
+import os
 from typing import Any
 
 from accelerate import PartialState
 
+from weighted_mtp.pipelines.reports.train_plan import print_plan
 from weighted_mtp.pipelines.reports.train_summary import print_summary
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.interruption import Interruption
 from weighted_mtp.schemas.progress import ProgressBar
+from weighted_mtp.training.run.plan import plan
 from weighted_mtp.training.run.train import train
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
-    """Train in this process or on Ray, print a one-screen summary, and return it."""
+def run(config: TrainConfig) -> dict[str, Any] | None:
+    """Train in this process or on Ray, print a one-screen summary, and return it.
+
+    With `dry_run`, only print the plan in the first process, and return None.
+    """
+    if config.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print_plan(plan(config, ProgressBar))
+        return None
     if config.ray_workers:
         with Interruption(deferred=True):  # Ray takes seconds to import
             from weighted_mtp.pipelines.launchers.ray_train import train_on_ray

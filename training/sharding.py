@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -66,7 +66,12 @@ def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.
     if not (shard and distributed.is_initialized()):
         return accelerator.prepare(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    bfloat16 = accelerator.mixed_precision == "bf16"
+    shard_model(model, mesh, bfloat16=accelerator.mixed_precision == "bf16")
+    return model
+
+
+def shard_model(model: MTPModel, mesh: DeviceMesh, *, bfloat16: bool) -> None:
+    """Shard `model` in place over the processes of `mesh`; `bfloat16` is whether autocast computes in it."""
     # Gather layers in the autocast dtype, which matrix products use anyway. Sum gradients in float32.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -74,7 +79,6 @@ def distribute(accelerator: Accelerator, model: MTPModel, *, shard: bool) -> nn.
     for layer in trunk_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    return model
 
 
 def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:

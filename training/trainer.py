@@ -151,7 +151,7 @@ class TrainingLoop:
                 self.accumulator.add_step(of_step, coefficients, normalizer.targets)
             else:
                 self._skip_update()
-        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad()
 

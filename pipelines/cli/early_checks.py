@@ -34,7 +34,13 @@ from weighted_mtp.schemas.weights.nodes import Node, columns_of, labels_of
 from weighted_mtp.scoring.corpus.source_files import find_files
 from weighted_mtp.scoring.engines.choice import check_engine_settings, choose_engine
 from weighted_mtp.scoring.job.addresses import check_cluster
-from weighted_mtp.training.run.preconditions import check_run, check_trackers, fixed_settings, resolve_length
+from weighted_mtp.training.run.preconditions import (
+    check_optimizer,
+    check_run,
+    check_trackers,
+    fixed_settings,
+    resolve_length,
+)
 
 
 def check_early(config: Config) -> None:
@@ -114,6 +120,7 @@ def check_training(config: TrainConfig) -> None:
     check_sets(config.eval_input or (), {}, None)
     check_model(config.model, "--model")
     check_trackers(config.trackers)
+    check_optimizer(config.optimizer.kind)
     if config.ray_address:
         check_cluster(config.ray_address)
 

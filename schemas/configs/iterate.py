@@ -62,5 +62,5 @@ class IterateConfig(Config):
 
 
 SCORE_OWN = {"input", "output", "reference", "base", "dry_run"}
-TRAIN_OWN = {"input", "output", "model"}
+TRAIN_OWN = {"input", "output", "model", "dry_run"}
 """Settings of scoring and training that `wmtp iterate` sets itself."""

@@ -52,6 +52,9 @@ class ObjectiveConfig(Config):
 class OptimizerConfig(Config):
     """AdamW and its learning rate schedule."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="moments in float32, or in 8 bits, which takes a quarter of their memory and needs torchao"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
     betas: tuple[FractionBelowOne, FractionBelowOne] = Field(
@@ -72,6 +75,18 @@ class LoRAConfig(Config):
     dropout: FractionBelowOne = Field(0.0, description="dropout on adapter inputs")
     targets: tuple[str, ...] = Field(
         ("all-linear",), description="modules to adapt, such as [q_proj,v_proj]; default all linear layers"
+    )
+
+
+class PlanConfig(Config):
+    """The devices of `--dry_run`, where they are not those of this machine."""
+
+    processes: Positive | None = Field(
+        None, description="processes, one a device; default those of the launcher or of --ray_workers, else 1"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cuda is a GPU; auto takes one if it is here")
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="memory of a device, GiB; default that of the GPU of this machine"
     )
 
 
@@ -170,6 +185,10 @@ class TrainConfig(Config):
     )
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
+    dry_run: bool = Field(
+        False, description="only print the length of the run and the memory that each device needs; reads no weights"
+    )
+    plan: PlanConfig = Field(PlanConfig(), description="other devices than those of this machine, with --dry_run")
 
     _check_mix = field_validator("mix")(check_mix)
 
@@ -190,4 +209,6 @@ class TrainConfig(Config):
             raise ValueError("--lora needs --trainable lora")
         if self.ray_address and not self.ray_workers:
             raise ValueError("--ray_address needs --ray_workers")
+        if not self.dry_run and self.plan != PlanConfig():
+            raise ValueError("--plan needs --dry_run")
         return self

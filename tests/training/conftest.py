@@ -32,6 +32,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [
 SPECIAL = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **SPECIAL),
+    "llama-wide": LlamaConfig(**SIZES | {"hidden_size": 128, "intermediate_size": 160}, **SPECIAL),
     "llama-tied": LlamaConfig(**SIZES, **SPECIAL, tie_word_embeddings=True),
     "qwen2-tied": Qwen2Config(**SIZES, **SPECIAL, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SIZES, **SPECIAL, head_dim=16, final_logit_softcapping=5.0),
@@ -51,6 +52,7 @@ from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.training.run.directory import RunDirectory
 from weighted_mtp.training.run.train import train
 torch.set_num_threads(1)
+if "adamw8bit" in config: torch.compiler.set_stance("force_eager")  # compiling its steps takes a minute
 locks.RENEWAL_SECONDS = 0.3
 save = RunDirectory.save_checkpoint
 def save_and_stop(self, accelerator, state, step):

@@ -146,6 +146,26 @@ def test_shards_resume_bit_for_bit(
         assert torch.equal(value, trained(broken)[name]), name
 
 
+@pytest.mark.slow
+def test_eight_bit_moments_of_shards(
+    config: Callable[..., TrainConfig], model_dir: Callable[..., Path], launch: Callable[..., None]
+) -> None:
+    """Two shards train as one process does, and one process continues them."""
+    pytest.importorskip("torchao")
+    settings = {"model": str(model_dir("llama-wide")), "heads": {"offsets": (1, 2)}}
+    settings |= {"optimizer": {"kind": "adamw8bit", "learning_rate": 1e-3}, "max_steps": 4, "checkpoint_every": 2}
+    one, two, broken = config("one", **settings), config("two", fsdp=True, **settings), config("broken", **settings)
+    with torch.compiler.set_stance("force_eager"):
+        train(one)
+    launch(two, 2)
+    launch(broken.model_copy(update={"fsdp": True}), 2, stop_at=2)
+    with torch.compiler.set_stance("force_eager"):
+        train(broken)
+    for other in (two, broken):
+        for a, b in zip(metrics(one), metrics(other), strict=True):
+            assert b == pytest.approx(a, rel=1e-3, abs=1e-3)  # a rounding difference may change a code
+
+
 def test_a_checkpoint_that_lost_a_shard_is_refused(
     config: Callable[..., TrainConfig], launch: Callable[..., None]
 ) -> None:

@@ -17,6 +17,8 @@ PRODUCT_BYTES = 2**26
 """Bound of the temporary memory of `add_product`."""
 
 CHUNK_ROWS = 1024
+FLOAT32_PRODUCTS = {"cpu"}
+"""Types of devices on which matrix products are at least float32. CPUs are many times slower in bfloat16."""
 
 
 class RowLosses(NamedTuple):
@@ -73,7 +75,7 @@ class ChunkedLoss:
         self.device = unembedding.device.type
         self.loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else dtype
-        self.matmul_dtype = self.loss_dtype if self.device == "cpu" else autocast
+        self.matmul_dtype = self.loss_dtype if self.device in FLOAT32_PRODUCTS else autocast
         self.unembedding = unembedding.detach().to(self.matmul_dtype)
         self.bias = bias
         self.softcap = softcap

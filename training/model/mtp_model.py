@@ -18,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from weighted_mtp.schemas.configs import HeadsConfig
 from weighted_mtp.schemas.errors import MOST_REASON, UserError, first_line
-from weighted_mtp.schemas.pretrained import quiet_transformers
+from weighted_mtp.schemas.pretrained import load_error, quiet_transformers
 from weighted_mtp.schemas.storage.files import write_text
 from weighted_mtp.schemas.storage.locations import local_copy, locate
 from weighted_mtp.schemas.storage.training_run import HEADS, MODEL, trained_model
@@ -39,6 +39,7 @@ from weighted_mtp.training.model.trunk import (
     decoder_of,
     decoder_parts,
     load_trunk,
+    random_trunk,
     recorded_call,
     softcap,
 )
@@ -300,17 +301,16 @@ def build_model(
     saved = saved_heads(name)
     config = config or saved or HeadsConfig(offsets=(1,))
     source = name if saved is None else str(locate(name) / MODEL)
-    moved = len(config.offsets) - 1 if from_scratch and config.block == "decoder" else 0
     trunk = load_trunk(
-        source, from_scratch=from_scratch, less=moved, attention=attention, trust_remote_code=trust_remote_code
+        source,
+        from_scratch=from_scratch,
+        less=moved_layers(config, from_scratch=from_scratch),
+        attention=attention,
+        trust_remote_code=trust_remote_code,
     )
     choose_factors_by_document(trunk)
     check_trunk(trunk, name)
-    heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
-    if config.dmtd.cycle > 1:
-        check_split(trunk, config.dmtd)
-    top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None
-    model = MTPModel(trunk, heads, config, top)
+    model = add_heads(trunk, config, from_scratch=from_scratch)
     check_heads(model, name)
     if saved is not None and not from_scratch:
         if _structure(saved) != _structure(config):
@@ -328,6 +328,50 @@ def build_model(
             reason = shorten(str(error), MOST_REASON, placeholder="...")
             raise UserError(f"{directory}: cannot be loaded ({reason}); train the run again") from error
     return model
+
+
+def build_untrained(
+    name: str, config: HeadsConfig, *, from_scratch: bool, attention: str | None, trust_remote_code: bool
+) -> MTPModel:
+    """Build the model of `build_model` with random weights, without reading any and without running it.
+
+    Raises:
+        UserError: the config cannot be read, or the model has too few layers.
+    """
+    source = trunk_source(name)
+    less = moved_layers(config, from_scratch=from_scratch)
+    try:
+        trunk = random_trunk(source, less=less, attention=attention, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:
+        hint = "give the directory or id of a causal language model"
+        raise load_error(error, source, f"{name}: cannot build the model", hint) from error
+    choose_factors_by_document(trunk)
+    return add_heads(trunk, config, from_scratch=from_scratch)
+
+
+def trunk_source(name: str) -> str:
+    """Directory, address or id of the trunk of a model: of a training run, the model in it."""
+    return name if saved_heads(name) is None else str(locate(name) / MODEL)
+
+
+def moved_layers(config: HeadsConfig, *, from_scratch: bool) -> int:
+    """Number of layers that the trunk has less, because they are heads."""
+    return len(config.offsets) - 1 if from_scratch and config.block == "decoder" else 0
+
+
+def add_heads(trunk: Any, config: HeadsConfig, *, from_scratch: bool) -> MTPModel:
+    """The model of a trunk and new heads.
+
+    Raises:
+        UserError: the trunk has too few layers, or hides them.
+    """
+    heads = make_heads(trunk, config.kind, config.block, config.offsets, from_scratch=from_scratch)
+    if config.dmtd.cycle > 1:
+        check_split(trunk, config.dmtd)
+    top = make_order_head(trunk, from_scratch=from_scratch) if config.predicts_order else None
+    return MTPModel(trunk, heads, config, top)
 
 
 @torch.no_grad()

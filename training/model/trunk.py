@@ -67,14 +67,11 @@ def load_trunk(
             a part that `attention` leaves out.
     """
     source = local_name(name)
-    config = load_config(name, source, trust_remote_code=trust_remote_code)
-    settings: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {"attention": attention, "trust_remote_code": trust_remote_code}
     try:
         if not from_scratch:
-            return load_causal_lm(name, source, attention=attention, **settings)
-        if less:
-            config = without_layers(config, name, less)
-        trunk = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **settings)
+            return load_causal_lm(name, source, dtype=torch.float32, **settings)
+        trunk = random_trunk(name, less=less, **settings)
         settle_attention(name, trunk, attention)
         return trunk
     except UserError:
@@ -86,6 +83,16 @@ def load_trunk(
         if not from_scratch and (Path(source) / "config.json").exists():
             hint += ", or start from its config with 'wmtp train --from_scratch true'"
         raise load_error(error, source, f"{name}: cannot load the model", hint) from error
+
+
+def random_trunk(name: str, *, less: int, attention: str | None, trust_remote_code: bool) -> Any:
+    """A causal language model with random weights in float32, from its config alone; see `load_trunk`."""
+    config = load_config(name, local_name(name), trust_remote_code=trust_remote_code)
+    if less:
+        config = without_layers(config, name, less)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
 
 
 def choose_attention(wanted: str, device: torch.device) -> str | None:

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from weighted_mtp.training.optimizer import moment_tensors
+
 STATE = "state.pt"
 
 
@@ -57,7 +59,8 @@ class TrainingState:
             seen.add(id(value))
             tensors[f"model.{name}"] = value.detach()
             for key, moment in self.optimizer.state.get(value, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = moment
+                for part, tensor in moment_tensors(moment).items():
+                    tensors[f"optimizer.{name}.{key}{part}"] = tensor
         return tensors
 
     def save(self, accelerator: Accelerator, directory: Path) -> None:
@@ -85,7 +88,7 @@ class TrainingState:
         for name, size in state["files"].items():
             if (directory / name).stat().st_size != size:
                 raise ValueError(f"{name} is not {size} bytes long")
-        _make_state(self.optimizer)
+        make_state(self.optimizer)
         with _checkpointing():
             reader = HuggingFaceStorageReader(str(directory))
             load(self.tensors(), storage_reader=reader, no_dist=not distributed.is_initialized())
@@ -129,11 +132,11 @@ def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
     return states
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
+def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Initialise the optimizer state with a step at learning rate 0; the checkpoint then overwrites it."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = group["lr"] * 0.0  # a number or a tensor
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

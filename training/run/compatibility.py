@@ -24,15 +24,15 @@ from weighted_mtp.schemas.storage.training_run import RUN_RECORD, trained_model
 from weighted_mtp.schemas.tokenizers import fits
 from weighted_mtp.training.data.loader import check_batch
 from weighted_mtp.training.model.mtp_model import MTPModel
-from weighted_mtp.training.run.preconditions import check_trackers
+from weighted_mtp.training.run.preconditions import check_optimizer, check_trackers
 
 
 def check_settings(config: TrainConfig, sequence_length: int, processes: int) -> None:
     """Check settings against the number of processes, the row length and the installed packages.
 
     Raises:
-        UserError: a batch cannot be split or is too large, an offset exceeds the row length, or a tracker is not
-            installed.
+        UserError: a batch cannot be split or is too large, an offset exceeds the row length, or the package of a
+            tracker or of the optimizer is not installed.
     """
     if config.batch_size % processes:
         raise UserError(f"--batch_size {config.batch_size}: give a multiple of the {processes} processes")
@@ -42,6 +42,7 @@ def check_settings(config: TrainConfig, sequence_length: int, processes: int) ->
     if config.heads.offsets[-1] >= sequence_length:
         raise UserError(f"--heads.offsets: {config.heads.offsets[-1]} reaches beyond rows of {sequence_length} tokens")
     check_trackers(config.trackers)
+    check_optimizer(config.optimizer.kind)
 
 
 def check_tokenizer(model: str, shards: ShardSet, *, trust_remote_code: bool) -> None:

@@ -19,6 +19,7 @@ CHANGEABLE_ON_RESUME = {
     "output", "micro_batch_size", "eval_input", "eval_every", "eval_tokens", "checkpoint_every", "max_checkpoints",
     "keep_checkpoints", "loader_workers", "log_every", "trackers", "fsdp", "activation_checkpointing", "compile",
     "max_bad_steps", "ray_workers", "ray_address", "continue_steps", "trust_remote_code",
+    "dry_run", "plan",
 }  # fmt: skip
 """Settings that may change when a stopped run is resumed, because they do not affect the result of its steps.
 
@@ -153,6 +154,12 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         if not any(map(is_installed, TRACKER_PACKAGES.get(name, (name,)))):
             raise UserError(f"--trackers: the package for '{name}' is not installed; install it or remove '{name}'")
+
+
+def check_optimizer(kind: str) -> None:
+    """Raise UserError if the package of an optimizer is not installed."""
+    if kind == "adamw8bit" and not is_installed("torchao"):
+        raise UserError("--optimizer.kind adamw8bit: torchao is not installed; install it, or use adamw")
 
 
 def is_installed(package: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import metrics, trained
+from safetensors.torch import load_file
 
 from weighted_mtp.schemas.configs import TrainConfig
 from weighted_mtp.schemas.errors import UserError
@@ -81,6 +82,32 @@ def save_and_die(self, accelerator, path):
 TrainingState.save = save_and_die
 train(TrainConfig.model_validate_json(config))
 """
+
+
+def test_eight_bit_moments_resume_bit_for_bit(
+    config: Callable[..., TrainConfig], model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    settings = {"model": str(model_dir("llama-wide")), "optimizer": {"kind": "adamw8bit"}, "checkpoint_every": 2}
+    whole, broken = config("whole", **settings), config("broken", **settings)
+    save = run_module.RunDirectory.save_checkpoint
+
+    def die_after_saving(self: Any, accelerator: Any, state: Any, step: int) -> None:
+        save(self, accelerator, state, step)
+        raise KeyboardInterrupt
+
+    with torch.compiler.set_stance("force_eager"):
+        train(whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module.RunDirectory, "save_checkpoint", die_after_saving)
+            with pytest.raises(KeyboardInterrupt):
+                train(broken)
+        saved = load_file(broken.output / "checkpoints" / "step-00000002" / SHARD)
+        assert saved["optimizer.trunk.lm_head.weight.exp_avg.codes"].dtype == torch.uint8
+        train(broken)
+    assert metrics(whole) == metrics(broken)
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(broken)[name]), name
 
 
 def test_killed_process_resumes_and_its_unfinished_files_do_no_harm(
