@@ -104,15 +104,23 @@ def status_of(code: int | None, rows: list[dict[str, Any]]) -> str:
 
 
 def table(directory: Path) -> str:
-    """The figures of all steps that ran, as a table in Markdown."""
-    lines = ["| step | status | seconds | test or row | figures |", "|---|---|---|---|---|"]
-    for step in STEPS:
-        if (record := read_record(directory, step)) is not None:
-            rows = [(name_of(row), figures_of(row)) for row in record.rows] or [("", " ".join(record.log[-1:]))]
-            for number, (name, figures) in enumerate(rows):
-                first = (step.name, record.status, f"{record.seconds:.0f}") if number == 0 else ("", "", "")
-                lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in (*first, name, figures))} |")
+    """The figures of all steps that ran, as a table in Markdown, after a line for each device and its packages."""
+    records = [record for step in STEPS if (record := read_record(directory, step))]
+    lines = [*dict.fromkeys(machine_of(record) for record in records), ""]
+    lines += ["| step | status | seconds | test or row | figures |", "|---|---|---|---|---|"]
+    for record in records:
+        rows = [(name_of(row), figures_of(row)) for row in record.rows] or [("", " ".join(record.log[-1:]))]
+        for number, (name, figures) in enumerate(rows):
+            first = (record.step, record.status, f"{record.seconds:.0f}") if number == 0 else ("", "", "")
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in (*first, name, figures))} |")
     return "\n".join(lines) + "\n"
+
+
+def machine_of(record: Record) -> str:
+    """Device and versions of the installed packages."""
+    device = record.settings["device"] or "CPU, in small, with sdpa in the place of flash attention"
+    versions = (f"{name} {version}" for name, version in record.settings["versions"].items() if version)
+    return f"{device}; Python {record.settings['python']}, {', '.join(versions)}"
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -120,11 +128,19 @@ def name_of(row: dict[str, Any]) -> str:
     return str(next(iter(row.values())))
 
 
+def short(value: Any) -> str:
+    """A value in at most three digits if it is a number, else as it is."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return str(value)
+
+
 def figures_of(row: dict[str, Any]) -> str:
     """Figures of a row, in words."""
     if "outcome" in row:
         first = [row[key] for key in ("outcome", "reason") if key in row]
-        return ", ".join([*first, *(f"{key} {value}" for key, value in row.items() if key not in NOT_SHOWN)])
+        return ", ".join([*first, *(f"{key} {short(value)}" for key, value in row.items() if key not in NOT_SHOWN)])
     found = [form.format(row[key] * factor) for key, (form, factor) in UNITS.items() if key in row]
     if "seconds" in row:
         found.insert(0, f"{statistics.median(row['seconds']):.4f} s")

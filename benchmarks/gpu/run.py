@@ -55,11 +55,11 @@ def main() -> None:
     steps = [step for step in STEPS if arguments.part in (None, step.part) and arguments.only in (None, step.name)]
     if arguments.list:
         for step in steps:
-            command = " ".join(step.command(arguments.rehearse, Path(f"{step.name}.figures"))[1:])
-            print(f"part {step.part}  {step.limit:4} s  {step.name:18} {command}")
+            print(f"part {step.part}  {step.limit:4} s  {step.name:18} {words(step, arguments.rehearse)}")
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     directory = arguments.output or ROOT / "runs" / ("gpu-rehearsal" if arguments.rehearse else "gpu")
     directory.mkdir(parents=True, exist_ok=True)
     environment = make_environment(directory, arguments.rehearse)
@@ -130,7 +130,7 @@ def run(
     """Run a step, unless it has finished with the same settings, and write its record and the table."""
     figures = directory.resolve() / f"{step.name}.figures"
     command = step.command(arguments.rehearse, figures)
-    settings = {"command": command, **machine}
+    settings = {"command": words(step, arguments.rehearse), **machine}
     before = read_record(directory, step)
     if before and before.status in FINISHED and before.settings == settings:
         print(f"{step.name}: {before.status} before", flush=True)
@@ -150,6 +150,11 @@ def run(
     write_atomically(directory / "table.md", table(directory))
     print("\n".join([f"{step.name}: {status} after {seconds:.0f} s", *(f"    {line}" for line in lines)]), flush=True)
     return record
+
+
+def words(step: Step, rehearse: bool) -> str:
+    """The command of a step without the paths of this machine."""
+    return " ".join(["python", *step.command(rehearse, Path(f"{step.name}.figures"))[1:]])
 
 
 def run_limited(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:

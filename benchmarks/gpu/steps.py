@@ -34,7 +34,7 @@ class Step(NamedTuple):
     def command(self, rehearse: bool, figures: Path) -> list[str]:
         """The command, which writes its figures to a file: benchmarks JSON, tests JUnit XML."""
         if self.is_test:
-            options = ["--rehearse"] if rehearse else []
+            options = ["-o", "junit_family=xunit1", *(["--rehearse"] if rehearse else [])]
             return [sys.executable, "-m", "pytest", self.script, *options, "--junit-xml", str(figures)]
         arguments = self.small if rehearse else self.arguments
         return [sys.executable, self.script, *arguments.split(), "--json", str(figures)]

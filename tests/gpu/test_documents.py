@@ -97,7 +97,7 @@ def test_losses_are_those_of_the_documents_alone(
 def test_a_document_has_no_influence_on_the_others(
     heads: str, attention: str, build: Callable[..., MTPModel], device: torch.device
 ) -> None:
-    """Of the loss of one document, the gradient at the embeddings of all other tokens is exactly 0, also in bfloat16."""
+    """The gradient of its loss at the embeddings of all other tokens is exactly 0, also in bfloat16."""
     model = build(attention, HEADS[heads])
     ids, positions, _ = packed(device)
     start = sum(DOCUMENTS[:3])

@@ -121,7 +121,7 @@ def test_too_large_a_batch_is_out_of_memory_and_a_smaller_one_is_not(
     dtype = "bfloat16" if on_gpu else "float32"
     config = engine_config(engine, batch_tokens=large, dtype=dtype)
     kind, _, reason = work(model, config, sequences, memory_limit=limit)
-    record_property("reason", reason)
+    record_property("worker", f"{kind} {reason}")
     assert kind == "out_of_memory", reason
     assert work(model, config.with_batch(small), sequences, memory_limit=limit)[:2] == ("done", 0)
 
@@ -140,7 +140,7 @@ def test_an_id_that_reaches_the_device_breaks_the_worker_and_not_the_job(
     sequences[1][7] = 250
     config = engine_config(engine)
     kind, rejects, reason = work(model, config, sequences, replaced_id=250)
-    record_property("reason", reason)
+    record_property("worker", f"{kind} {reason}")
     if device.type == "cuda":
         assert kind == "broken"
         assert "CUDA error" in reason

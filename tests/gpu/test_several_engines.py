@@ -1,6 +1,5 @@
 """Two engines that share one GPU."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,15 +88,24 @@ def test_two_workers_of_a_job_share_the_device(
     device: torch.device,
     tmp_path: Path,
 ) -> None:
-    """`wmtp score` with two workers on one GPU, or on one core each of a CPU."""
+    """`wmtp score` on one GPU, or on a core of a CPU. It does not start before both workers fit."""
     ids = [request.input_ids.tolist() for request in requests]
     shards = make_shard_set(ids, rows_per_shard=4)
     share = ["--gpus_per_worker", "0.5"] if device.type == "cuda" else ["--cpus_per_worker", "0.5"]
     command = [sys.executable, "-m", "weighted_mtp", "score", "--input", str(shards.path), "--reference", str(model)]
-    command += ["--output", str(tmp_path / "scored"), "--dtype", "bfloat16", "--workers", "2", *share]
+    command += [
+        "--output",
+        str(tmp_path / "scored"),
+        "--dtype",
+        "bfloat16",
+        "--workers",
+        "2",
+        "--min_workers",
+        "2",
+        *share,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     read = [read_shard(tmp_path / "scored" / "data" / shard_name(number, 4)) for number in range(4)]
     losses = np.concatenate([flat_values(table["loss_reference"]) for table in read])
     assert difference(losses, make_engine(model, "transformers").score(requests)) < TOLERANCE
-    assert json.loads((tmp_path / "scored" / "manifest.json").read_text())["request"]["workers"] == 2
