@@ -46,6 +46,7 @@ import json, torch
 gpu = torch.cuda.is_available()
 print(json.dumps({"device": torch.cuda.get_device_name() if gpu else None, "cuda": torch.version.cuda}))
 """
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 10
 """Seconds between the request to end and the end."""
 
@@ -57,7 +58,7 @@ def main() -> None:
         for step in steps:
             print(f"part {step.part}  {step.limit:4} s  {step.name:18} {words(step, arguments.rehearse)}")
         return
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     directory = arguments.output or ROOT / "runs" / ("gpu-rehearsal" if arguments.rehearse else "gpu")
@@ -160,6 +161,7 @@ def words(step: Step, rehearse: bool) -> str:
 def run_limited(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
     """Run a command with its output in a file. Returns its exit status, None if it was ended at the limit."""
     with log.open("wb") as output:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # here, it would leave the process running
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -168,13 +170,22 @@ def run_limited(command: list[str], environment: dict[str, str], log: Path, limi
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=receive_signals,
         )
         try:
+            receive_signals()
             return process.wait(limit)
         except subprocess.TimeoutExpired:
             return None
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             end_group(process)
+            receive_signals()
+
+
+def receive_signals() -> None:
+    """Let the signals that end this command arrive."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
