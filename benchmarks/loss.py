@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedConfig
 
 from weighted_mtp.training.loss.multi_head import (
     HeadGroup,
@@ -69,24 +70,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="output file for the settings and rows")
     arguments = parser.parse_args()
     slow = arguments.dtype == "bfloat16" and arguments.device == "cpu"
-    count = arguments.rows or (128 if slow else 4096)
+    rows = arguments.rows or (128 if slow else 4096)
     torch.set_num_threads(arguments.threads)
     problem = make_problem(
-        count, arguments.hidden, arguments.vocabulary, getattr(torch, arguments.dtype), arguments.device
+        rows, arguments.hidden, arguments.vocabulary, getattr(torch, arguments.dtype), arguments.device
     )
     few = problem._replace(weights=problem.weights * (torch.rand_like(problem.weights) < arguments.share))
     place = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} thread(s)"
-    shape = f"{count} x {arguments.hidden} x {arguments.vocabulary}, {arguments.dtype}, {place}"
+    shape = f"{rows} x {arguments.hidden} x {arguments.vocabulary}, {arguments.dtype}, {place}"
     runs = implementations(problem, few, arguments.share)
     seconds = measure(runs, arguments.rounds or (1 if slow else 3), clock(arguments.device, arguments.threads))
     report_time(seconds, shape)
-    rows: list[dict[str, Any]] = [{"implementation": name, "seconds": values} for name, values in seconds.items()]
+    results: list[dict[str, Any]] = [{"implementation": name, "seconds": values} for name, values in seconds.items()]
     if not slow:  # bfloat16 is computed in float32 on a CPU
         peaks = {heads: heads_memory(problem, heads) for heads in (1, 4)}
         report_memory(problem, peaks, shape)
-        rows += [{"implementation": f"{heads} heads", "peak_bytes": peak} for heads, peak in peaks.items()]
+        results += [{"implementation": f"{heads} heads", "peak_bytes": peak} for heads, peak in peaks.items()]
     if arguments.json:
-        arguments.json.write_text(json.dumps({"setting": {"shape": shape}, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"setting": {"shape": shape}, "rows": results}, indent=2) + "\n")
 
 
 def make_problem(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Problem:
@@ -202,8 +203,7 @@ def measure(runs: dict[str, Implementation], rounds: int, now: Callable[[], floa
 
 def heads_memory(problem: Problem, heads: int) -> int:
     """Peak bytes of the loss of residual heads on one trunk output, with gradients but without its arguments."""
-    sizes = SimpleNamespace(hidden_size=problem.hidden.shape[1])
-    trunk = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: sizes))
+    trunk = SimpleNamespace(config=PreTrainedConfig(hidden_size=problem.hidden.shape[1]))
     residual = ResidualHeads(trunk, range(1, heads + 1)).to(problem.hidden.device, problem.hidden.dtype)
     trunk_pass = TrunkOutput((problem.hidden[None],), torch.arange(len(problem.targets))[None], LayerCall())
     task = HeadTargets(
