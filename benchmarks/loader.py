@@ -10,6 +10,7 @@ over the rounds. Without --set, the shards contain the Python standard library's
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -17,14 +18,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import disable_progress_bars, load_dataset
 from rich.console import Console
 from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
@@ -50,6 +52,8 @@ VOCABULARY = 4096
 LENGTH = 2048
 BATCH = 32
 COLUMN = "excess_loss"
+SLOWEST = "datasets streaming, torch"
+RESULT = "waiting.json"
 STEP = {"sequence_length": 512, "batch_size": 16, "micro_batch_size": 16}
 
 
@@ -59,12 +63,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1 << 23, help="tokens of the generated set")
     parser.add_argument("--rounds", type=int, default=5, help="number of times each reader reads the set")
     parser.add_argument("--steps", type=int, default=150, help="training steps; a block of the loader lasts 128 steps")
+    parser.add_argument("--json", type=Path, help="output file for the settings and rows")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    disable_progress_bars()
     console = Console(width=130)
     if arguments.train:
-        console.print(waiting(ShardSet.open(arguments.set), arguments.train, arguments.steps))
+        row = waiting(ShardSet.open(arguments.set), arguments.train, arguments.steps)
+        console.print(waiting_table(row))
+        (arguments.train / RESULT).write_text(json.dumps(row))
         return
     shm = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as work:
@@ -78,8 +84,14 @@ def main() -> None:
         os.sched_setaffinity(0, {min(cores)})
         pa.set_cpu_count(1)
         torch.set_num_threads(1)
-        console.print(throughput(shards, arguments.rounds))
+        rates = throughput(shards, arguments.rounds)
+        console.print(throughput_table(rates, shards))
         console.print(packing(shards))
+        rows = [json.loads((Path(work) / RESULT).read_text())]
+        rows += [{"reader": name, "tokens_per_cpu_second": statistics.median(own)} for name, own in rates.items()]
+        setting = {"set": f"{shards.manifest.tokens} tokens, rows of {LENGTH}, one thread", "rounds": arguments.rounds}
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
 
 
 def make_set(path: Path, tokens: int, names: Sequence[str] = (COLUMN,)) -> ShardSet:
@@ -158,6 +170,9 @@ def read_loader(shards: ShardSet, preset: str) -> int:
 
 def read_datasets(shards: ShardSet, form: str | None) -> int:
     """Read all sequences of the set one by one, in a format of `datasets`."""
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
     files = [str(shards.path / DATA / shard.name) for shard in shards.manifest.shards]
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["input_ids", COLUMN])
     return sum(len(row["input_ids"]) for row in (rows.with_format(form) if form else rows))
@@ -173,32 +188,40 @@ def read_pyarrow(shards: ShardSet) -> int:
     return tokens
 
 
-def throughput(shards: ShardSet, rounds: int) -> Table:
-    """Let each reader read the whole set `rounds` times, in turns. CPU time excludes other processes."""
+def throughput(shards: ShardSet, rounds: int) -> dict[str, list[float]]:
+    """Tokens per CPU second of each reader and round, in turns. CPU time excludes other processes."""
     readers: dict[str, Callable[[], int]] = {
         "loader, rho1-static": lambda: read_loader(shards, "rho1-static"),
         "loader, dense": lambda: read_loader(shards, "dense"),
         "loader, sparse": lambda: read_loader(shards, "sparse"),
         "loader, uniform": lambda: read_loader(shards, "uniform"),
         "pyarrow, row groups": lambda: read_pyarrow(shards),
-        "datasets streaming, python": lambda: read_datasets(shards, None),
-        "datasets streaming, torch": lambda: read_datasets(shards, "torch"),
     }
+    if find_spec("datasets"):
+        readers["datasets streaming, python"] = lambda: read_datasets(shards, None)
+        readers[SLOWEST] = lambda: read_datasets(shards, "torch")
+    else:
+        print("datasets: skipped, not installed")
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(rounds):
         for name, read in readers.items():
             started = time.process_time()
             tokens = read()
             rates[name].append(tokens / (time.process_time() - started))
-    slowest = rates["datasets streaming, torch"]
+    return rates
+
+
+def throughput_table(rates: dict[str, list[float]], shards: ShardSet) -> Table:
+    """The rates of each reader, and how many times faster it is than the slowest."""
+    rounds = len(next(iter(rates.values())))
     title = f"{shards.manifest.tokens:,} tokens, {shards.manifest.rows:,} sequences, rows of {LENGTH}, one thread"
     table = Table("reader", title=title)
     for name in ("Mtok per CPU second", "minimum", "maximum", "times datasets, torch"):
         table.add_column(name, justify="right")
     for name, values in rates.items():
-        ratio = statistics.median(own / other for own, other in zip(values, slowest, strict=True))
+        ratios = [own / other for own, other in zip(values, rates.get(SLOWEST, ()), strict=False)]
         figures = (f"{rate / 1e6:.2f}" for rate in (statistics.median(values), min(values), max(values)))
-        table.add_row(name, *figures, f"{ratio:.1f}")
+        table.add_row(name, *figures, f"{statistics.median(ratios):.1f}" if ratios else "")
     table.caption = f"medians of {rounds} rounds; the ratio is the median of the rounds' ratios"
     return table
 
@@ -214,8 +237,8 @@ def packing(shards: ShardSet) -> Table:
     return table
 
 
-def waiting(shards: ShardSet, work: Path, steps: int) -> Table:
-    """Train a small model and measure the time each step waits for its rows."""
+def waiting(shards: ShardSet, work: Path, steps: int) -> dict[str, Any]:
+    """Train a small model and measure the time that each step waits for its rows."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vocabulary = shards.manifest.tokenizer.vocab_size
     LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes).save_pretrained(work / "model")
@@ -238,15 +261,27 @@ def waiting(shards: ShardSet, work: Path, steps: int) -> Table:
         summary = train(config)
     first, later = waits[0], waits[1:]
     seconds = summary["seconds"] - first
-    table = Table("training step", title=f"{steps} steps of {STEP['batch_size']} rows of {STEP['sequence_length']}")
+    return {
+        "reader": f"a training step of {STEP['batch_size']} rows of {STEP['sequence_length']}",
+        "step_seconds": seconds / len(later),
+        "median_wait_seconds": statistics.median(later),
+        "longest_wait_seconds": max(later),
+        "waiting_share": sum(later) / seconds,
+        "first_wait_seconds": first,
+        "tokens_per_second": summary["tokens_per_second"],
+    }
+
+
+def waiting_table(row: dict[str, Any]) -> Table:
+    """The table of these results."""
+    table = Table("training step", title=row["reader"])
     table.add_column("", justify="right")
-    table.add_row("step, ms", f"{1000 * seconds / len(later):.1f}")
-    table.add_row(
-        "waiting for rows, ms: median / maximum", f"{1000 * statistics.median(later):.2f} / {1000 * max(later):.2f}"
-    )
-    table.add_row("waiting, share of step time", f"{sum(later) / seconds:.2%}")
-    table.add_row("waiting for the first rows of the run, ms", f"{1000 * first:.0f}")
-    table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("step, ms", f"{1000 * row['step_seconds']:.1f}")
+    waits = f"{1000 * row['median_wait_seconds']:.2f} / {1000 * row['longest_wait_seconds']:.2f}"
+    table.add_row("waiting for rows, ms: median / maximum", waits)
+    table.add_row("waiting, share of step time", f"{row['waiting_share']:.2%}")
+    table.add_row("waiting for the first rows of the run, ms", f"{1000 * row['first_wait_seconds']:.0f}")
+    table.add_row("tokens per second", f"{row['tokens_per_second']:,.0f}")
     return table
 
 

@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.6, help="share of rows with nonzero weight")
     parser.add_argument("--rounds", type=int, help="default 3; 1 for bfloat16 on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads on a CPU")
+    parser.add_argument("--json", type=Path, help="output file for the settings and rows")
     arguments = parser.parse_args()
     slow = arguments.dtype == "bfloat16" and arguments.device == "cpu"
     rows = arguments.rows or (128 if slow else 4096)
@@ -92,8 +93,13 @@ def main() -> None:
     runs = implementations(problem, few, arguments.share)
     seconds = measure(runs, arguments.rounds or (1 if slow else 3), clock(arguments.device, arguments.threads))
     report_time(seconds, shape)
+    results: list[dict[str, Any]] = [{"implementation": name, "seconds": values} for name, values in seconds.items()]
     if not slow:  # bfloat16 is computed in float32 on a CPU
-        report_memory(problem, shape)
+        peaks = {heads: heads_memory(problem, heads) for heads in (1, 4)}
+        report_memory(problem, peaks, shape)
+        results += [{"implementation": f"{heads} heads", "peak_bytes": peak} for heads, peak in peaks.items()]
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"setting": {"shape": shape}, "rows": results}, indent=2) + "\n")
 
 
 def make_problem(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Problem:
@@ -136,13 +142,17 @@ Implementation = tuple[Callable[[Problem], Tensor], Problem]
 
 def implementations(dense: Problem, few: Problem, share: float) -> dict[str, Implementation]:
     """The implementations to compare, by name; the first is the baseline of ratios."""
-    # With bfloat16 on a CPU, the other policies use matrix products that are many times slower.
-    policy = "accurate" if dense.hidden.device.type == "cpu" else "auto"
-    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy=policy)
-    runs = {
-        "F.linear_cross_entropy": (partial(torch_own, options=None), dense),
-        "the same, automatic chunks": (partial(torch_own, options=nn.LinearCrossEntropyOptions()), dense),
-        f"the same, chunks of {CHUNK}": (partial(torch_own, options=chunks), dense),
+    runs: dict[str, Implementation] = {}
+    if hasattr(F, "linear_cross_entropy"):
+        # With bfloat16 on a CPU, the other policies use matrix products that are many times slower.
+        policy = "accurate" if dense.hidden.device.type == "cpu" else "auto"
+        chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy=policy)
+        runs["F.linear_cross_entropy"] = partial(torch_own, options=None), dense
+        runs["the same, automatic chunks"] = partial(torch_own, options=nn.LinearCrossEntropyOptions()), dense
+        runs[f"the same, chunks of {CHUNK}"] = partial(torch_own, options=chunks), dense
+    else:
+        CONSOLE.print(f"F.linear_cross_entropy: PyTorch {torch.__version__} does not have it, skipped")
+    runs |= {
         "F.linear and F.cross_entropy": (naive, dense),
         "ours, every row has weight": (ours, dense),
         f"ours, {share:.0%} of the rows have weight": (ours, few),
@@ -166,7 +176,7 @@ def naive(problem: Problem) -> Tensor:
     return F.cross_entropy(logits, problem.targets, reduction="none").float() @ problem.weights
 
 
-def torch_own(problem: Problem, options: nn.LinearCrossEntropyOptions | None) -> Tensor:
+def torch_own(problem: Problem, options: Any) -> Tensor:
     """PyTorch's function; without options it also computes all logits at once."""
     losses = F.linear_cross_entropy(
         problem.hidden, problem.unembedding, problem.targets, reduction="none", options=options
@@ -270,14 +280,14 @@ def peak_on_cpu(run: Callable[[], None]) -> int:
     return max(accumulate(size for _, size in changes))
 
 
-def report_memory(problem: Problem, shape: str) -> None:
+def report_memory(problem: Problem, peaks: dict[int, int], shape: str) -> None:
     """Print the memory of one and four heads and their ratio, without and with trunk output and unembedding."""
     arguments = problem.hidden.nbytes + problem.unembedding.nbytes
-    one, four = (heads_memory(problem, heads) for heads in (1, 4))
+    one = peaks[1]
     result = Table(
         "heads", "peak memory of loss and gradients", "ratio to one head", "ratio with arguments", title=shape
     )
-    for heads, peak in ((1, one), (4, four)):
+    for heads, peak in peaks.items():
         share, total = peak / one, (peak + arguments) / (one + arguments)
         result.add_row(str(heads), f"{peak / 2**20:.0f} MiB", f"{share:.3f}", f"{total:.3f}")
     CONSOLE.print(result)

@@ -18,6 +18,7 @@ they run one after another, to give each the whole memory.
 import argparse
 import gc
 import io
+import json
 import statistics
 import tempfile
 import time
@@ -31,7 +32,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
@@ -73,12 +73,13 @@ WARM_UP = 3  # unmeasured steps on a GPU, besides the first
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 ATTENTION_HEADS = ("num_attention_heads", "num_key_value_heads")
 CONFIGS = {
+    "tiny": LlamaConfig(**dict(zip(SIZES + ATTENTION_HEADS, (512, 64, 128, 2, 2, 2), strict=True))),
     "small": LlamaConfig(**dict(zip(SIZES + ATTENTION_HEADS, (32000, 512, 1376, 8, 8, 8), strict=True))),
     "qwen2.5-0.5b": Qwen2Config(
         **dict(zip(SIZES + ATTENTION_HEADS, (151936, 896, 4864, 24, 14, 2), strict=True)), tie_word_embeddings=True
     ),
 }
-SHAPES = {"small": (2, 256), "qwen2.5-0.5b": (4, 4096)}
+SHAPES = {"tiny": (2, 64), "small": (2, 256), "qwen2.5-0.5b": (4, 4096)}
 """Default number of rows per step and their length."""
 
 UNIFORM = WeightsConfig()
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
     parser.add_argument("--compile", action="store_true", help="compile decoder layers with torch.compile")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads on a CPU")
+    parser.add_argument("--json", type=Path, help="output file for the settings and rows")
     arguments = parser.parse_args()
     rows, length = SHAPES[arguments.model]
     arguments.rows, arguments.length = arguments.rows or rows, arguments.length or length
@@ -160,8 +162,15 @@ def main() -> None:
         write_shards(job)
         seconds, notes = one_by_one(job, names) if GPU else in_turns(job, names)
         tokens = float(job_rows(job, UNIFORM).tokens.mean()) * arguments.rows
-    report(seconds, notes, tokens, title(arguments))
+    rows = [
+        {"implementation": name, "seconds": values, "tokens_per_second": tokens / statistics.median(values)}
+        | notes.get(name, {})
+        for name, values in seconds.items()
+    ]
+    report(rows, title(arguments))
     compare(seconds, comparisons)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"setting": {"step": title(arguments)}, "rows": rows}, indent=2) + "\n")
 
 
 def available(name: str) -> bool:
@@ -360,6 +369,7 @@ class Others(Implementation):
 
     def _sft_trainer(self, steps: int) -> Trainer:
         """TRL packs rows without padding. It joins a batch into one row, unless that needs a mask of (B T)^2."""
+        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         arguments = self.job.arguments
@@ -407,7 +417,7 @@ def make(job: Job, name: str) -> Implementation:
     return Others(job, name) if name in PACKAGES else Ours(job, *OURS[name])
 
 
-def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     """Seconds of each step of all implementations, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
@@ -418,32 +428,38 @@ def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[s
     return seconds, {}
 
 
-def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     """Seconds of each measured step, with peak memory and model FLOP utilisation, one implementation at a time."""
-    seconds, notes = {}, {}
+    seconds: dict[str, list[float]] = {}
+    notes: dict[str, dict[str, float]] = {}
     peak = peak_flops(torch.device("cuda"))
     for name in names:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             implementation = make(job, name)
             torch.cuda.reset_peak_memory_stats()
             seconds[name] = implementation.run(WARM_UP + job.arguments.rounds)[WARM_UP:]
-        used = implementation.flops / statistics.median(seconds[name]) / peak if peak else float("nan")
-        notes[name] = [f"{torch.cuda.max_memory_allocated() / 2**30:.1f}", f"{used:.1%}"]
+        notes[name] = {"peak_bytes": torch.cuda.max_memory_allocated()}
+        if peak:
+            notes[name]["utilisation"] = implementation.flops / statistics.median(seconds[name]) / peak
         del implementation
         gc.collect()
         torch.cuda.empty_cache()
     return seconds, notes
 
 
-def report(seconds: dict[str, list[float]], notes: dict[str, list[str]], tokens: float, title: str) -> None:
+def report(rows: list[dict[str, Any]], title: str) -> None:
     """Print step time and tokens per second, and on a GPU memory and utilisation."""
     result = Table("training step", title=title)
-    for column in ("fastest, s", "median, s", "tokens/s", *(("GiB", "MFU") if notes else ())):
+    for column in ("fastest, s", "median, s", "tokens/s", *(("GiB", "MFU") if GPU else ())):
         result.add_column(column, justify="right")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        row = [f"{min(values):.3f}", f"{median:.3f}", f"{tokens / median:,.0f}"]
-        result.add_row(name, *row, *notes.get(name, []))
+    for row in rows:
+        seconds = row["seconds"]
+        texts = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{row['tokens_per_second']:,.0f}"]
+        if "peak_bytes" in row:
+            texts.append(f"{row['peak_bytes'] / 2**30:.1f}")
+        if "utilisation" in row:
+            texts.append(f"{row['utilisation']:.1%}")
+        result.add_row(row["implementation"], *texts)
     CONSOLE.print(result)
 
 

@@ -19,6 +19,11 @@ settings.load_profile("default")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that `make gpu ARGS=--rehearse` uses."""
+    parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on the CPU, in small")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Add markers derived from other markers, fixtures or parameters, and order the files.

@@ -10,7 +10,6 @@ from contextlib import suppress
 from uuid import uuid4
 
 import pytest
-import s3fs
 from upath import UPath
 
 from weighted_mtp.schemas.storage.locations import locate
@@ -23,6 +22,8 @@ def bucket() -> Iterator[str]:
     The server runs in a separate process, because vLLM inspects every object of every module, and some objects of web
     servers raise on inspection. Listings have ten objects per page: a few objects need several pages.
     """
+    import s3fs
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,6 +62,7 @@ def wait_for_server(port: int) -> None:
 @pytest.fixture
 def count_received(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """A function that starts counting and returns a list, extended by the content length of each response."""
+    import s3fs
 
     def start() -> list[int]:
         received: list[int] = []

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute
 
@@ -177,6 +176,8 @@ class CorpusResolver:
         Raises:
             UserError: no document with a label begins in the shards.
         """
+        import polars as pl  # no other weights need it
+
         [x] = call.arguments
         names = columns_read(x)
         sums = []
