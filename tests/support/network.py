@@ -1,12 +1,11 @@
 """Hosts with a network of their own on this machine, and links that can be cut, slow or lossy.
 
-A host is a network namespace with a TUN device. A thread of this process carries the IP packets from device to device:
-it can delay and drop them, for which not every kernel has `netem`.
+A host is a namespace of processes and of the network, with a TUN device. A thread of this process carries the IP
+packets from device to device: it can delay and drop them, for which not every kernel has `netem`.
 """
 
 import os
 import random
-import signal
 import struct
 import subprocess
 import threading
@@ -61,38 +60,65 @@ class Link:
 
 @dataclass
 class Host:
-    """A network namespace with one address and one link."""
+    """Processes that see only each other and one network device, with one address and one link.
 
-    namespace: str
+    `process` holds the namespaces. What runs in them ends with it, and it ends with the thread that started it.
+    """
+
+    process: subprocess.Popen[str]
     address: str
     device: int
     link: Link = field(default_factory=Link)
 
     def command(self, *arguments: object) -> list[str]:
         """The command that runs `arguments` on this host."""
-        return ["ip", "netns", "exec", self.namespace, *map(str, arguments)]
+        number = self.process.pid
+        spaces = ["--mount", "--net", f"--pid=/proc/{number}/ns/pid_for_children"]
+        return ["nsenter", "--target", str(number), *spaces, *map(str, arguments)]
+
+    def processes(self, name: str) -> set[int]:
+        """Numbers that the processes with this name (15 characters) have on this host."""
+        command = self.command("ps", "-eo", "pid=,comm=")
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        processes = (line.split(maxsplit=1) for line in printed.splitlines())
+        return {int(number) for number, of_process in processes if of_process == name}
 
     def kill_processes(self) -> None:
         """Kill everything that runs on this host, as if its power failed."""
-        while processes := run_ip("netns", "pids", self.namespace).split():
-            for process in processes:
-                with suppress(ProcessLookupError):
-                    os.kill(int(process), signal.SIGKILL)
-            time.sleep(0.05)
+        subprocess.run(self.command("sh", "-c", "kill -KILL -1"), check=True)
 
 
-def run_ip(*arguments: str) -> str:
-    """Run `ip`; return what it prints."""
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+INIT = "echo ready; while :; do sleep 1000 & wait; done"
+"""Script of the first process of a host: it waits for all orphans."""
+
+
+def start_host_process() -> subprocess.Popen[str]:
+    """Start the process of a host."""
+    flags = ("--net", "--mount-proc", "--pid", "--fork", "--kill-child")
+    process = subprocess.Popen(["unshare", *flags, "sh", "-c", INIT], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        raise OSError(f"unshare failed with status {process.wait()}")
+    return process
+
+
+def run(*command: str) -> None:
+    """Run a command that must succeed."""
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def why_no_network() -> str | None:
     """Why hosts cannot be made here; None if they can."""
     if os.geteuid():
-        return "only root can make network namespaces"
-    if which("ip") is None:
-        return "the command ip (iproute2) is not installed"
-    return None if TUN_DEVICES.exists() else f"no {TUN_DEVICES}"
+        return "only root can make namespaces and TUN devices"
+    if missing := [command for command in ("ip", "nsenter", "ps", "unshare") if which(command) is None]:
+        return f"no command {missing[0]}"
+    try:
+        with running_network() as network:
+            network.add()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"namespaces and TUN devices are not available ({error})"
+    return None
 
 
 class Network:
@@ -108,27 +134,27 @@ class Network:
     def add(self) -> Host:
         """Add a host with an address of the network 10.0.0.0/24, which only its hosts see."""
         address = IPv4Address("10.0.0.0") + len(self.hosts) + 1
-        name = f"wmtp{os.getpid()}-{len(self.hosts)}"
+        name = f"wmtp{os.getpid()}-{len(self.hosts)}"  # until it has moved to the host
+        process = start_host_process()
         device = os.open(TUN_DEVICES, os.O_RDWR | os.O_NONBLOCK)
         ioctl(device, SET_INTERFACE, struct.pack("16sH", name.encode(), IP_PACKETS_ONLY))
-        run_ip("netns", "add", name)
-        host = Host(name, str(address), device)
+        host = Host(process, str(address), device)
         self.hosts[address.packed] = host
-        run_ip("link", "set", name, "netns", name, "name", "eth0")
-        run_ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        run("ip", "link", "set", name, "netns", str(process.pid), "name", "eth0")
+        run(*host.command("ip", "address", "add", f"{address}/24", "dev", "eth0"))
         for interface in ("lo", "eth0"):
-            run_ip("-n", name, "link", "set", interface, "up")
+            run(*host.command("ip", "link", "set", interface, "up"))
         return host
 
     def close(self) -> None:
         """Kill everything on the hosts, and remove them."""
         for host in self.hosts.values():
-            host.kill_processes()
+            host.process.kill()
+            host.process.wait()
         self.closed.set()
         self.switch.join()
         for host in self.hosts.values():
             os.close(host.device)
-            run_ip("netns", "delete", host.namespace)
 
     def _carry(self) -> None:
         rng = random.Random(0)
@@ -165,7 +191,7 @@ def read_packets(device: int) -> Iterator[bytes]:
 
 
 @contextmanager
-def running_network(ports: Collection[int]) -> Iterator[Network]:
+def running_network(ports: Collection[int] = ()) -> Iterator[Network]:
     """A network with these open ports that is removed at the end."""
     network = Network(ports)
     try:
