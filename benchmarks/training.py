@@ -47,6 +47,7 @@ from transformers import (
 )
 
 from weighted_mtp.schemas.configs import DirectDecodingConfig, HeadsConfig, ObjectiveConfig, TrainConfig, WeightsConfig
+from weighted_mtp.schemas.errors import first_line
 from weighted_mtp.schemas.shard_set.fingerprints import directory_digest
 from weighted_mtp.schemas.shard_set.manifest import Contrast, CorpusInfo, Manifest, ScoreColumn, TokenizerInfo
 from weighted_mtp.schemas.shard_set.shard_set import finish_shard_set
@@ -144,6 +145,9 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
     parser.add_argument("--compile", action="store_true", help="compile decoder layers with torch.compile")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads on a CPU")
+    parser.add_argument(
+        "--one_by_one", action="store_true", default=GPU, help="one implementation after another; always on a GPU"
+    )
     parser.add_argument("--json", type=Path, help="output file for the settings and rows")
     arguments = parser.parse_args()
     rows, length = SHAPES[arguments.model]
@@ -160,13 +164,14 @@ def main() -> None:
         job = Job(arguments, Path(directory), now)
         write_model(job)
         write_shards(job)
-        seconds, notes = one_by_one(job, names) if GPU else in_turns(job, names)
+        seconds, notes = one_by_one(job, names) if arguments.one_by_one else in_turns(job, names)
         tokens = float(job_rows(job, UNIFORM).tokens.mean()) * arguments.rows
-    rows = [
-        {"implementation": name, "seconds": values, "tokens_per_second": tokens / statistics.median(values)}
-        | notes.get(name, {})
-        for name, values in seconds.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        row = {"implementation": name} | notes.get(name, {})
+        if name in seconds:
+            row |= {"seconds": seconds[name], "tokens_per_second": tokens / statistics.median(seconds[name])}
+        rows.append(row)
     report(rows, title(arguments))
     compare(seconds, comparisons)
     if arguments.json:
@@ -417,7 +422,7 @@ def make(job: Job, name: str) -> Implementation:
     return Others(job, name) if name in PACKAGES else Ours(job, *OURS[name])
 
 
-def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """Seconds of each step of all implementations, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
@@ -428,19 +433,27 @@ def in_turns(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[s
     return seconds, {}
 
 
-def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Seconds of each measured step, with peak memory and model FLOP utilisation, one implementation at a time."""
+def one_by_one(job: Job, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Seconds of each measured step, one implementation at a time, with peak memory and model FLOP utilisation.
+
+    One that fails has an error instead, and the next one runs.
+    """
     seconds: dict[str, list[float]] = {}
-    notes: dict[str, dict[str, float]] = {}
-    peak = peak_flops(torch.device("cuda"))
+    notes: dict[str, dict[str, Any]] = {}
+    peak = peak_flops(torch.device("cuda" if GPU else "cpu"))
     for name in names:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            implementation = make(job, name)
-            torch.cuda.reset_peak_memory_stats()
-            seconds[name] = implementation.run(WARM_UP + job.arguments.rounds)[WARM_UP:]
-        notes[name] = {"peak_bytes": torch.cuda.max_memory_allocated()}
-        if peak:
-            notes[name]["utilisation"] = implementation.flops / statistics.median(seconds[name]) / peak
+        implementation = None
+        try:
+            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+                implementation = make(job, name)
+                if GPU:
+                    torch.cuda.reset_peak_memory_stats()
+                seconds[name] = implementation.run(WARM_UP + job.arguments.rounds)[WARM_UP:]
+            notes[name] = {"peak_bytes": torch.cuda.max_memory_allocated()} if GPU else {}
+            if peak:
+                notes[name]["utilisation"] = implementation.flops / statistics.median(seconds[name]) / peak
+        except Exception as error:  # of any type, from any package
+            notes[name] = {"error": f"{type(error).__name__}: {first_line(error)}"}
         del implementation
         gc.collect()
         torch.cuda.empty_cache()
@@ -453,6 +466,10 @@ def report(rows: list[dict[str, Any]], title: str) -> None:
     for column in ("fastest, s", "median, s", "tokens/s", *(("GiB", "MFU") if GPU else ())):
         result.add_column(column, justify="right")
     for row in rows:
+        if "error" in row:
+            result.add_row(row["implementation"], "failed")
+            CONSOLE.print(f"{row['implementation']}: {row['error']}", markup=False)
+            continue
         seconds = row["seconds"]
         texts = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{row['tokens_per_second']:,.0f}"]
         if "peak_bytes" in row:

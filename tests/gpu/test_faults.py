@@ -16,7 +16,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import PROGRESS
 from weighted_mtp.scoring.conditions.models import check_model, check_sequences
 from weighted_mtp.scoring.conditions.plan import plan_columns
-from weighted_mtp.scoring.engines.base import EngineConfig, Request
+from weighted_mtp.scoring.engines.base import Engine, EngineConfig, Request
 from weighted_mtp.scoring.job.scorer import ScoringTask
 
 pytestmark = pytest.mark.gpu
@@ -129,6 +129,7 @@ def test_too_large_a_batch_is_out_of_memory_and_a_smaller_one_is_not(
 def test_an_id_that_reaches_the_device_breaks_the_worker_and_not_the_job(
     engine: str,
     work: Callable[..., tuple[str, int, str]],
+    make_engine: Callable[..., Engine],
     engine_config: Callable[..., EngineConfig],
     model: Path,
     random_requests: Callable[..., list[Request]],
@@ -138,15 +139,15 @@ def test_an_id_that_reaches_the_device_breaks_the_worker_and_not_the_job(
     """A GPU is unusable for the process after an assert in a kernel; on a CPU, only the sequence is lost."""
     sequences = [request.input_ids % 200 for request in random_requests([40, 60, 50])]
     sequences[1][7] = 250
-    config = engine_config(engine)
-    kind, rejects, reason = work(model, config, sequences, replaced_id=250)
+    kind, rejects, reason = work(model, engine_config(engine), sequences, replaced_id=250)
     record_property("worker", f"{kind} {reason}")
     if device.type == "cuda":
         assert kind == "broken"
         assert "CUDA error" in reason
     else:
         assert (kind, rejects) == ("done", 1)
-    assert work(model, config, sequences)[:2] == ("done", 0)
+    again = make_engine(model, engine).score([Request(ids) for ids in sequences])
+    assert all(np.isfinite(losses[0, 1:]).all() for losses in again), "another process is not affected"
 
 
 def test_ids_beyond_the_vocabulary_are_refused_before_an_engine_starts(
