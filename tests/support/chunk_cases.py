@@ -1,12 +1,16 @@
 """Chunks of logits for both forms of the cross-entropy. As a script, this runs the fused form and saves its results:
 
-    TRITON_INTERPRET=1 python chunk_cases.py results.pt
+    TRITON_INTERPRET=1 python chunk_cases.py results.pt cpu
 
-Triton reads this variable when it is imported, so its interpreter needs a process of its own.
+Triton reads this variable when it is imported, so its interpreter needs a process of its own. On a GPU, without it, the
+last argument is `cuda`.
 """
 
+import os
+import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -148,9 +152,32 @@ def run_whole(matmul_dtype: torch.dtype, *, fused: bool, device: str = "cpu") ->
     return Whole(losses.objective_losses, grad_hidden, loss.grad_unembedding, loss.grad_bias)
 
 
-if __name__ == "__main__":
+def fused_results(device: str, path: Path) -> dict[str, tuple[Tensor, ...]]:
+    """The results of the fused form on the CPU, of all cases by name; computed in another process and saved to `path`.
+
+    Args:
+        device: `cuda`, or `cpu` for Triton's interpreter.
+        path: file to write.
+    """
+    interpreter = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    command = [sys.executable, __file__, str(path), device]
+    done = subprocess.run(command, env=os.environ | interpreter, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return torch.load(path)
+
+
+def main(path: str, device: str) -> None:
+    """Run the fused form on all cases and save the results."""
     chunks = {**ordinary_chunks(), **extreme_chunks(), "outside": outside_chunk()}
-    results: dict[str, tuple[Tensor, ...]] = {name: tuple(run(chunk, fused=True)) for name, chunk in chunks.items()}
+    results: dict[str, tuple[Tensor, ...]] = {}
+    for name, chunk in chunks.items():
+        there = Chunk(*(value.to(device) if isinstance(value, Tensor) else value for value in chunk))
+        results[name] = tuple(value.cpu() for value in run(there, fused=True))
     for matmul_dtype in torch.float32, torch.bfloat16:
-        results[f"whole-{matmul_dtype}"] = tuple(run_whole(matmul_dtype, fused=True))
-    torch.save(results, sys.argv[1])
+        whole = run_whole(matmul_dtype, fused=True, device=device)
+        results[f"whole-{matmul_dtype}"] = tuple(value.cpu() for value in whole)
+    torch.save(results, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,10 +10,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import chunk_cases
 import pytest
 import torch
-from chunk_cases import Chunk, Results, Whole, extreme_chunks, ordinary_chunks, run, run_whole, whole_problem
+from chunk_cases import Results, Whole, extreme_chunks, fused_results, ordinary_chunks, run, run_whole, whole_problem
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -55,18 +54,10 @@ for capability, weights, bias, softcap in product((80, 90), ("*fp32", None), ("*
 """
 
 
-def run_python(*arguments: object, **variables: str) -> None:
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, ...]]:
     """The results of the fused form, by the name of the case."""
-    path = tmp_path_factory.mktemp("fused") / "results.pt"
-    run_python(chunk_cases.__file__, path, TRITON_INTERPRET="1")
-    return torch.load(path)
+    return fused_results("cpu", tmp_path_factory.mktemp("fused") / "results.pt")
 
 
 @pytest.mark.parametrize("name", ORDINARY)
@@ -137,28 +128,9 @@ def test_losses_and_gradients_of_several_chunks(
         torch.testing.assert_close(of_fused.double(), exact.detach(), rtol=error, atol=2 * error)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
-@pytest.mark.parametrize("name", ORDINARY | EXTREME)
-def test_equals_the_plain_form_on_a_gpu(name: str) -> None:
-    chunk = Chunk(*(value.cuda() if isinstance(value, Tensor) else value for value in (ORDINARY | EXTREME)[name]))
-    own, plain = run(chunk, fused=True), run(chunk, fused=False)
-    torch.testing.assert_close(own.losses, plain.losses, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert torch.equal(own.correct, plain.correct & ~plain.losses.isnan())
-    error = max(1e-5, RELATIVE_ERROR[chunk.logits.dtype])  # exponentials of GPUs are approximate
-    torch.testing.assert_close(own.gradient, plain.gradient, rtol=error, atol=1e-6, equal_nan=True)
-    assert torch.equal(own.losses_alone.nan_to_num(), own.losses.nan_to_num())
-    assert torch.equal(own.logits_alone.nan_to_num(), chunk.logits.nan_to_num())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
-@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradients_of_several_chunks_on_a_gpu(matmul_dtype: torch.dtype) -> None:
-    own = run_whole(matmul_dtype, fused=True, device="cuda")
-    error = 1e-5 if matmul_dtype == torch.float32 else 2e-2
-    for of_gpu, of_plain in zip(own, run_whole(matmul_dtype, fused=False), strict=True):
-        torch.testing.assert_close(of_gpu.cpu(), of_plain, rtol=error, atol=error)
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_compiles_for_gpus_with_64_bit_offsets_of_rows(dtype: str, tmp_path: Path) -> None:
-    run_python("-c", COMPILE, dtype, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
