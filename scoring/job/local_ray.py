@@ -39,9 +39,9 @@ def private_surroundings() -> Iterator[None]:
     """
     usual = tempfile.gettempdir()  # Python does not look at TMPDIR again
     parent = Path(os.environ.get("RAY_TMPDIR", usual))
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_directory() / "torchinductor")
     remove_abandoned(parent)
     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_directory() / "torchinductor")
     settings = {
         "RAY_TMPDIR": str(directory),
         "TMPDIR": str(directory),

@@ -79,6 +79,8 @@ def test_other_users_reach_nothing(engine, request, scoring, many_tokens: Callab
     assert run.wait() == 0, run.lines()
     assert list(temporary.iterdir()) == []
     assert not any(path.exists() for path in files), "shared memory"
+    if os.getuid() != 0:
+        pytest.skip("all but one check passed: only root can try as another user")
 
 
 def test_two_jobs_do_not_meet(scoring, many_tokens: Callable[[int], ShardSet], temporary):
