@@ -98,8 +98,12 @@ def start_ray(address: str | None, pool: WorkerPool | None) -> None:
         if is_socket_path_error(error):
             raise UserError(f"{Path(get_default_system_temp_dir()).parent}: {SHORTER_PATH}") from error
         where = f"--ray_address {address}: cannot connect to Ray" if address else "Ray did not start"
-        where += "; if it requires a token, set RAY_AUTH_MODE=token" * bool(address)
         reason = last_reason(error)
+        if "No node info found" in reason:
+            raise UserError(
+                f"{where}: this machine is no node of the cluster; join it with 'ray start --address {address}'"
+            ) from error
+        where += "; if it requires a token, set RAY_AUTH_MODE=token" * bool(address)
         remedy = "; use a working directory and a TMPDIR with names in UTF-8" * ("surrogates not allowed" in reason)
         raise UserError(f"{where} ({reason}){remedy}") from error
 

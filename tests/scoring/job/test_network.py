@@ -200,11 +200,11 @@ def start_score(hosts: RayHosts, scoring: Callable) -> Callable:
 
 
 def assert_stopped(run, reason: str) -> None:
-    """A run ends by itself, and says why without a traceback."""
+    """A run ends by itself, and its last line says why."""
     assert run.wait() in (1, 130), run.lines()
     assert re.search(reason, run.lines()[-1]), run.lines()
+    assert run.printed.read_text().count("error: ") <= 1, run.lines()
     assert "Traceback" not in run.printed.read_text()
-    assert all(line.startswith(("wmtp score: ", "s3://")) for line in run.lines())
 
 
 def scored_on(host: Host, run) -> bool:
@@ -301,5 +301,4 @@ def test_drivers_are_cut_off(hosts, start_score, many_tokens, expected, tmp_path
 
 def test_driver_on_a_host_without_ray(hosts, start_score, many_tokens):
     run = start_score(many_tokens(1), hosts.store.host, output="scored")
-    print(run.wait(), repr(run.printed.read_text()))
-    assert_stopped(run, "--ray_address .*: cannot connect to Ray")
+    assert_stopped(run, "--ray_address .*: cannot connect to Ray: this machine is no node of the cluster; join it")
