@@ -64,6 +64,7 @@ def silence_libraries() -> None:
     for variable, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     warnings.filterwarnings("ignore")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # tells of old calls in torchao
 
 
 class MessageLines(logging.Handler):

@@ -24,7 +24,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 from torch.testing._internal.distributed.fake_pg import FakeStore  # its import makes the process group available
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,7 +46,7 @@ ACTIVATIONS = "activations"
 LOSS = "heads and loss"
 SHARING = "copies of other processes' shards, and their gradients"
 BUCKETS = "buckets of DDP"
-FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "optimizer step"
+FORWARD, BACKWARD = "forward pass", "backward pass"
 SHARING_OPERATORS = ("fsdp", "c10d", "_c10d_functional")
 PRECISION = 1.001
 """Peaks that exceed an earlier one by a smaller factor are not recorded."""
@@ -248,7 +247,11 @@ def _run_steps(
     mesh: DeviceMesh | None,
     tracker: MemoryTracker,
 ) -> None:
-    """Make the moments with a step of zero gradients, then run a step of at most two of its forward passes."""
+    """Make the moments with a step of zero gradients, then run at most two forward and backward passes of another step.
+
+    The update after them, when there are no activations, needs less: AdamW works in place, and 8-bit AdamW has the
+    temporary tensors of one parameter.
+    """
     allocate(model)
     if config.activation_checkpointing:
         checkpoint_activations(model)
@@ -276,9 +279,6 @@ def _run_steps(
         tracker.kind, tracker.part_of_step = ACTIVATIONS, BACKWARD
         (loss * devices.processes).backward()
         del loss
-    tracker.part_of_step = UPDATE
-    clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-    optimizer.step()
     del buckets  # until here they are in memory
 
 
