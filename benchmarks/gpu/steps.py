@@ -69,7 +69,7 @@ STEPS = (
         180,
         "benchmarks/training.py",
         f"{QWEN} --only selection --rounds 20",
-        "--model tiny --only selection --rounds 1",
+        "--model tiny --one_by_one --only selection --rounds 1",
     ),
     Step(
         "training-trainers",
@@ -77,7 +77,7 @@ STEPS = (
         180,
         "benchmarks/training.py",
         f"{QWEN} --only trainers --rounds 20",
-        "--model tiny --only trainers --rounds 1",
+        "--model tiny --one_by_one --only trainers --rounds 1",
     ),
     Step(
         "training-flex",
@@ -85,7 +85,7 @@ STEPS = (
         180,
         "benchmarks/training.py",
         f"{QWEN} --only selection --rounds 20 --attention flex_attention",
-        "--model tiny --only selection --rounds 1 --attention eager",
+        "--model tiny --one_by_one --only selection --rounds 1 --attention eager",
     ),
     Step(
         "training-compiled",
@@ -93,7 +93,7 @@ STEPS = (
         270,
         "benchmarks/training.py",
         f"{QWEN} --only selection --rounds 20 --compile",
-        "--model tiny --only weighting --rounds 1 --compile",
+        "--model tiny --one_by_one --only weighting --rounds 1 --compile",
     ),
     Step("loader", 4, 120, "benchmarks/loader.py", "", "--tokens 100000 --rounds 1 --steps 5"),
     Step(
