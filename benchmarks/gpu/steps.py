@@ -104,5 +104,6 @@ STEPS = (
         "--model qwen2.5-1.5b --batch_tokens 16384 --engines pooler loop",
         "--model tiny --sequences 4 --length 64 --repeats 1 --batch_tokens 128 --engines loop",
     ),
+    Step("fused-kernel", 5, 240, "tests/gpu/test_fused_kernel.py"),
 )
 PARTS = sorted({step.part for step in STEPS})
