@@ -108,7 +108,11 @@ class MemoryTracker(TorchDispatchMode):
         self.model: nn.Module | None = None
 
     def watch(self, model: nn.Module) -> None:
-        """Tell the gradients of these parameters from other tensors, and forget earlier peaks."""
+        """Tell the gradients of these parameters from other tensors, and forget earlier peaks.
+
+        The first update of shards has such a peak: it makes whole tensors, which have no memory in a real run either,
+        to find out how operators divide shards.
+        """
         self.model, self.parameters = model, list(model.parameters())
         self.peak = {}
 
@@ -146,7 +150,7 @@ class MemoryTracker(TorchDispatchMode):
         sharing = func.namespace in SHARING_OPERATORS
         made = False
         for tensor in tree_leaves((args, result) if sharing else result):
-            # Sharding propagation computes shapes on the meta device.
+            # The shape functions of some operators make tensors on the meta device.
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 made |= self._count(tensor.untyped_storage(), sharing=sharing)
         if made:

@@ -159,7 +159,9 @@ def check_trackers(names: Iterable[str]) -> None:
 def check_optimizer(kind: str) -> None:
     """Raise UserError if the package of an optimizer is not installed."""
     if kind == "adamw8bit" and not is_installed("torchao"):
-        raise UserError("--optimizer.kind adamw8bit: torchao is not installed; install it, or use adamw")
+        raise UserError(
+            "--optimizer.kind adamw8bit: torchao is not installed; install weighted-mtp[adamw8bit], or use adamw"
+        )
 
 
 def is_installed(package: str) -> bool:

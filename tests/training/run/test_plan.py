@@ -62,6 +62,7 @@ def test_a_plan_needs_a_dry_run(config: Callable[..., TrainConfig]) -> None:
         config("run", plan={"processes": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2-dropout", "gpt_neox", "phi3"])
 @pytest.mark.parametrize("block", ["residual", "decoder"])
 def test_architectures(
@@ -79,3 +80,11 @@ def test_a_finished_run_with_its_heads(config: Callable[..., TrainConfig]) -> No
     first = config("first", max_steps=1)
     train(first)
     assert plan(config("second", model=str(first.output), dry_run=True)).trainable > 0
+
+
+def test_a_missing_package_of_the_optimizer(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weighted_mtp.training.run.preconditions.is_installed", lambda _: False)
+    with pytest.raises(UserError, match=r"torchao is not installed; install weighted-mtp\[adamw8bit\]"):
+        train(config("run", optimizer={"kind": "adamw8bit"}))
