@@ -64,7 +64,8 @@ def silence_libraries() -> None:
     for variable, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     warnings.filterwarnings("ignore")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # tells of old calls in torchao
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao: kernels of other devices, old calls
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class MessageLines(logging.Handler):

@@ -21,7 +21,7 @@ from weighted_mtp.schemas.shard_set.shard_set import ShardSet
 from weighted_mtp.schemas.storage.files import DATA
 from weighted_mtp.schemas.storage.locations import walk_files
 from weighted_mtp.scoring.job.fleet import HEAD_SECONDS
-from weighted_mtp.scoring.job.ray_cluster import ON_LOOPBACK
+from weighted_mtp.scoring.job.local_ray import ON_LOOPBACK
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 REPOSITORY = Path(__file__).parents[3]

@@ -264,7 +264,7 @@ def test_contrasts_alone_need_neither_models_nor_ray(make_shard_set, tmp_path, m
         commit(output, attempt)
 
     with monkeypatch.context() as patch:
-        patch.setattr("weighted_mtp.scoring.job.contrasts_only.commit", commit_one)
+        patch.setattr("weighted_mtp.scoring.job.run.commit", commit_one)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     more = run(config)

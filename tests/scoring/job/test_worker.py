@@ -72,7 +72,8 @@ def started(task: ScoringTask, engine: PlainEngine) -> ScoringWorker:
 def test_a_unit_is_written_under_the_names_of_its_attempt(task, unit, one_by_one: bool) -> None:
     worker, asked = started(task, PlainEngine()), unit(one_by_one)
     assert worker.score(asked) == Outcome("done", rejects=1)
-    assert worker.computed_tokens() == 5 + 2, "3 and 2 tokens, and a probe of 2 after the refusal"
+    probes = 1 if one_by_one else 3  # after each refusal: of all rows, of the last two, of the second
+    assert worker.computed_tokens() == 5 + 2 * probes, "3 and 2 tokens, and 2 for each probe"
     losses = flat_values(read_shard(asked.attempt.shard(task.output))["loss_reference"])
     nan = np.nan
     np.testing.assert_array_equal(losses, np.array([nan, 102, 154, nan, nan, nan, 358]) / 512)
