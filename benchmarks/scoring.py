@@ -180,18 +180,15 @@ def prepare(arguments: argparse.Namespace) -> Flops:
         model = AutoModelForCausalLM.from_pretrained(directory)
     else:
         architecture, *numbers = SHAPES[arguments.model]
-        sizes = dict(zip(SIZES + HEADS, numbers, strict=True)) | {
-            "max_position_embeddings": max(32768, arguments.length)
-        }
+        sizes = dict(zip(SIZES + HEADS, numbers, strict=True))
+        sizes["max_position_embeddings"] = max(32768, arguments.length)
         config = AutoConfig.for_model(architecture, **sizes, tie_word_embeddings=True)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
         model.save_pretrained(directory)
         rng = np.random.default_rng(0)
-        shortest = arguments.shortest or arguments.length
-        lengths = (
-            np.exp(rng.uniform(np.log(shortest), np.log(arguments.length), arguments.sequences)).round().astype(int)
-        )
-        rows = [rng.integers(0, config.vocab_size, length, dtype=np.int32) for length in lengths]
+        ends = np.log([arguments.shortest or arguments.length, arguments.length])
+        logarithms = rng.uniform(*ends, arguments.sequences)
+        rows = [rng.integers(0, config.vocab_size, round(np.exp(x)), dtype=np.int32) for x in logarithms]
     np.savez(arguments.work / "tokens.npz", *rows)
     config, lengths = model.config, np.array([len(row) for row in rows])
     matrices = sum(weight.numel() for weight in model.model.layers.parameters() if weight.dim() == 2)

@@ -1,5 +1,6 @@
 """The inputs of a training run: opened and checked shard sets, and resolved settings."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from weighted_mtp.schemas.storage.training_run import HEADS, MODEL
 from weighted_mtp.schemas.tokenizers import check_same_tokenizer
 from weighted_mtp.training.data.loader import check_targets
 from weighted_mtp.training.data.mixing import mix_identity, open_mix
-from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, saved_heads
-from weighted_mtp.training.run.compatibility import check_settings, check_tokenizer
+from weighted_mtp.training.model.mtp_model import HEADS_WEIGHTS, MTPModel, saved_heads
+from weighted_mtp.training.run.compatibility import check_model, check_native_heads, check_settings, check_tokenizer
 from weighted_mtp.training.run.preconditions import resolve_length
 from weighted_mtp.training.weighting.stored import check_formula
 
@@ -44,6 +45,20 @@ class RunInputs:
             "model": model_identity(self.config),
             **mix_identity(self.config, self.mixed),
         }
+
+    def check_fit(self, model: MTPModel) -> None:
+        """Check that the model fits the settings and all sets.
+
+        Raises:
+            UserError: it has multi-token-prediction layers of its own, or does not fit a set.
+        """
+        check_native_heads(model, self.config)
+        for data in filter(None, (self.shards, *self.mixed, self.held_out)):
+            check_model(model, self.config.model, data.first, self.sequence_length)
+
+    def scheduled_steps(self, rows_per_epoch: float) -> int:
+        """Steps of the learning rate schedule: those of the settings, else those of all epochs."""
+        return self.config.max_steps or math.ceil(self.config.epochs * rows_per_epoch / self.config.batch_size)
 
 
 def open_inputs(config: TrainConfig, processes: int) -> RunInputs:

@@ -1,6 +1,5 @@
 """The plan of a training run: its length, and the memory that it needs on each device. Reads no weights."""
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -16,9 +15,9 @@ from weighted_mtp.training.loss.shifted_targets import valid_targets
 from weighted_mtp.training.model.mtp_model import MTPModel, build_untrained, trunk_source
 from weighted_mtp.training.model.trainable_parameters import select_trainable
 from weighted_mtp.training.model.trunk import ON_GPU_ONLY
-from weighted_mtp.training.run.compatibility import check_model, check_native_heads
 from weighted_mtp.training.run.inputs import RunInputs, open_inputs
 from weighted_mtp.training.run.memory import Devices, StepMemory, step_memory
+from weighted_mtp.training.run.preconditions import in_bfloat16
 from weighted_mtp.training.sharding import sharding_requested
 from weighted_mtp.training.weighting.batch import BatchWeighting
 
@@ -80,9 +79,7 @@ def plan(config: TrainConfig, progress: MakeBar = hidden_bar) -> TrainPlan:
     attention = planned_attention(config)
     with torch.device("meta"):
         model = make_model(config, attention)
-    check_native_heads(model, config)
-    for data in filter(None, (inputs.shards, *inputs.mixed, inputs.held_out)):
-        check_model(model, config.model, data.first, inputs.sequence_length)
+    inputs.check_fit(model)
     parameters = list(model.parameters())
     return TrainPlan(
         config=config,
@@ -104,7 +101,7 @@ def planned_devices(config: TrainConfig, *, shard: bool) -> Devices:
         processes=config.plan.processes or launched,
         shard=shard,
         gpu=gpu,
-        bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and gpu),
+        bfloat16=in_bfloat16(config.dtype, gpu=gpu),
     )
 
 
@@ -139,8 +136,7 @@ def run_length(inputs: RunInputs, progress: MakeBar) -> RunLength:
     config = inputs.config
     loader = make_loader(config, inputs.shards, inputs.mixed, inputs.sequence_length, progress)
     rows_per_epoch = loader.rows_per_epoch()
-    steps = config.max_steps or math.ceil(config.epochs * rows_per_epoch / config.batch_size)
-    steps += config.continue_steps
+    steps = inputs.scheduled_steps(rows_per_epoch) + config.continue_steps
     weighting = BatchWeighting.make(config.weights)
     rows = next(loader.batches(config.batch_size))
     batch = weighting.weigh_rows(rows, 1.0, np.random.default_rng(config.seed))

@@ -78,6 +78,11 @@ def resolve_length(config: TrainConfig, sets: Iterable[ZippedSets]) -> TrainConf
     return config.model_copy(update={"sequence_length": config.sequence_length or longest})
 
 
+def in_bfloat16(dtype: str, *, gpu: bool) -> bool:
+    """Whether `--dtype` stands for bfloat16; auto does on a GPU."""
+    return dtype == "bfloat16" or (dtype == "auto" and gpu)
+
+
 def check_run(output: Location, path: Path, identity: dict[str, Any], continue_steps: int) -> None:
     """Check that a directory is empty or holds the same run, or a run without a checkpoint.
 

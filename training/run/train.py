@@ -1,7 +1,6 @@
 """One training run, from settings to a saved model: open inputs, build the training state, fit, save."""
 
 import json
-import math
 import shutil
 import tempfile
 from contextlib import closing, nullcontext
@@ -34,11 +33,11 @@ from weighted_mtp.training.model.trainable_parameters import select_trainable
 from weighted_mtp.training.model.trunk import choose_attention
 from weighted_mtp.training.optimizer import make_optimizer
 from weighted_mtp.training.run.checkpoint import TrainingState
-from weighted_mtp.training.run.compatibility import check_model, check_native_heads, model_tokenizer
+from weighted_mtp.training.run.compatibility import model_tokenizer
 from weighted_mtp.training.run.directory import RunDirectory
 from weighted_mtp.training.run.inputs import RunInputs, open_inputs
 from weighted_mtp.training.run.object_store import ObjectStoreCopy
-from weighted_mtp.training.run.preconditions import SAVING, TRACKING
+from weighted_mtp.training.run.preconditions import SAVING, TRACKING, in_bfloat16
 from weighted_mtp.training.schedules import make_learning_rate_schedule
 from weighted_mtp.training.sharding import distribute, full_state, sharding_requested
 from weighted_mtp.training.trainer import TrainingLoop
@@ -105,8 +104,7 @@ def make_accelerator(dtype: str, **kwargs: Any) -> Accelerator:
     Raises:
         UserError: an earlier Accelerator of this process computes in another one.
     """
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
-    mixed_precision = "bf16" if bfloat16 else "no"
+    mixed_precision = "bf16" if in_bfloat16(dtype, gpu=torch.cuda.is_available()) else "no"
     if is_initialized() and AcceleratorState().mixed_precision != mixed_precision:
         raise UserError("--dtype: this process already computes in another dtype; use that one, or a new process")
     return Accelerator(
@@ -134,14 +132,12 @@ def build(
         attention=attention,
         trust_remote_code=config.trust_remote_code,
     )
-    check_native_heads(mtp_model, config)
-    for data in filter(None, (inputs.shards, *inputs.mixed, inputs.held_out)):
-        check_model(mtp_model, config.model, data.first, inputs.sequence_length)
+    inputs.check_fit(mtp_model)
     check_saving(mtp_model, config, inputs.shards.first)
     select_trainable(mtp_model.trunk, config)
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
     loader = make_loader(config, inputs.shards, inputs.mixed, inputs.sequence_length, progress)
-    steps = config.max_steps or math.ceil(config.epochs * loader.rows_per_epoch() / config.batch_size)
+    steps = inputs.scheduled_steps(loader.rows_per_epoch())
     flops = StepFlops(mtp_model)
     model = place_model(accelerator, mtp_model, config, shard=shard)
     optimizer = make_optimizer(mtp_model, config.optimizer)
