@@ -109,6 +109,23 @@ def test_logits_of_a_few_rows_at_a_time(config, tmp_path, sequences, monkeypatch
     assert max(rows) > 40
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_that_round_differently_for_fewer_rows(dtype, tmp_path):
+    """The product of the shape of SmolLM2-135M depends on the number of rows, by about 1e-7 of the logits."""
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 1, "num_attention_heads": 9}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, intermediate_size=64, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    assert engine(tmp_path, dtype=dtype).logits_of is not None
+
+
+def test_logits_that_depend_on_more_than_hidden_states():
+    expected = torch.randn(31, 258, generator=torch.Generator().manual_seed(0)) + 100
+    assert logits.same_logits(expected + 1e-5, expected)
+    assert not logits.same_logits(expected * 1.01, expected)
+    assert not logits.same_logits(expected + torch.linspace(0, 0.01, 258), expected)
+    assert not logits.same_logits(expected * torch.nan, expected)
+
+
 def test_models_whose_layers_cannot_be_replaced(tmp_path, sequences, loop_losses):
     """OPT calls its decoder, not its layers as a whole."""
     sizes = {"vocab_size": 258, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
