@@ -37,7 +37,8 @@ def test_nodes_come_and_go(nodes, scoring, tokens: ShardSet):
     assert [check for check in verify(scored.path, scored.manifest) if check.fault] == []
     assert len({row for row, _ in run.scored()}) == ROWS
     assert len(run.scored()) <= ROWS + 2 * 4, "the dead worker had two shards"
-    lost = [line for line in run.lines() if "lost a worker" in line]
+    # Ray may place the next worker on the dead node before it knows; that one had no shards.
+    lost = [line for line in run.lines() if "lost a worker" in line and "; scoring " in line]
     assert len(lost) == 1
     assert "raylet" not in run.printed.read_text(), "Ray has pages to say about a dead node"
 
