@@ -124,6 +124,10 @@ def test_logits_that_depend_on_more_than_hidden_states():
     assert not logits.same_logits(expected * 1.01, expected)
     assert not logits.same_logits(expected + torch.linspace(0, 0.01, 258), expected)
     assert not logits.same_logits(expected * torch.nan, expected)
+    for lowest in (-torch.inf, torch.finfo(torch.float32).min):
+        masked = expected.index_fill(1, torch.arange(9), lowest)
+        assert logits.same_logits(masked + 1e-5, masked)
+        assert not logits.same_logits(torch.where(masked > 0, masked * 1.01, masked), masked)
 
 
 def test_models_whose_layers_cannot_be_replaced(tmp_path, sequences, loop_losses):
