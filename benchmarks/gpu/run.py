@@ -62,11 +62,11 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     directory = arguments.output or ROOT / "runs" / ("gpu-rehearsal" if arguments.rehearse else "gpu")
-    directory.mkdir(parents=True, exist_ok=True)
     environment = make_environment(directory, arguments.rehearse)
     machine = describe(environment)
     if machine["device"] is None and not arguments.rehearse:
         sys.exit("no GPU found: run this where PyTorch finds one, or add --rehearse to run it on the CPU in small")
+    directory.mkdir(parents=True, exist_ok=True)
     records = [run(step, directory, environment, machine, arguments) for step in steps]
     print(f"\n{table(directory)}\nwritten to {directory / 'table.md'}")
     if unfinished := [record.step for record in records if record.status not in FINISHED]:

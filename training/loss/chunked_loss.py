@@ -18,7 +18,7 @@ PRODUCT_BYTES = 2**26
 
 CHUNK_ROWS = 1024
 FLOAT32_PRODUCTS = {"cpu"}
-"""Types of devices on which matrix products are at least float32. CPUs are many times slower in bfloat16."""
+"""Types of devices on which matrix products are at least float32. Many CPUs are many times slower in bfloat16."""
 
 
 class RowLosses(NamedTuple):

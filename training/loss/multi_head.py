@@ -130,7 +130,7 @@ def multi_head_cross_entropy(
 
     With `softcap` c the logits are `c * tanh(z / c)` (Gemma 2, arXiv 2408.00118, section 2). Softmax and losses are
     computed in float32 (float64 for float64 input). Matrix products use the autocast dtype where autocast is on, else
-    the dtype of the hidden states; on a CPU at least float32, because bfloat16 products are many times slower there.
+    the dtype of the hidden states; on a CPU at least float32, because many CPUs are many times slower in bfloat16.
 
     Args:
         inputs: tensors shared by the groups, such as the trunk's hidden states; they may need gradients.
