@@ -10,11 +10,13 @@ from weighted_mtp.schemas.configs.common import (
     FractionBelowOne,
     Mix,
     Positive,
+    PositiveFraction,
     RowLength,
     Seed,
     ShardSets,
     Tracker,
     check_mix,
+    exact,
 )
 from weighted_mtp.schemas.configs.heads import HeadsConfig
 from weighted_mtp.schemas.configs.weights import WeightsConfig
@@ -61,10 +63,34 @@ class OptimizerConfig(Config):
         (0.9, 0.95), description="AdamW's decay rates of the moments"
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine",
+        description="learning rate after the warm-up; wsd (warm-up, stable, decay) decays only at the end",
+    )
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="share of the steps for learning rate warm-up"
     )
+    decay_ratio: PositiveFraction | None = Field(
+        None, description="share of the steps for the decay of wsd; default 0.2"
+    )
+    min_learning_rate_ratio: FractionBelowOne = Field(
+        0.0, description="learning rate at the end of the decay, as a share of the peak"
+    )
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "OptimizerConfig":
+        if self.decay_ratio is not None and self.schedule != "wsd":
+            raise ValueError("--optimizer.decay_ratio needs --optimizer.schedule wsd")
+        if self.min_learning_rate_ratio and self.schedule == "constant":
+            raise ValueError("--optimizer.min_learning_rate_ratio needs a schedule that decays, not constant")
+        if self.schedule == "wsd" and exact(self.warmup_ratio) + exact(self.wsd_decay_ratio) > 1:
+            raise ValueError("--optimizer.warmup_ratio and decay_ratio should sum to at most 1")
+        return self
+
+    @property
+    def wsd_decay_ratio(self) -> float:
+        """Share of the steps in which `wsd` decays."""
+        return 0.2 if self.decay_ratio is None else self.decay_ratio
 
 
 class LoRAConfig(Config):
