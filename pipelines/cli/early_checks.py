@@ -21,6 +21,7 @@ from weighted_mtp.schemas.configs import (
     WeightsReportConfig,
     split_paths,
 )
+from weighted_mtp.schemas.configs.prepare import BYTE_TOKENIZER
 from weighted_mtp.schemas.errors import NO_CONFIG, UserError, first_line
 from weighted_mtp.schemas.shard_set.manifest import read_manifest
 from weighted_mtp.schemas.shard_set.shard_set import check_request
@@ -54,7 +55,8 @@ def check_early(config: Config) -> None:
             if not is_address(config.input) and find_files(config.input, config.format) is None:
                 check_hub(config.input, "--input", "README.md", "dataset")
             check_output(config.output, {"command": "prepare"})
-            check_model(config.tokenizer, "--tokenizer", "tokenizer_config.json")
+            if config.tokenizer != BYTE_TOKENIZER:
+                check_model(config.tokenizer, "--tokenizer", "tokenizer_config.json")
         case ScoreConfig():
             check_score(config)
         case TrainConfig():

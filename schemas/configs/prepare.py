@@ -11,13 +11,17 @@ from weighted_mtp.schemas.storage.locations import LocationSetting, NameSetting
 MAX_DOCUMENT_BYTES = 1 << 23
 """Default bound of a document. Tokenising one takes up to 230 bytes of memory per byte of text."""
 SpecialTokens = Literal["parse", "text"]
+BYTE_TOKENIZER = "bytes"
+"""Name of the tokenizer of bytes."""
 
 
 class PrepareConfig(Config):
     """Turn a corpus into token shards."""
 
     input: NameSetting = Field(description="file, directory, glob, or Hugging Face dataset id")
-    tokenizer: NameSetting = Field(description="Hugging Face tokenizer: directory or id")
+    tokenizer: NameSetting = Field(
+        description="Hugging Face tokenizer: directory or id; or 'bytes', where each byte of UTF-8 is a token"
+    )
     output: LocationSetting = Field(description="directory of the new shard set")
     trust_remote_code: bool = Field(False, description="run Python code in the directory of --tokenizer")
     format: Literal["auto", "json", "parquet", "text", "csv", "arrow"] = Field(

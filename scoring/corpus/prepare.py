@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from weighted_mtp.schemas.configs import PrepareConfig
+from weighted_mtp.schemas.configs.prepare import BYTE_TOKENIZER
 from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import load_tokenizer
 from weighted_mtp.schemas.shard_set.fingerprints import digest_json, tokenizer_fingerprint
@@ -21,6 +22,7 @@ from weighted_mtp.schemas.storage.claims import claim_empty_output, clear_direct
 from weighted_mtp.schemas.storage.files import MANIFEST, TOKENIZER
 from weighted_mtp.schemas.storage.locations import Location, kind_of, local_name, locate, resolve
 from weighted_mtp.schemas.storage.locks import exclusive
+from weighted_mtp.scoring.corpus.byte_tokenizer import make_byte_tokenizer
 from weighted_mtp.scoring.corpus.documents import Fields
 from weighted_mtp.scoring.corpus.process_pool import map_in_order
 from weighted_mtp.scoring.corpus.readers import read_batches
@@ -48,12 +50,7 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
         raise UserError(f"--number_fields and --label_fields: {clash}; rename fields of the corpus, or choose fewer")
     sources = find_sources(config.input, config.format, config.subset, config.split)
     with exclusive(config.output) as held:
-        tokenizer = load_tokenizer(
-            local_name(config.tokenizer),
-            f"--tokenizer {config.tokenizer}: cannot be loaded",
-            "give a directory written by save_pretrained or a Hugging Face id",
-            trust_remote_code=config.trust_remote_code,
-        )
+        tokenizer = find_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
         if (ids := count_ids(tokenizer)) > MOST_TOKEN_IDS:
             raise UserError(
                 f"--tokenizer {config.tokenizer}: has the token id {ids - 1:,}; use one with ids below "
@@ -73,6 +70,22 @@ def prepare(config: PrepareConfig, report: Report = lambda counts: None) -> Shar
             if held() and not (config.output / MANIFEST).exists():
                 clear_directory(config.output)
             raise
+
+
+def find_tokenizer(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `--tokenizer`, or make that of bytes.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if name == BYTE_TOKENIZER:
+        return make_byte_tokenizer()
+    return load_tokenizer(
+        local_name(name),
+        f"--tokenizer {name}: cannot be loaded",
+        "give a directory written by save_pretrained or a Hugging Face id",
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def check_outside(output: Location, corpus: str) -> None:
