@@ -66,7 +66,10 @@ def main() -> None:
     machine = describe(environment)
     if machine["device"] is None and not arguments.rehearse:
         sys.exit("no GPU found: run this where PyTorch finds one, or add --rehearse to run it on the CPU in small")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--output {directory}: cannot be created ({error.strerror}); choose another directory")
     records = [run(step, directory, environment, machine, arguments) for step in steps]
     print(f"\n{table(directory)}\nwritten to {directory / 'table.md'}")
     if unfinished := [record.step for record in records if record.status not in FINISHED]:

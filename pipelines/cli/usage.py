@@ -34,7 +34,9 @@ def describe_usage_error(
         name = re.split("[ =]", unknown[1])[0]
         return f"unknown argument {name}{suggestion(name, flags)}; {see}"
     if unknown := re.search(r"does not accept option '(.*)'", message):
-        return f"{config}: unknown setting '{unknown[1]}'{suggestion(unknown[1], flags)}; {see}"
+        setting = flag(unknown[1].partition(".")[0])
+        where = setting if is_given(setting, arguments) else config
+        return f"{where}: unknown setting '{unknown[1]}'{suggestion(unknown[1], flags)}; {see}"
     if invalid := re.search(r"invalid choice: '(.*?)'|one of {.*}, but it was not provided", message):
         wrong = f"unknown command '{invalid[1]}'" if invalid[1] else "no command given"
         return f"{wrong}; choose from {', '.join(commands)}"
@@ -78,9 +80,7 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
         if isinstance(cause, UnicodeEncodeError):
             return "should be in UTF-8"
         if isinstance(cause, ValidationError):
-            if cause.errors()[0]["type"] == "value_error":
-                return describe_validation_error(cause)  # written by this project
-            return describe_validation_error(cause).replace("Input should", "should") + but_got
+            return describe_validation_error(cause, given[1] if given else "")
     if choices := re.search(r"Literal\[(.*?)\]", message):
         return f"should be one of {choices[1]}{but_got}"
     if "<class 'tuple'>" in message:
@@ -90,11 +90,18 @@ def describe_value_error(message: str, error: ArgumentError) -> str:
     return one_line(re.sub(r"Problem with given class_path '\S*':|^Not of type UPath:", "", message))
 
 
-def describe_validation_error(error: ValidationError) -> str:
-    """The first pydantic error, preceded by its flag unless the message starts with one."""
+def describe_validation_error(error: ValidationError, given: str | None = None) -> str:
+    """The first pydantic error, preceded by its flag unless the message starts with one.
+
+    `given` is the value as it was written, empty if unknown; None if the error is that of the whole settings, and the
+    value is in it.
+    """
     finding = error.errors()[0]
     where = ".".join(part for part in finding["loc"] if isinstance(part, str))
     message = finding["msg"].removeprefix("Value error, ")
+    if finding["type"] != "value_error":  # not written by this project
+        value = str(finding["input"]) if given is None and isinstance(finding["input"], float) else given
+        message = message.replace("Input should", "should") + (f", not '{one_line(value)}'" if value else "")
     return message if message.startswith("--") or not where else f"{flag(where)}: {message}"
 
 

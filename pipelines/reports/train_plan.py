@@ -20,22 +20,29 @@ def print_plan(plan: TrainPlan) -> None:
     table.add_row("devices", described_devices(plan))
     rows = min(config.micro_batch_size, config.batch_size // devices.processes)
     checkpointing = ", activation checkpointing" * config.activation_checkpointing
-    table.add_row("forward pass", f"{rows:,} rows, {plan.attention} attention{checkpointing}")
+    plural = "" if rows == 1 else "s"
+    table.add_row("forward pass", f"{rows:,} row{plural}, {plan.attention} attention{checkpointing}")
     console = new_console()
     console.print(table)
     parts = Table(f"memory of each device, at the peak in the {memory.peak_in}", title_justify="left")
-    parts.add_column("GiB", justify="right")
+    unit, size_of_unit = ("GiB", 2**30) if memory.peak >= 2**30 else ("MiB", 2**20)
+    parts.add_column(unit, justify="right")
+
+    def shown(size: float) -> str:
+        return f"{size / size_of_unit:,.2f}"
+
     for kind, size in memory.parts.items():
-        parts.add_row(kind, gib(size))
+        parts.add_row(kind, shown(size))
     parts.add_section()
-    parts.add_row("planned peak", gib(memory.peak))
+    parts.add_row("planned peak", shown(memory.peak))
     if plan.available is not None:
         left = plan.available - memory.peak
-        parts.add_row("memory of the device", gib(plan.available))
-        parts.add_row("fits, and leaves" if left >= 0 else "does not fit, lacks", gib(abs(left)))
+        parts.add_row("memory of the device", shown(plan.available))
+        parts.add_row("fits, and leaves" if left >= 0 else "does not fit, lacks", shown(abs(left)))
     console.print(parts)
+    loaded = f"{shown(memory.model)} {unit}"
     console.print(
-        f"Besides, each process loads the whole model into the memory of its machine first: {gib(memory.model)} GiB."
+        f"Besides, each process loads the whole model into the memory of its machine first: {loaded}."
         if devices.gpu
         else "The planned peak is that of tensors; Python and its libraries come on top."
     )
@@ -48,8 +55,3 @@ def described_devices(plan: TrainPlan) -> str:
     plural = "" if devices.processes == 1 else "s" if devices.gpu else "es"
     sharing = "" if devices.processes == 1 else ", FSDP2" if devices.shard else ", DDP"
     return f"{devices.processes:,} {kind}{plural}{sharing}, {'bfloat16' if devices.bfloat16 else 'float32'}"
-
-
-def gib(size: float) -> str:
-    """A number of bytes in GiB."""
-    return f"{size / 2**30:,.2f}"

@@ -55,7 +55,9 @@ class OptimizerConfig(Config):
     """AdamW and its learning rate schedule."""
 
     kind: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="moments in float32, or in 8 bits, which takes a quarter of their memory and needs torchao"
+        "adamw",
+        description="moments in float32, or in 8 bits, which takes a quarter of their memory and needs "
+        "'pip install weighted-mtp[adamw8bit]'",
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of matrices")
@@ -212,7 +214,9 @@ class TrainConfig(Config):
     log_every: Positive = Field(10, description="steps between lines in metrics.jsonl")
     trackers: tuple[Tracker, ...] = Field((), description="accelerate trackers, for example '[tensorboard]'")
     dry_run: bool = Field(
-        False, description="only print the length of the run and the memory that each device needs; reads no weights"
+        False,
+        description="only print the length of the run and the memory that each device needs; --model may be a "
+        "config.json without weights, and --plan names devices that are not here",
     )
     plan: PlanConfig = Field(PlanConfig(), description="other devices than those of this machine, with --dry_run")
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from weighted_mtp.schemas.configs import TrainConfig
+from weighted_mtp.schemas.errors import UserError
 from weighted_mtp.schemas.pretrained import load_config
 from weighted_mtp.schemas.progress import MakeBar, hidden_bar
 from weighted_mtp.schemas.storage.locations import local_name
@@ -69,6 +70,9 @@ class TrainPlan:
 def plan(config: TrainConfig, progress: MakeBar = hidden_bar) -> TrainPlan:
     """Plan a run without writing anything. Checks the inputs and settings as `train` does.
 
+    What needs the model to compute is left to `train`: that its logits are its hidden states times the unembedding, and
+    that it separates packed documents.
+
     Raises:
         UserError: input, model or settings are incompatible, or the model's memory cannot be planned.
     """
@@ -90,6 +94,25 @@ def plan(config: TrainConfig, progress: MakeBar = hidden_bar) -> TrainPlan:
         attention=model.trunk.config._attn_implementation,
         memory=step_memory(model, config, devices, inputs.sequence_length),
         available=available_memory(config, devices),
+    )
+
+
+def check_memory(plan: TrainPlan) -> None:
+    """Raise UserError, with settings that need less, if the run does not fit into the memory of its devices."""
+    config, devices = plan.config, plan.devices
+    if plan.available is None or plan.memory.peak <= plan.available:
+        return
+    remedies = {
+        "a smaller --micro_batch_size": min(config.micro_batch_size, config.batch_size // devices.processes) > 1,
+        "--activation_checkpointing": not config.activation_checkpointing,
+        "--fsdp": devices.processes > 1 and not devices.shard,
+        "--optimizer.kind adamw8bit": config.optimizer.kind == "adamw",
+        "--trainable lora": config.trainable != "lora",
+        "more devices": devices.shard or devices.processes == 1,
+    }
+    raise UserError(
+        f"--model {config.model}: does not fit into the memory of the devices; try "
+        + ", or ".join(remedy for remedy, applies in remedies.items() if applies)
     )
 
 

@@ -32,11 +32,15 @@ def test_a_config_is_enough_and_nothing_is_written(
     settings = config("run", model=str(model), fsdp=True, dry_run=True)
     devices = {"processes": 4, "device": "cuda", "memory_gib": 1e-6}
     before = sorted(settings.output.parent.rglob("*"))
-    assert run(TrainConfig.model_validate(settings.model_dump() | {"plan": devices})) is None
+    with pytest.raises(UserError, match=r"does not fit into the memory of the devices; try .* adamw8bit"):
+        run(TrainConfig.model_validate(settings.model_dump() | {"plan": devices}))
     assert sorted(settings.output.parent.rglob("*")) == before
     screen = capsys.readouterr().out
-    for part in ("4 GPUs, FSDP2, bfloat16", "does not fit, lacks", "planned peak", "moments", "sdpa attention"):
+    for part in ("4 GPUs, FSDP2, bfloat16", "does not fit, lacks", "planned peak", "moments", "sdpa attention", " MiB"):
         assert part in screen
+    enough = devices | {"memory_gib": 1}
+    assert run(TrainConfig.model_validate(settings.model_dump() | {"plan": enough})) is None
+    assert "fits, and leaves" in capsys.readouterr().out
 
 
 def test_processes_and_sharding_of_the_launcher(
