@@ -19,7 +19,7 @@ test: .venv/.ready ## check style, types and layers, then run the tests that are
 test-fast: .venv/.ready ## run the tests without Ray, vLLM, stores and whole training runs: under a minute
 	$(PARALLEL) -m "not integration and not slow and not gpu"
 
-test-slow: .venv/.ready ## run the slow tests, and fuzz for ten minutes: up to 35 minutes
+test-slow: .venv/.ready ## run the slow tests, and fuzz for ten minutes: 30 to 45 minutes
 	.ci/passed .venv/.passed-test-slow env $(PARALLEL) -m "slow and not soak and not gpu"
 
 soak: .venv/.ready ## run the tests that take minutes each

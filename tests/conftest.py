@@ -7,7 +7,9 @@ from hypothesis import settings
 
 pytest_plugins = ["model_fixtures", "process_fixtures", "shard_set_fixtures", "store_fixtures", "text_sets"]
 
-LONG_FILES = {"test_end_to_end.py", "test_run.py", "test_driver.py", "test_distributed.py", "test_train.py"}
+LONG_FILES = {
+    "test_network.py", "test_end_to_end.py", "test_run.py", "test_driver.py", "test_distributed.py", "test_train.py",
+}  # fmt: skip
 LOADING_VLLM = {"test_real_model.py", "test_vllm_engine.py", "test_vllm_scorer.py"}
 INTEGRATION_FIXTURES = {
     "_running_ray", "running_ray", "cluster", "scoring", "vllm_installed", "bucket", "start_process", "launch"

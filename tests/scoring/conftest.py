@@ -183,8 +183,15 @@ class Scoring:
         busy, computed = self.log.with_suffix(".busy"), self.log.with_suffix(".computed")
         computed.unlink(missing_ok=True)
         busy.touch()
-        self.wait_until(lambda: computed.exists() and computed.read_text())
-        yield int(computed.read_text())
+        process = ""
+
+        def is_written() -> bool:
+            nonlocal process
+            process = computed.read_text() if computed.exists() else ""
+            return bool(process)
+
+        self.wait_until(is_written)
+        yield int(process)
         busy.unlink()
 
     def workers(self) -> set[int]:

@@ -17,10 +17,17 @@ def kill_computing(run, victim: str) -> None:
     """Kill a worker, or one of the processes of its engine, in the middle of a shard; wait until all of it has gone."""
     with run.computing() as pid:
         worker = psutil.Process(pid)
-        tree = [worker, *worker.children(recursive=True)]
-        (process,) = (process for process in tree if process.name().startswith(victim))
+        tree: dict[psutil.Process, str] = {}
+
+        def found() -> bool:
+            tree.clear()
+            tree.update({process: process.name() for process in (worker, *worker.children(recursive=True))})
+            return any(name.startswith(victim) for name in tree.values())
+
+        run.wait_until(found)
+        (process,) = (process for process, name in tree.items() if name.startswith(victim))
         process.kill()
-        gone, left = psutil.wait_procs(tree, timeout=60)
+        gone, left = psutil.wait_procs(list(tree), timeout=60)
         assert not left
         assert process in gone
 
